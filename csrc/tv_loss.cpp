@@ -1,0 +1,108 @@
+// Total variation on the CPU: loss and gradient in one pass over the rows.
+#include "kernels.h"
+#include "parallel.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace fastperc {
+namespace {
+
+// Enough elements that starting a thread for them pays.
+constexpr std::int64_t elements_per_task = 1 << 17;
+
+// Sums are kept in this many lanes: enough independent chains to hide the latency of an addition, and one order of
+// summation whatever the width of the machine's vectors.
+constexpr std::int64_t lanes = 64;
+
+// Elements [begin, end) of a row, whose neighbours to the left and right are `left` and `right` elements away: adds
+// their part of the loss to acc [lanes], and writes the gradient if asked.
+template <Norm norm, bool with_grad, typename T, typename A>
+inline __attribute__((always_inline)) void span(const T* __restrict__ x, const T* __restrict__ above,
+                                                const T* __restrict__ below, T* __restrict__ grad, A* __restrict__ acc,
+                                                std::int64_t begin, std::int64_t end, std::int64_t left,
+                                                std::int64_t right) {
+  for (std::int64_t i = begin; i < end; i += lanes) {
+    const std::int64_t count = std::min(lanes, end - i);
+    for (std::int64_t k = 0; k < count; ++k) {
+      const A centre = widen(x[i + k]), to_right = widen(x[i + k + right]), under = widen(below[i + k]);
+      acc[k] += pixel_loss<norm, A>(centre, to_right, under);
+      if (with_grad) {
+        const A to_left = widen(x[i + k - left]), over = widen(above[i + k]);
+        narrow(pixel_grad<norm, A>(centre, to_left, to_right, over, under), grad[i + k]);
+      }
+    }
+  }
+}
+
+// Rows [begin, end) of all the image's rows counted through; rows are summed in double.
+template <typename T, Norm norm, bool with_grad>
+inline __attribute__((always_inline)) double rows(const T* x, T* grad, const RowShape& shape, const RowStrides& xs,
+                                                  const RowStrides& gs, std::int64_t begin, std::int64_t end) {
+  using A = decltype(widen(T{}));
+  double sums[lanes] = {};
+  for (std::int64_t i = begin; i < end; ++i) {
+    const std::int64_t plane = i / shape.rows, r = i % shape.rows;
+    const std::int64_t image = plane / shape.inner, channel = plane % shape.inner;
+    const T* current = x + image * xs.outer + channel * xs.inner + r * xs.row;
+    // At the border a row stands in for the one that is missing.
+    const T* above = r > 0 ? current - xs.row : current;
+    const T* below = r + 1 < shape.rows ? current + xs.row : current;
+    T* out = with_grad ? grad + image * gs.outer + channel * gs.inner + r * gs.row : nullptr;
+    A acc[lanes] = {};
+    // The first pixel of a row has no left neighbour and the last no right one; both stand in for themselves.
+    const std::int64_t first = shape.step, last = shape.length - shape.step;
+    span<norm, with_grad>(current, above, below, out, acc, 0, first, 0, last > 0 ? shape.step : 0);
+    span<norm, with_grad>(current, above, below, out, acc, first, last, shape.step, shape.step);
+    if (last > 0) span<norm, with_grad>(current, above, below, out, acc, last, shape.length, shape.step, 0);
+    for (std::int64_t k = 0; k < lanes; ++k) sums[k] += acc[k];
+  }
+  double loss = 0;
+  for (const double sum : sums) loss += sum;
+  return loss;
+}
+
+// target_clones wants plain functions, so each combination has one of its own.
+using Rows = double (*)(const void*, void*, const RowShape&, const RowStrides&, const RowStrides&, std::int64_t,
+                        std::int64_t);
+#define FASTPERC_ROWS(name, T, norm, with_grad)                                                             \
+  FASTPERC_MULTIVERSION double name(const void* x, void* grad, const RowShape& shape, const RowStrides& xs, \
+                                    const RowStrides& gs, std::int64_t begin, std::int64_t end) {           \
+    return rows<T, norm, with_grad>(static_cast<const T*>(x), static_cast<T*>(grad), shape, xs, gs, begin, end); \
+  }
+#define FASTPERC_ROWS_OF(dtype, T)                         \
+  FASTPERC_ROWS(l2_grad_##dtype, T, Norm::l2, true)        \
+  FASTPERC_ROWS(l2_loss_##dtype, T, Norm::l2, false)       \
+  FASTPERC_ROWS(l1_grad_##dtype, T, Norm::l1, true)        \
+  FASTPERC_ROWS(l1_loss_##dtype, T, Norm::l1, false)       \
+  Rows rows_for(T*, Norm norm, bool with_grad) {           \
+    if (norm == Norm::l2) return with_grad ? l2_grad_##dtype : l2_loss_##dtype; \
+    return with_grad ? l1_grad_##dtype : l1_loss_##dtype;  \
+  }
+FASTPERC_ROWS_OF(float32, float)
+FASTPERC_ROWS_OF(float64, double)
+FASTPERC_ROWS_OF(float16, Half)
+FASTPERC_ROWS_OF(bfloat16, BFloat16)
+
+}  // namespace
+
+void tv_loss_fwd_cpu(const void* x, void* grad, void* loss, DType dtype, Norm norm, const RowShape& shape,
+                     const RowStrides& x_strides, const RowStrides& grad_strides, int threads) {
+  dispatch(dtype, [&](auto* type) {
+    const Rows rows = rows_for(type, norm, grad != nullptr);
+    // Tasks are cut by the shape alone and added up in order: the sum is the same on any number of threads.
+    const std::int64_t total = shape.outer * shape.inner * shape.rows;
+    const std::int64_t per_task = std::max<std::int64_t>(elements_per_task / std::max<std::int64_t>(shape.length, 1), 1);
+    std::vector<double> partials((total + per_task - 1) / per_task);
+    parallel_for(static_cast<std::int64_t>(partials.size()), threads, [&](std::int64_t task) {
+      const std::int64_t begin = task * per_task;
+      partials[task] = rows(x, grad, shape, x_strides, grad_strides, begin, std::min(begin + per_task, total));
+    });
+    double sum = 0;
+    for (const double partial : partials) sum += partial;
+    using A = decltype(widen(*type));
+    *static_cast<std::remove_cv_t<std::remove_reference_t<A>>*>(loss) = static_cast<A>(sum);
+  });
+}
+
+}  // namespace fastperc

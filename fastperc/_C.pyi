@@ -1,0 +1,33 @@
+# The compiled module. Addresses are data pointers; 0 stands for "none".
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    compiler: str
+    cuda: str | None
+    architectures: str
+
+def build_info() -> BuildInfo: ...
+def tv_loss_fwd_cpu(
+    x: int,
+    grad: int,
+    loss: int,
+    dtype: str,
+    norm: str,
+    shape: tuple[int, int, int, int, int],
+    x_strides: tuple[int, int, int],
+    grad_strides: tuple[int, int, int],
+    threads: int,
+) -> None: ...
+def tv_loss_partials(shape: tuple[int, int, int, int, int]) -> int: ...
+def tv_loss_fwd_cuda(
+    x: int,
+    grad: int,
+    loss: int,
+    partials: int,
+    dtype: str,
+    norm: str,
+    shape: tuple[int, int, int, int, int],
+    x_strides: tuple[int, int, int],
+    grad_strides: tuple[int, int, int],
+    stream: int,
+) -> None: ...

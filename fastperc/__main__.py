@@ -1,0 +1,7 @@
+"""``python -m fastperc``."""
+
+import sys
+
+from fastperc.cli import main
+
+sys.exit(main())

@@ -1,0 +1,73 @@
+"""The only door to the compiled module: what it can take, and pointers, stream and device handed over once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from fastperc import _C
+
+    _missing = None
+except ImportError as error:  # a checkout that was never built, or a module built for another Python
+    _C = None  # type: ignore[assignment]
+    _missing = f"fastperc._C is not there ({error}); run `pip install .`"
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why no compiled kernel can take ``x``, or ``None`` if one can."""
+    if _missing:
+        return _missing
+    if x.dtype not in DTYPES:
+        return f"no kernel for {x.dtype}"
+    if x.device.type == "cpu" or (x.device.type == "cuda" and _C.build_info()["cuda"] and not torch.version.hip):
+        return None
+    return f"no compiled kernel for {x.device.type} tensors in this build"
+
+
+def build_info() -> dict[str, Any]:
+    """What the module was built with, or why there is none."""
+    return {"missing": _missing} if _missing else {**_C.build_info()}
+
+
+class _Rows(NamedTuple):
+    """An image as rows of consecutive elements; csrc/tv_loss.h has the meaning of each number."""
+
+    tensor: Tensor
+    shape: tuple[int, int, int, int, int]
+    strides: tuple[int, int, int]
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a pixel of ``x`` [N, C, H, W] lie together, and its columns do not."""
+    return x.stride(1) == 1 and x.stride(3) == x.shape[1] and x.shape[1] > 1
+
+
+def _rows(x: Tensor) -> _Rows:
+    if not is_channels_last(x) and x.stride(3) != 1:
+        x = x.contiguous()
+    n, c, h, w = x.shape
+    if is_channels_last(x):
+        return _Rows(x, (n, 1, h, w * c, c), (x.stride(0), 0, x.stride(2)))
+    return _Rows(x, (n, c, h, w, 1), (x.stride(0), x.stride(1), x.stride(2)))
+
+
+def tv_loss_fwd(x: Tensor, grad: Tensor | None, loss: Tensor, norm: str) -> None:
+    """Fills ``loss`` (a scalar) and, unless it is ``None``, ``grad`` (laid out as ``x`` is, dense) in one pass."""
+    rows = _rows(x)
+    x = rows.tensor
+    out = rows if grad is None else _rows(grad)
+    assert out.shape == rows.shape, "grad must be laid out as x"
+    grad_ptr = 0 if grad is None else grad.data_ptr()
+    common = (DTYPES[x.dtype], norm, rows.shape, rows.strides, out.strides)
+    if x.device.type == "cpu":
+        _C.tv_loss_fwd_cpu(x.data_ptr(), grad_ptr, loss.data_ptr(), *common, torch.get_num_threads())
+        return
+    with torch.cuda.device(x.device):
+        partials = loss.new_empty(_C.tv_loss_partials(rows.shape))
+        stream = torch.cuda.current_stream().cuda_stream
+        _C.tv_loss_fwd_cuda(x.data_ptr(), grad_ptr, loss.data_ptr(), partials.data_ptr(), *common, stream)

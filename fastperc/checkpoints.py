@@ -1,0 +1,162 @@
+"""Networks on disk: safetensors with all that rebuilds them, and the layouts of other projects."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastperc import __version__
+from fastperc.errors import InputError
+from fastperc.files import PathLike, read_tensors, write_tensors
+from fastperc.models import SRCNN, SuperResolutionNet, TransformNet
+from fastperc.weights import STYLES
+
+NETWORKS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (TransformNet, SuperResolutionNet, SRCNN)}
+OPTIMIZER = "optimizer."  # what a training checkpoint's other tensors begin with
+
+
+def save(
+    net: nn.Module,
+    path: PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    training: Mapping[str, Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Writes ``net`` as a ``.safetensors`` file, whole or not at all.
+
+    Its metadata holds ``fastperc`` (the version), ``network`` (the class), ``config`` (the arguments that rebuild it)
+    and ``training`` (how it came about), the last two as JSON.
+
+    Args:
+        net: one of fastperc's networks.
+        path: the file.
+        dtype: what floating-point tensors are stored in. Default: what they are.
+        training: anything JSON can hold.
+        optimizer: also keep its state, to resume from.
+
+    Raises:
+        FloatingPointError: the network has weights that are not finite; a file already there stays as it was.
+    """
+    if damaged := first_not_finite(net.state_dict()):
+        raise FloatingPointError(f"the network's {damaged} is not finite: not saved")
+    tensors = {
+        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        for name, tensor in net.state_dict().items()
+    }
+    if optimizer is not None:
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in state.items()}
+    metadata = dict(
+        fastperc=__version__,
+        network=type(net).__name__,
+        config=json.dumps(net.config),
+        training=json.dumps(training or {}),
+    )
+    write_tensors(path, tensors, metadata)
+
+
+def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Module:
+    """A network ready to use (in eval mode, float32), by the name of a shipped style or from a file.
+
+    Reads this project's ``.safetensors`` and state_dicts of PyTorch's fast_neural_style example, at any width, old
+    ones with ``running_mean`` keys and those saved from ``DataParallel`` included.
+
+    Raises:
+        InputError: no such file or style, a damaged file, another architecture, weights that are not finite.
+    """
+    path = Path(name_or_path)
+    if not path.exists() and str(name_or_path) in STYLES:
+        path = STYLES[str(name_or_path)]
+    tensors, metadata = read_tensors(path)
+    if "network" in metadata:
+        net = _build(path, metadata)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OPTIMIZER)}
+    else:
+        net, tensors = _from_examples(path, tensors)
+    _fill(net, tensors, str(path))
+    return net.eval().to(device)
+
+
+def load_training(path: PathLike, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a training checkpoint's weights into ``net`` and its moments into ``optimizer``, bit for bit."""
+    tensors, _ = read_tensors(path)
+    parameters = list(net.parameters())
+    state: dict[int, dict[str, Tensor]] = {}
+    for name in [name for name in tensors if name.startswith(OPTIMIZER)]:
+        index, key = name.removeprefix(OPTIMIZER).split(".", 1)
+        value, parameter = tensors.pop(name), parameters[int(index)]
+        if value.shape == parameter.shape:  # a moment lies in memory as its parameter does
+            value = torch.empty_like(parameter).copy_(value)
+        state.setdefault(int(index), {})[key] = value
+    _fill(net, tensors, str(path))
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def read_training(path: PathLike) -> dict[str, Any]:
+    """The ``training`` metadata of a file that :func:`save` wrote."""
+    return json.loads(read_tensors(path)[1].get("training", "{}"))
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity in it, if there is one."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
+def _build(path: Path, metadata: Mapping[str, str]) -> nn.Module:
+    kind = metadata["network"]
+    if kind not in NETWORKS:
+        raise InputError(f"{path}: holds a {kind}, which fastperc {__version__} does not know")
+    try:
+        return NETWORKS[kind](**json.loads(metadata["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: its config does not build a {kind} ({error})") from None
+
+
+def _fill(net: nn.Module, tensors: Mapping[str, Tensor], owner: str) -> None:
+    own = net.state_dict()
+    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or surplus:
+        told = [f"lacks {name}" for name in missing[:1]] + [f"has {name}" for name in surplus[:1]]
+        raise InputError(f"{owner}: not a {type(net).__name__}: it {' and '.join(told)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise InputError(f"{owner}: {name} is {list(tensor.shape)}, the network's is {list(own[name].shape)}")
+    if damaged := first_not_finite(tensors):
+        raise InputError(f"{owner}: {damaged} has values that are not finite")
+    net.load_state_dict(dict(tensors))
+
+
+# PyTorch's fast_neural_style example counts its layers; this network's names tell where they stand.
+EXAMPLES_LAYERS = {
+    **{"conv1.conv2d": "stem.conv", "in1": "stem.norm"},
+    **{"conv2.conv2d": "down.0.conv", "in2": "down.0.norm", "conv3.conv2d": "down.1.conv", "in3": "down.1.norm"},
+    **{f"res{i + 1}.conv{j}.conv2d": f"blocks.{i}.conv{j}" for i in range(5) for j in (1, 2)},
+    **{f"res{i + 1}.in{j}": f"blocks.{i}.norm{j}" for i in range(5) for j in (1, 2)},
+    **{"deconv1.conv2d": "up.0.conv", "in4": "up.0.norm", "deconv2.conv2d": "up.1.conv", "in5": "up.1.norm"},
+    **{"deconv3.conv2d": "head"},
+}
+# Instance norm kept these before PyTorch 0.4 and never used them.
+UNUSED_STATISTICS = re.compile(r"in\d\.(running_mean|running_var|num_batches_tracked)$")
+
+
+def _from_examples(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    first = tensors.get("conv1.conv2d.weight")
+    if first is None or first.dim() != 4:
+        raise InputError(
+            f"{path}: neither a network saved by fastperc nor a state_dict of PyTorch's fast_neural_style example "
+            f"(its first tensor is {next(iter(tensors), 'missing')})"
+        )
+    renamed = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if not UNUSED_STATISTICS.search(name):
+            renamed[f"{EXAMPLES_LAYERS.get(layer, layer)}.{kind}"] = tensor
+    return TransformNet("examples", width=first.shape[0]), renamed

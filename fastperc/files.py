@@ -1,0 +1,145 @@
+"""Reading tensors from files that may be anything, and writing files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import secrets
+import stat
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastperc.errors import InputError
+
+PathLike = str | os.PathLike[str]
+
+
+def check_readable(path: PathLike) -> Path:
+    """``path`` as a ``Path``, once it is known to be a file that can be opened."""
+    path = Path(path)
+    try:
+        with path.open("rb"):
+            return path
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def check_writable(path: PathLike) -> Path:
+    """``path`` as a ``Path``, once it is known that a file can be written there; its folder is made."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, a file name is needed")
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path}: is not an ordinary file")
+        probe = _beside(path)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
+
+
+@contextmanager
+def write_atomically(path: PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``, which becomes ``path`` when the block ends well and vanishes if not."""
+    path = Path(path)
+    temporary = _beside(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    # The suffix stays last: writers choose the format by it.
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+
+
+def read_tensors(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of a ``.safetensors``, ``.npz`` or PyTorch file by name, on the CPU, and its metadata.
+
+    Told apart by content, not by name. A pickle that holds more than tensors is refused, never executed.
+
+    Raises:
+        InputError: the file is missing, damaged, or none of these.
+    """
+    path = check_readable(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if all(name.endswith(".npy") for name in archive.namelist()):
+                return _read_npz(path), {}
+        return _read_pickle(path), {}
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":
+        return _read_safetensors(path)
+    return _read_pickle(path), {}
+
+
+def write_tensors(path: PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Writes a ``.safetensors`` file, whole or not at all."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with write_atomically(path) as temporary:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{path} could not be written: {error}") from None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged or cut short ({error})") from None
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name]) for name in file.files}
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not an .npz of plain arrays ({error})") from None
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    import torch
+
+    try:
+        with path.open("rb") as file, warnings.catch_warnings():  # a path would be judged by its suffix
+            warnings.simplefilter("ignore")  # that a pickle is of another protocol: it will be read or refused
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "global" in str(error).lower():  # a name to be imported and called, where plain data has none
+            raise InputError(
+                f"{path}: holds more than tensors, so opening it could run somebody's code; "
+                f"save its state_dict() alone and use that"
+            ) from None
+        raise InputError(f"{path}: not a file of tensors (.safetensors, .npz or PyTorch)") from None
+    except Exception:  # torch.load raises whatever the damage provokes: EOFError, RuntimeError, KeyError, …
+        raise InputError(f"{path}: not a file of tensors (.safetensors, .npz or PyTorch), or damaged") from None
+    # Training scripts wrap the state_dict in a dict of their own.
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
+        raise InputError(f"{path}: holds no state_dict (a dict of names and tensors)")
+    return content

@@ -1,0 +1,47 @@
+"""What the networks share: images in, images out, and how the authors initialised the layers between."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from fastperc import reference
+
+MINIMUM_SIDE = 16
+
+
+def check_image(x: Tensor) -> None:
+    """Refuses what is not [N, 3, H, W] with both sides of at least 16 pixels."""
+    if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[-2:]) < MINIMUM_SIDE:
+        raise ValueError(
+            f"expected RGB images [N, 3, H, W] with H and W of at least {MINIMUM_SIDE}, got shape {list(x.shape)}"
+        )
+
+
+def to_network_range(x: Tensor, output: str) -> Tensor:
+    """0–1 to what the first convolution sees: -1…1 before a network that ends in tanh, 0…255 before a linear one."""
+    return 2 * x - 1 if output == "tanh" else 255 * x
+
+
+def to_image_range(x: Tensor, output: str) -> Tensor:
+    """The last convolution's output to 0–1: the authors' 150·tanh about mid-grey, or 0…255."""
+    return 0.5 + 150 / 255 * x.tanh() if output == "tanh" else x / 255
+
+
+def reflect_pad_to_multiple(x: Tensor, multiple: int, border: int = 0) -> Tensor:
+    """``x`` with ``border`` mirrored pixels on each side, and more at the right and bottom up to the next multiple."""
+    height, width = x.shape[-2:]
+    return reference.reflect_pad(x, border, border + -width % multiple, border, border + -height % multiple)
+
+
+def initialise_as_authors(net: nn.Module) -> None:
+    """The authors' framework's initialisation: U(±1/√(kH·kW·in)) for convolutions, U(0, 1) for norm weights."""
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            bound = 1 / math.sqrt(math.prod(module.kernel_size) * module.in_channels)
+            nn.init.uniform_(module.weight, -bound, bound)
+            assert module.bias is not None
+            nn.init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+            nn.init.uniform_(module.weight)

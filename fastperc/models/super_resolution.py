@@ -1,0 +1,73 @@
+"""The super-resolution network of the paper's Table 2, and the SRCNN it is compared with."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastperc import reference
+from fastperc.models.common import check_image, initialise_as_authors, to_image_range, to_network_range
+from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
+
+
+class SuperResolutionNet(nn.Module):
+    """Johnson et al.'s super-resolution network: RGB in 0–1 [N, 3, H, W] → RGB [N, 3, scale·H, scale·W].
+
+    9×9 conv, four residual blocks of ``width`` filters, log2(scale) ½-stride convs, 9×9 conv; zero padding, batch
+    norm, scaled tanh. The output is not clamped.
+
+    Args:
+        scale: 4 or 8 in the paper; any power of two from 2 up.
+        width: filters of every layer but the last; 64 in the paper.
+
+    Raises:
+        ValueError: a scale that is no power of two; on forward, a shape that is not [N, 3, H ≥ 16, W ≥ 16].
+    """
+
+    def __init__(self, scale: int = 4, width: int = 64) -> None:
+        super().__init__()
+        if scale < 2 or scale & (scale - 1):
+            raise ValueError(f"scale must be a power of two, at least 2, got {scale}")
+        self.config = dict(scale=scale, width=width)
+        self.stem = ConvBNReLU(3, width, 9, padding=4)
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(4)))
+        self.up = nn.Sequential(*(SubpixelConvBNReLU(width, width) for _ in range(scale.bit_length() - 1)))
+        self.head = nn.Conv2d(width, 3, 9, padding=4)
+        initialise_as_authors(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x)
+        x = to_network_range(x, "tanh")
+        x = self.head(self.up(self.blocks(self.stem(x))))
+        return to_image_range(x, "tanh")
+
+
+class SRCNN(nn.Module):
+    """Dong et al.'s network, the paper's super-resolution baseline: RGB in 0–1 [N, 3, H, W] → [N, 3, scale·H, scale·W].
+
+    Bicubic upscaling, then three convolutions on the luma alone (1→64→32→1, ReLU between); the chroma stays bicubic.
+
+    Args:
+        scale: the upscaling factor.
+        kernel_sizes: ``(9, 5, 5)`` or ``(9, 1, 5)`` in the literature; odd.
+
+    Raises:
+        ValueError: on forward, a shape that is not [N, 3, H ≥ 16, W ≥ 16].
+    """
+
+    def __init__(self, scale: int = 4, kernel_sizes: tuple[int, int, int] = (9, 5, 5)) -> None:
+        super().__init__()
+        self.config = dict(scale=scale, kernel_sizes=tuple(kernel_sizes))
+        self.scale = scale
+        k1, k2, k3 = kernel_sizes
+        self.conv1 = nn.Conv2d(1, 64, k1, padding=k1 // 2)
+        self.conv2 = nn.Conv2d(64, 32, k2, padding=k2 // 2)
+        self.conv3 = nn.Conv2d(32, 1, k3, padding=k3 // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_image(x)
+        # antialias=True is the a = -½ cubic of the evaluation protocol; without it torch takes a = -¾.
+        x = F.interpolate(x, scale_factor=self.scale, mode="bicubic", antialias=True)
+        y = reference.luma(x)
+        restored = self.conv3(self.conv2(self.conv1(y).relu()).relu())
+        return x + (restored - y)

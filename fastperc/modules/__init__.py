@@ -1,0 +1,9 @@
+"""The drop-in ``nn.Module`` of each operation."""
+
+from fastperc.modules.conv_bn_relu import ConvBNReLU
+from fastperc.modules.gram_loss import GramLoss
+from fastperc.modules.residual_block import ResidualBlock
+from fastperc.modules.subpixel_conv_bn_relu import SubpixelConvBNReLU
+from fastperc.modules.tv_loss import TVLoss
+
+__all__ = ["ConvBNReLU", "GramLoss", "ResidualBlock", "SubpixelConvBNReLU", "TVLoss"]

@@ -1,0 +1,52 @@
+"""Convolution, normalisation and ReLU as one module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+def make_norm(kind: str, channels: int) -> nn.Module:
+    """The normalisation called ``kind``, ``"batch"`` or ``"instance"``, with a scale and a shift per channel."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "instance":
+        return nn.InstanceNorm2d(channels, affine=True)
+    raise ValueError(f"norm must be 'batch' or 'instance', got {kind!r}")
+
+
+class ConvBNReLU(nn.Module):
+    """``Conv2d`` → norm → ReLU; [N, in, H, W] → [N, out, H', W'].
+
+    Equivalent to ``nn.Sequential(nn.Conv2d(…), nn.BatchNorm2d(out_channels), nn.ReLU())``, with the keys ``conv.*``
+    and ``norm.*``. The convolution keeps its bias, as the paper's does.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, padding_mode: as ``nn.Conv2d``'s.
+        norm: ``"batch"`` or ``"instance"`` (with scale and shift).
+        relu: whether a ReLU follows the norm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        *,
+        padding_mode: PaddingMode = "zeros",
+        norm: str = "batch",
+        relu: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, padding_mode=padding_mode)
+        self.norm = make_norm(norm, out_channels)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return x.relu() if self.relu else x

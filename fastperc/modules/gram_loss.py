@@ -1,0 +1,34 @@
+"""The style reconstruction loss."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastperc import reference
+
+
+class GramLoss(nn.Module):
+    """``weight`` · ‖G(x) − G(target)‖²_F, averaged over the batch (paper, equation 4).
+
+    ``x`` is a feature map [N, C, H, W]. ``target`` is a feature map [N or 1, C, H', W'] of any size, or its Gram
+    matrix [N or 1, C, C]. Half-precision features are accumulated in float32. Returns a scalar, float32 or wider.
+
+    Raises:
+        ValueError: on forward, when the shapes do not fit.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        gram = reference.gram_matrix(target) if target.dim() == 4 else target
+        if x.dim() != 4 or gram.dim() != 3 or gram.shape[0] not in (1, x.shape[0]) or gram.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"GramLoss needs x [N, C, H, W] and a target [N or 1, C, H', W'] or [N or 1, C, C], "
+                f"got {list(x.shape)} and {list(target.shape)}"
+            )
+        return self.weight * reference.gram_loss(x, gram)
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}"

@@ -1,0 +1,49 @@
+"""The residual block of the paper's Figure 1, and the two blocks it is compared with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fastperc.modules.conv_bn_relu import PaddingMode, make_norm
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions of ``channels`` filters; [N, C, H, W] → [N, C, H', W'], H' = H when ``padding`` is 1.
+
+    Args:
+        channels: filters of both convolutions.
+        padding: 1 keeps the size; 0 trims 2 pixels a side, and the skip is cropped to match (``eccv16``).
+        padding_mode: as ``nn.Conv2d``'s.
+        norm: ``"batch"`` or ``"instance"``.
+        residual: ``True`` is the paper's block (Gross & Wilber): conv–norm–ReLU–conv–norm plus the input, and no ReLU
+            after the addition. ``"he"`` adds that ReLU (He et al.). ``False`` is the equivalent plain block,
+            conv–norm–ReLU–conv–norm–ReLU.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        padding: int = 1,
+        *,
+        padding_mode: PaddingMode = "zeros",
+        norm: str = "batch",
+        residual: bool | Literal["he"] = True,
+    ) -> None:
+        super().__init__()
+        if residual not in (True, False, "he"):
+            raise ValueError(f"residual must be True, False or 'he', got {residual!r}")
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=padding, padding_mode=padding_mode)
+        self.norm1 = make_norm(norm, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=padding, padding_mode=padding_mode)
+        self.norm2 = make_norm(norm, channels)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(self.conv1(x)).relu()
+        y = self.norm2(self.conv2(y))
+        if self.residual:
+            top, left = (x.shape[-2] - y.shape[-2]) // 2, (x.shape[-1] - y.shape[-1]) // 2
+            y = y + x[..., top : top + y.shape[-2], left : left + y.shape[-1]]
+        return y if self.residual is True else y.relu()

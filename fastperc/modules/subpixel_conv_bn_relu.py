@@ -1,0 +1,46 @@
+"""The paper's ½-stride convolution, normalisation and ReLU as one module."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastperc.modules.conv_bn_relu import PaddingMode, make_norm
+
+
+class SubpixelConvBNReLU(nn.Module):
+    """×2 upsampling convolution → norm → ReLU; [N, in, H, W] → [N, out, 2H, 2W].
+
+    Args:
+        in_channels, out_channels: as ``nn.Conv2d``'s; the kernel is 3×3.
+        upsample: ``"transposed"`` is the paper's ½-stride convolution, ``nn.ConvTranspose2d(in, out, 3, stride=2,
+            padding=1, output_padding=1)``. ``"nearest"`` repeats each pixel and convolves: no checkerboard.
+        padding_mode: of the ``"nearest"`` convolution, as ``nn.Conv2d``'s; a transposed one pads with zeros.
+        norm: ``"batch"`` or ``"instance"``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        upsample: str = "transposed",
+        padding_mode: PaddingMode = "zeros",
+        norm: str = "batch",
+    ) -> None:
+        super().__init__()
+        if upsample == "transposed":
+            self.conv: nn.Module = nn.ConvTranspose2d(
+                in_channels, out_channels, 3, stride=2, padding=1, output_padding=1
+            )
+        elif upsample == "nearest":
+            self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding_mode)
+        else:
+            raise ValueError(f"upsample must be 'transposed' or 'nearest', got {upsample!r}")
+        self.norm = make_norm(norm, out_channels)
+        self.upsample = upsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.upsample == "nearest":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.norm(self.conv(x)).relu()

@@ -1,0 +1,54 @@
+"""The paper's baseline: the image itself optimised under the same objective (Gatys et al.; paper, section 4.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastperc.losses import PerceptualLoss
+from fastperc.progress import Meter
+
+
+def optimize(
+    content: Tensor, loss: PerceptualLoss, iterations: int = 500, optimizer: str = "lbfgs", lr: float | None = None
+) -> Tensor:
+    """The image that minimises ``loss`` against ``content``, starting from it and kept in 0–1 after each iteration.
+
+    Args:
+        content: RGB in 0–1 [1, 3, H, W].
+        loss: the objective, with its style.
+        iterations: 500 in the paper.
+        optimizer: ``"lbfgs"``, as in the paper, or ``"adam"``, which needs less memory.
+        lr: default 1 for L-BFGS, 0.02 for Adam.
+
+    Returns:
+        RGB in 0–1 [1, 3, H, W].
+
+    Raises:
+        ValueError: unknown optimizer.
+        FloatingPointError: the loss is no longer finite.
+    """
+    image = content.clone().requires_grad_()
+    solver: torch.optim.Optimizer
+    if optimizer == "lbfgs":
+        solver = torch.optim.LBFGS([image], lr=1.0 if lr is None else lr, max_iter=1, history_size=20)
+    elif optimizer == "adam":
+        solver = torch.optim.Adam([image], lr=0.02 if lr is None else lr)
+    else:
+        raise ValueError(f"optimizer must be 'lbfgs' or 'adam', got {optimizer!r}")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        total = loss(image, content).total
+        total.backward()
+        return total
+
+    with Meter("optimizing", iterations) as meter:
+        for _ in range(iterations):
+            value = float(solver.step(closure))
+            if not torch.tensor(value).isfinite():
+                raise FloatingPointError(f"the loss is {value}: try a lower --lr, or --optimizer adam")
+            with torch.no_grad():
+                image.clamp_(0, 1)
+            meter.advance(f"loss {value:.4g}")
+    return image.detach()

@@ -1,0 +1,66 @@
+"""What long work shows while it runs: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def say(line: str) -> None:
+    """Prints ``line`` on stderr, above the bar if one is running."""
+    console.print(line, markup=False)
+
+
+class Meter:
+    """Counts towards ``total``, with a note beside the count; a context manager."""
+
+    def __init__(self, title: str, total: int, start: int = 0, unit: str = "it") -> None:
+        self.title, self.total, self.start, self.unit = title, total, start, unit
+        self.done = start
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=start, note="")
+
+    def __enter__(self) -> Meter:
+        self._began = self._last_line = time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, note: str = "") -> None:
+        """One more done."""
+        self.done += 1
+        now = time.monotonic()
+        speed = (self.done - self.start) / max(now - self._began, 1e-9)
+        note = f"{note}  {speed:.2f} {self.unit}/s".strip()
+        self._bar.update(self._task, completed=self.done, note=note)
+        if not console.is_terminal and (now - self._last_line > SECONDS_BETWEEN_LINES or self.done == self.total):
+            left = (self.total - self.done) / speed
+            say(f"{self.title}  {self.done}/{self.total}  {note}  {left:.0f} s left")
+            self._last_line = now
+
+
+def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """``items`` as they come, with a :class:`Meter` counting them."""
+    with Meter(title, total) as meter:
+        for item in items:
+            yield item
+            meter.advance()

@@ -1,0 +1,113 @@
+"""Photographs through a style network, from files to files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastperc import reference
+from fastperc.errors import InputError
+from fastperc.images import SUFFIXES, Photo, check_format, find_images, read_image, to_image, write_image
+from fastperc.models.common import MINIMUM_SIDE
+from fastperc.progress import say, track
+
+
+def stylize(net: nn.Module, photo: Photo, strength: float = 1.0, keep_colors: bool = False) -> Photo:
+    """``photo`` as ``net`` paints it, with its alpha and metadata.
+
+    Args:
+        net: takes and returns RGB in 0–1; runs where its weights are.
+        strength: from 0, the photo, to 1, the painting; a blend of the two between.
+        keep_colors: take only the lightness of the painting and keep the colours of the photo.
+    """
+    device = next(net.parameters()).device
+    x = photo.tensor().to(device, memory_format=torch.channels_last)
+    with torch.inference_mode():
+        y = net(x).clamp(0, 1)
+        if keep_colors:
+            y = x + (reference.luma(y) - reference.luma(x))
+        y = torch.lerp(x, y, strength)
+    return Photo(to_image(y[0]), photo.alpha, photo.metadata)
+
+
+def stylize_files(
+    net: nn.Module,
+    jobs: Sequence[tuple[Path, Path]],
+    size: int | None = None,
+    strength: float = 1.0,
+    keep_colors: bool = False,
+) -> int:
+    """Stylizes each input file into its output file; returns how many inputs could not be used.
+
+    One that cannot be used does not keep the others from being done: it is named on stderr.
+    """
+    failed = 0
+    items = track(jobs, "stylizing", len(jobs)) if len(jobs) > 1 else jobs
+    for source, target in items:
+        try:
+            photo = read_image(source)
+            if size is not None:
+                photo = photo.resized(size)
+            if min(photo.rgb.size) < MINIMUM_SIDE:
+                width, height = photo.rgb.size
+                raise InputError(f"{source}: {width}×{height} is too small, both sides need {MINIMUM_SIDE} pixels")
+            result = stylize(net, photo, strength, keep_colors)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_image(target, result)
+        except InputError as error:
+            if len(jobs) == 1:
+                raise
+            say(f"skipped {error}")
+            failed += 1
+    return failed
+
+
+def plan(inputs: Sequence[Path], out: Path | None, style: str) -> list[tuple[Path, Path]]:
+    """Which file each input becomes: (input, output) pairs.
+
+    A single file becomes ``out``, or ``NAME-STYLE.EXT`` beside it. Several, and the images of a folder, keep their
+    names in the folder ``out``, or in ``FOLDER-STYLE`` beside a folder.
+
+    Raises:
+        InputError: an input that does not exist, an output that would overwrite an input or another output.
+    """
+    for path in inputs:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+    jobs: list[tuple[Path, Path]] = []
+    if len(inputs) == 1 and not inputs[0].is_dir() and out is not None and not _is_folder(out):
+        jobs.append((inputs[0], check_format(out)))
+    else:
+        if out is not None and (out.is_file() or out.suffix.lower() in SUFFIXES):
+            raise InputError(f"{out}: several images need a folder to go to")
+        for path in inputs:
+            if path.is_dir():
+                folder = out or path.with_name(f"{path.resolve().name}-{style}")
+                found = [image for image in find_images(path) if folder.resolve() not in image.resolve().parents]
+                jobs += [(image, _writable_name(folder / image.relative_to(path))) for image in found]
+            elif out is not None:
+                jobs.append((path, _writable_name(out / path.name)))
+            else:
+                jobs.append((path, _writable_name(path.with_name(f"{path.stem}-{style}{path.suffix}"))))
+
+    sources = {source.resolve() for source, _ in jobs}
+    taken: dict[Path, Path] = {}
+    for source, target in jobs:
+        key = target.resolve()
+        if key in sources:
+            raise InputError(f"{target}: would overwrite an input; name another output")
+        if key in taken:
+            raise InputError(f"{source} and {taken[key]} would both become {target}; stylize them one by one")
+        taken[key] = source
+    return jobs
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() or not path.suffix
+
+
+def _writable_name(path: Path) -> Path:
+    return path if path.suffix.lower() in SUFFIXES else path.with_name(f"{path.name}.png")

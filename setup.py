@@ -1,0 +1,5 @@
+"""Everything stands in pyproject.toml; CMakeLists.txt builds fastperc._C."""
+
+from setuptools import setup
+
+setup()

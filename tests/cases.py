@@ -1,0 +1,40 @@
+"""Shapes, dtypes and tolerances that the tests share, and how errors are measured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Odd, thin, single and empty.
+SHAPES = [
+    (2, 3, 7, 11),
+    (1, 1, 1, 1),
+    (1, 3, 1, 9),
+    (3, 2, 9, 1),
+    (0, 3, 4, 4),
+    (2, 5, 33, 65),
+    (1, 70, 5, 6),
+    (4, 3, 64, 300),
+]
+
+# Largest relative error (of norms) against the same input in float64: sums are kept in float32 or wider, gradients are
+# rounded to the dtype at the end (once by the kernel and once by the incoming gradient).
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+LOSS_ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
+GRAD_ERROR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def shape_id(shape: tuple[int, ...]) -> str:
+    return "-".join(f"{name}{size}" for name, size in zip("BCHW", shape))
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(dtype).split(".")[1]]
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64; the plain norm where the expected one is zero. NaN is infinite."""
+    actual, expected = actual.double(), expected.double()
+    scale = expected.norm().item() or 1.0
+    value = (actual - expected).norm().item() / scale
+    return value if value == value else float("inf")

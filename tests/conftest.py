@@ -1,0 +1,57 @@
+"""What every test starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# The first layers of VGG-16: (name, in, out). Enough for relu1_2 and relu2_2.
+SHALLOW_VGG = [("1_1", 3, 64), ("1_2", 64, 64), ("2_1", 64, 128), ("2_2", 128, 128)]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def vgg_tensors() -> dict[str, torch.Tensor]:
+    """Random weights of VGG-16's true shapes through conv2_2, under Caffe's names, scaled to keep activations level."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, c_in, c_out in SHALLOW_VGG:
+        scale = (2 / (9 * c_in)) ** 0.5 * (1 / 64 if name == "1_1" else 1)
+        tensors[f"conv{name}.weight"] = torch.randn(c_out, c_in, 3, 3, generator=generator) * scale
+        tensors[f"conv{name}.bias"] = torch.randn(c_out, generator=generator) * 0.01
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def vgg_file(vgg_tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.npz"
+    np.savez(path, **{name: tensor.numpy() for name, tensor in vgg_tensors.items()})
+    return path
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth colourful image with some noise: not constant, not symmetric."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin((x * a + y * b) / 9 + c) for a, b, c in rng.uniform(0.3, 2.0, (3, 3))]
+    pixels = 127 + 90 * np.stack(waves, axis=2) + rng.normal(0, 8, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six photos, some in a folder within, and one file that only claims to be one."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "nested").mkdir()
+    for i in range(6):
+        picture(60 + 7 * i, 50 + 3 * i, seed=i).save(folder / ("nested" if i % 2 else ".") / f"{i}.jpg")
+    (folder / "broken.jpg").write_bytes((folder / "0.jpg").read_bytes()[:200])
+    return folder

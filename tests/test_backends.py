@@ -1,0 +1,46 @@
+"""Who runs an operation, and what happens when the one asked for cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastperc import _native, backends, ops, use_backend
+
+
+def test_the_first_without_an_obstacle_is_chosen():
+    assert backends.choose("op", native=None, triton=None) == "native"
+    assert backends.choose("op", native="too small", triton=None) == "triton"
+    assert backends.choose("op", native="too small") == "reference"
+
+
+def test_a_forced_backend_serves_or_says_why_not():
+    with use_backend("reference"):
+        assert backends.choose("op", native=None) == "reference"
+    with use_backend("native"):
+        assert backends.choose("op", native=None, triton=None) == "native"
+        with pytest.raises(RuntimeError, match="op cannot run on the native backend: too small"):
+            backends.choose("op", native="too small", triton=None)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="tv_loss cannot run on the triton backend"):
+        ops.tv_loss(torch.rand(1, 3, 8, 8))
+
+
+def test_the_choice_ends_with_the_block_even_after_an_error():
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert backends.choose("op", native=None) == "native"
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'cuda'"), use_backend("cuda"):
+        pass
+
+
+def test_native_kernels_are_built_and_used_here():
+    assert _native.unsupported(torch.rand(1, 3, 8, 8)) is None
+    assert "meta" in str(_native.unsupported(torch.empty(1, 3, 8, 8, device="meta")))
+
+
+def test_an_unsupported_dtype_falls_back():
+    x = torch.rand(1, 3, 8, 8).to(torch.float8_e4m3fn)
+    assert "float8" in str(_native.unsupported(x))

@@ -1,0 +1,79 @@
+"""Training photos: the order is a function of seed and position, and damage is skipped and counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+
+from fastperc import InputError
+from fastperc.data import PhotoCrops, batches
+
+
+def test_crops_depend_on_seed_and_position_alone(photo_folder):
+    first, second, other = (PhotoCrops(photo_folder, 24, seed) for seed in (3, 3, 4))
+    for i in (0, 5, 40):
+        crop, _ = first[i]
+        assert crop.shape == (3, 24, 24) and crop.dtype == torch.uint8
+        assert torch.equal(crop, second[i][0])
+    assert not all(torch.equal(first[i][0], other[i][0]) for i in range(7))
+
+
+def test_every_epoch_shows_every_photo_in_a_new_order(tmp_path):
+    for i in range(8):
+        Image.new("RGB", (30, 40), (i * 30, 0, 0)).save(tmp_path / f"{i}.png")
+    crops = PhotoCrops(tmp_path, 16)
+    epochs = [[int(crops[epoch * 8 + i][0][0, 0, 0]) for i in range(8)] for epoch in range(3)]
+    assert all(sorted(epoch) == [i * 30 for i in range(8)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_begin_anywhere(photo_folder, workers):
+    crops = PhotoCrops(photo_folder, 16)
+    whole = [batch for batch, _ in batches(crops, 2, 0, 5, 0)]
+    rest = [batch for batch, _ in batches(crops, 2, 3, 5, workers)]
+    assert len(whole) == 5 and len(rest) == 2
+    assert all(torch.equal(a, b) for a, b in zip(whole[3:], rest))
+
+
+def test_unreadable_photos_are_skipped_and_named(photo_folder):
+    crops = PhotoCrops(photo_folder, 16)
+    assert len(crops.paths) == 7
+    skipped = frozenset().union(*(crops[i][1] for i in range(7)))
+    assert skipped == {str(photo_folder / "broken.jpg")}
+
+
+def test_a_folder_without_a_readable_photo_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        PhotoCrops(tmp_path / "none", 16)
+    with pytest.raises(InputError, match="no images"):
+        PhotoCrops(tmp_path, 16)
+    (tmp_path / "a.jpg").write_bytes(b"not an image")
+    with pytest.raises(InputError, match="none of the 1 images can be read"):
+        PhotoCrops(tmp_path, 16)[0]
+
+
+def test_crops_show_the_photo_and_nothing_else(tmp_path):
+    """A crop of a photo twice as wide as high is one of its windows, or the mirror image of one."""
+    photo = picture(48, 24)
+    photo.save(tmp_path / "wide.png")
+    pixels = torch.frombuffer(bytearray(photo.tobytes()), dtype=torch.uint8).view(24, 48, 3).permute(2, 0, 1)
+    windows = [pixels[:, :, left : left + 24] for left in range(25)]
+    crops = PhotoCrops(tmp_path, 24)
+    seen = set()
+    for i in range(40):
+        crop, _ = crops[i]
+        found = [j for j, window in enumerate(windows) if torch.equal(crop, window)]
+        found += [100 + j for j, window in enumerate(windows) if torch.equal(crop, window.flip(2))]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) > 10 and min(seen) < 100 <= max(seen)
+
+
+@pytest.mark.parametrize("size", [(200, 100), (37, 90), (16, 16), (10, 300)], ids=str)
+def test_any_photo_gives_full_crops(tmp_path, size):
+    picture(*size).save(tmp_path / "photo.jpg")
+    for i in range(5):
+        assert PhotoCrops(tmp_path, 33)[i][0].shape == (3, 33, 33)

@@ -1,0 +1,228 @@
+"""Total variation against its formula in float64: the reference, the native kernel, the operator and the module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from cases import DTYPES, GRAD_ERROR, LOSS_ERROR, SHAPES, dtype_id, error, shape_id
+
+from fastperc import TVLoss, _native, ops, reference, use_backend
+
+NORMS = ["l2", "l1"]
+LAYOUTS = {
+    "nchw": lambda x: x.contiguous(),
+    "nhwc": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "cropped": lambda x: torch.nn.functional.pad(x, (2, 3, 1, 2))[..., 1 : 1 + x.shape[2], 2 : 2 + x.shape[3]],
+    "cropped-nhwc": lambda x: torch.nn.functional.pad(x, (2, 3, 1, 2)).contiguous(memory_format=torch.channels_last)[
+        ..., 1 : 1 + x.shape[2], 2 : 2 + x.shape[3]
+    ],
+    "some-channels": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "every-other-channel": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "some-channels-nhwc": lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, : x.shape[1]],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+}
+
+
+def by_formula(x: torch.Tensor, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient written out by hand, in float64, pair by pair."""
+    x = x.detach().double().cpu()
+    grad = torch.zeros_like(x)
+    loss = torch.zeros((), dtype=torch.float64)
+    for dim in (2, 3):
+        size = x.shape[dim]
+        d = x.narrow(dim, 1, size - 1) - x.narrow(dim, 0, size - 1)
+        loss += (d * d if norm == "l2" else d.abs()).sum()
+        slope = 2 * d if norm == "l2" else d.sign()
+        grad.narrow(dim, 1, size - 1).add_(slope)
+        grad.narrow(dim, 0, size - 1).sub_(slope)
+    return loss, grad
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_matches_formula(shape, dtype, norm, backend):
+    x = torch.rand(shape).to(dtype).requires_grad_()
+    with use_backend(backend):
+        loss = ops.tv_loss(x, norm)
+    (3 * loss).backward()
+    expected, grad = by_formula(x, norm)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert error(loss, expected) <= LOSS_ERROR[dtype]
+    assert x.grad.dtype == dtype
+    assert error(x.grad, 3 * grad) <= GRAD_ERROR[dtype]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_memory_layout(layout, norm):
+    x = LAYOUTS[layout](torch.rand(2, 3, 9, 21)).detach().requires_grad_()
+    with use_backend("native"):
+        loss = ops.tv_loss(x, norm)
+    loss.backward()
+    expected, grad = by_formula(x, norm)
+    assert error(loss, expected) <= LOSS_ERROR[torch.float32]
+    assert error(x.grad, grad) <= GRAD_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_every_element_of_the_gradient_is_written(layout):
+    x = LAYOUTS[layout](torch.rand(2, 3, 9, 67))
+    grad = torch.full_like(x, float("nan"))
+    loss = torch.full((), float("nan"))
+    _native.tv_loss_fwd(x, grad, loss, "l2")
+    assert grad.isfinite().all() and loss.isfinite()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_same_bits_on_any_number_of_threads(norm):
+    x = torch.rand(3, 3, 300, 301)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 2, 1):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.fastperc.tv_loss_fwd(x, norm, True))
+    finally:
+        torch.set_num_threads(before)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+def test_calls_from_several_threads_do_not_mix():
+    images = [torch.rand(1, 3, 64, 64) * (i + 1) for i in range(6)]
+    losses: dict[int, float] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: losses.update({i: ops.tv_loss(images[i]).item()}))
+        for i in range(len(images))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert losses == {i: ops.tv_loss(image).item() for i, image in enumerate(images)}
+
+
+def test_error_is_no_worse_than_plain_pytorch():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.rand(2, 3, 257, 311).to(dtype)
+        fused, stock = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ops.tv_loss(fused).backward()
+        reference.tv_loss(stock).backward()
+        _, grad = by_formula(x, "l2")
+        assert error(fused.grad, grad) <= 1.5 * error(stock.grad, grad) + 1e-8
+
+
+def test_reductions():
+    x = torch.rand(2, 3, 8, 9)
+    assert torch.allclose(ops.tv_loss(x, reduction="mean"), ops.tv_loss(x) / x.numel())
+    with use_backend("reference"):
+        assert torch.allclose(ops.tv_loss(x, reduction="mean"), ops.tv_loss(x) / x.numel())
+
+
+def test_module_is_the_weighted_operation():
+    x = torch.rand(2, 3, 8, 9, requires_grad=True)
+    module = TVLoss(weight=0.25, norm="l1", reduction="mean")
+    module(x).backward()
+    expected, grad = by_formula(x, "l1")
+    assert error(module(x), 0.25 * expected / x.numel()) < 1e-6
+    assert error(x.grad, 0.25 * grad / x.numel()) < 1e-6
+
+
+def test_constant_image_has_no_variation_and_no_gradient():
+    for norm in NORMS:
+        x = torch.full((1, 3, 8, 8), 0.3, requires_grad=True)
+        loss = ops.tv_loss(x, norm)
+        loss.backward()
+        assert loss.item() == 0 and not x.grad.any()
+
+
+def test_half_precision_neither_overflows_nor_underflows():
+    x = (torch.rand(1, 3, 256, 256) * 200).half().requires_grad_()
+    loss = 1e-7 * ops.tv_loss(x)  # the sum itself is far beyond float16's 65,504
+    (loss * 65536).backward()  # a GradScaler's factor
+    expected, grad = by_formula(x, "l2")
+    assert error(loss, 1e-7 * expected) < 1e-5
+    assert error(x.grad, 1e-7 * 65536 * grad) < 2e-3
+
+
+def test_not_finite_stays_visible():
+    x = torch.rand(1, 3, 8, 8)
+    x[0, 1, 4, 4] = float("nan")
+    assert ops.tv_loss(x).isnan()
+
+
+def test_stays_float32_under_autocast():
+    x = torch.rand(1, 3, 16, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ops.tv_loss(x)
+    assert loss.dtype == torch.float32
+    assert error(loss, by_formula(x, "l2")[0]) < 1e-6
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradcheck_once_and_twice(norm):
+    x = torch.rand(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.tv_loss(x, norm), x)
+    assert torch.autograd.gradgradcheck(lambda x: ops.tv_loss(x, norm), x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "cropped"])
+def test_operator_is_registered_right(layout, norm):
+    x = LAYOUTS[layout](torch.rand(2, 3, 5, 6)).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.fastperc.tv_loss_fwd, (x, norm, True))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_compiles_without_a_graph_break(layout):
+    torch.compiler.reset()
+    module = TVLoss(weight=0.5)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for shape in ((2, 3, 8, 9), (1, 3, 12, 7)):
+        x = LAYOUTS[layout](torch.rand(shape)).detach().requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        compiled(x).backward()
+        module(y).backward()
+        assert torch.equal(x.grad, y.grad)
+
+
+def test_exports():
+    x = torch.rand(1, 3, 8, 8)
+    exported = torch.export.export(TVLoss(), (x,)).module()
+    assert torch.equal(exported(x), TVLoss()(x))
+
+
+def test_copies_and_pickles():
+    module = TVLoss(2.0, "l1", "mean")
+    x = torch.rand(1, 3, 8, 8)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("x", "kwargs", "told"),
+    [
+        (torch.rand(3, 8, 8), {}, r"\[N, C, H, W\].*\[3, 8, 8\]"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int32), {}, "int32"),
+        (torch.rand(1, 3, 8, 8), {"norm": "l3"}, "l3"),
+        (torch.rand(1, 3, 8, 8), {"reduction": "none"}, "none"),
+    ],
+    ids=["3-dimensions", "integers", "norm", "reduction"],
+)
+def test_refuses(x, kwargs, told):
+    with pytest.raises(ValueError, match=told):
+        ops.tv_loss(x, **kwargs)
+
+
+def test_matches_kornia():
+    kornia = pytest.importorskip("kornia")
+    x = torch.rand(2, 3, 17, 23)
+    expected = kornia.losses.total_variation(x, reduction="sum").sum()  # one value an image, an L1 sum
+    assert error(ops.tv_loss(x, "l1"), expected) < 1e-5
