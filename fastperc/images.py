@@ -18,17 +18,33 @@ from torch import Tensor
 from fastperc.errors import InputError
 from fastperc.files import PathLike, check_readable, write_atomically
 
-ORIENTATION = 0x0112  # the EXIF tag
-SUFFIXES = frozenset(
-    suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name in Image.SAVE
-) - {".pdf", ".gif", ".eps", ".ps"}
-# Per format: carries an alpha channel; and the keywords that make it as good as it gets.
-ALPHA_FORMATS = frozenset({"PNG", "WEBP", "TIFF", "JPEG2000", "TGA", "AVIF", "ICO"})
+# What is written, and the keywords that make it as good as it gets. TIFF stays uncompressed: through libtiff, Pillow
+# cannot write the EXIF of a camera.
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "PNG": {},
     "JPEG": dict(quality=95, subsampling=0),
     "WEBP": dict(quality=95),
-    "TIFF": dict(compression="tiff_lzw"),
+    "AVIF": dict(quality=95, subsampling="4:4:4"),
+    "TIFF": {},
+    "JPEG2000": {},
+    "TGA": {},
+    "BMP": {},
+    "PPM": {},
 }
+ALPHA_FORMATS = frozenset({"PNG", "WEBP", "AVIF", "TIFF", "JPEG2000", "TGA"})
+SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name in SAVE_OPTIONS and name in Image.SAVE
+) - {".pbm", ".pgm", ".pfm"}
+# Pillow knows these by their suffix, but decodes none of them itself.
+NO_PHOTOS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"})
+READABLE_SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name not in NO_PHOTOS
+)
+# The tags that say how the pixels of the file were laid out (orientation among them), not what the picture shows.
+LAYOUT_TAGS = frozenset({*range(254, 269), *range(273, 282), *range(284, 294), 297, 301, *range(317, 360)}) | frozenset(
+    {*range(512, 533), 700, 33723, 34377, 34675}  # JPEG in TIFF, XMP, IPTC, Photoshop, ICC
+)
+MAX_PIXELS = 2 * 89_478_485  # where Pillow itself stops
 
 
 @dataclass
@@ -44,10 +60,16 @@ class Photo:
         return torch.from_numpy(np.array(self.rgb)).permute(2, 0, 1)[None].float() / 255
 
     def resized(self, long_side: int) -> Photo:
-        """The same photo with its longer side ``long_side`` pixels long."""
+        """The same photo with its longer side ``long_side`` pixels long.
+
+        Raises:
+            InputError: that would be more than ``MAX_PIXELS``.
+        """
         width, height = self.rgb.size
         scale = long_side / max(width, height)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        if math.prod(size) > MAX_PIXELS:
+            raise InputError(f"{size[0]}×{size[1]} is larger than {MAX_PIXELS:,} pixels")
         alpha = self.alpha and self.alpha.resize(size, Image.Resampling.LANCZOS)
         return Photo(self.rgb.resize(size, Image.Resampling.LANCZOS), alpha, self.metadata)
 
@@ -64,50 +86,64 @@ def read_image(path: PathLike) -> Photo:
     path = check_readable(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # a large image, a corrupt tag: the picture is there all the same
             with Image.open(path) as image:
                 image.load()
                 return _photo(image)
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image, or in a format that Pillow cannot read") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: larger than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None  # type: ignore[operator]
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # what Pillow's decoders raise on damage
+        raise InputError(f"{path}: larger than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow's decoders raise whatever the damage provokes
         raise InputError(f"{path}: damaged or cut short ({error})") from None
 
 
 def _photo(image: Image.Image) -> Photo:
     metadata: dict[str, Any] = {}
-    exif = image.getexif()
-    profile = image.info.get("icc_profile")
-    if dpi := image.info.get("dpi"):
-        metadata["dpi"] = tuple(float(value) for value in dpi)
+    if exif := _exif(image):
+        metadata["exif"] = exif
+    dpi = [float(value) for value in image.info.get("dpi", ())]
+    if len(dpi) == 2 and all(1 < value < 65536 for value in dpi):  # a TIFF without one says 1
+        metadata["dpi"] = tuple(dpi)
+    profile = image.info.get("icc_profile", b"")
     image = ImageOps.exif_transpose(image)
-    if ORIENTATION in exif:
-        del exif[ORIENTATION]
-    if len(exif):
-        metadata["exif"] = exif.tobytes()
 
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bit(image)
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         rgb, alpha = rgba.convert("RGB"), rgba.getchannel("A")
     else:
-        rgb, alpha = _rgb(image), None
-    if profile and image.mode in ("RGB", "RGBA", "P"):
+        rgb, alpha = image.convert("RGB"), None
+
+    space = profile[16:20]
+    if space == b"RGB ":
         metadata["icc_profile"] = profile
-    elif profile and image.mode in ("L", "CMYK"):
+    elif space == b"GRAY" and image.mode in ("1", "L", "LA"):
+        rgb = _to_srgb(rgb.getchannel("R"), profile) or rgb
+    elif space == b"CMYK" and image.mode == "CMYK":
         rgb = _to_srgb(image, profile) or rgb
     return Photo(rgb, alpha, metadata)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        # Pillow's own conversion clips these at 255. Integers are 16-bit samples; floats are 0–1 unless they exceed 1.
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode != "F" else (1.0 if np.nanmax(values, initial=0.0) <= 1.0 else 255.0)
-        values = np.nan_to_num(values / top * 255).clip(0, 255)
-        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+def _exif(image: Image.Image) -> bytes | None:
+    exif = image.getexif()
+    for tag in LAYOUT_TAGS & exif.keys():
+        del exif[tag]
+    try:
+        return exif.tobytes() if len(exif) else None
+    except Exception:  # damaged tags are as good as none
+        return None
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips these at 255. Integers are 16-bit samples; floats are 0–1 unless they exceed 1.
+    values = np.asarray(image, dtype=np.float64)
+    top = 65535.0 if image.mode != "F" else (1.0 if np.nanmax(values, initial=0.0) <= 1.0 else 255.0)
+    gray = Image.fromarray(np.nan_to_num(values / top * 255).clip(0, 255).round().astype(np.uint8))
+    if isinstance(transparent := image.info.get("transparency"), int):
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
@@ -132,17 +168,26 @@ def write_image(path: PathLike, photo: Photo) -> None:
     """Writes ``photo`` in the format of ``path``'s suffix, whole or not at all.
 
     A format without transparency shows the picture on white. Metadata that a format cannot hold is left out.
+
+    Raises:
+        InputError: the suffix names no format that can be written, or that format cannot hold so large an image.
+        OSError: the system refused, by a full disk for one.
     """
     path = check_format(path)
     kind = Image.registered_extensions()[path.suffix.lower()]
-    image = photo.rgb
+    image, metadata = photo.rgb, dict(photo.metadata)
     if photo.alpha is not None and kind in ALPHA_FORMATS:
         image = image.copy()
         image.putalpha(photo.alpha)
     elif photo.alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), photo.alpha)
+    if kind == "JPEG" and len(metadata.get("exif", b"")) > JPEG_SEGMENT:
+        del metadata["exif"]
     with write_atomically(path) as temporary:
-        image.save(temporary, format=kind, **SAVE_OPTIONS.get(kind, {}), **photo.metadata)
+        try:
+            image.save(temporary, format=kind, **SAVE_OPTIONS[kind], **metadata)
+        except ValueError as error:
+            raise InputError(f"{path}: cannot be written as {kind} ({error})") from None
 
 
 def to_image(x: Tensor) -> Image.Image:
@@ -160,13 +205,13 @@ def find_images(folder: PathLike) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    suffixes = Image.registered_extensions()
-    images = sorted(
-        path
-        for directory, names, files in os.walk(folder, followlinks=True)
-        for path in (Path(directory, file) for file in files)
-        if path.suffix.lower() in suffixes and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    images: list[Path] = []
+    seen: set[str] = set()
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        # Links may lead in circles.
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        ...
     if not images:
         raise InputError(f"{folder}: no images in this folder")
     return images
