@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterable
@@ -37,9 +38,7 @@ SUFFIXES = frozenset(
 ) - {".pbm", ".pgm", ".pfm"}
 # Pillow knows these by their suffix, but decodes none of them itself.
 NO_PHOTOS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"})
-READABLE_SUFFIXES = frozenset(
-    suffix for suffix, name in Image.registered_extensions().items() if name not in NO_PHOTOS
-)
+READABLE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name not in NO_PHOTOS)
 # The tags that say how the pixels of the file were laid out (orientation among them), not what the picture shows.
 LAYOUT_TAGS = frozenset({*range(254, 269), *range(273, 282), *range(284, 294), 297, 301, *range(317, 360)}) | frozenset(
     {*range(512, 533), 700, 33723, 34377, 34675}  # JPEG in TIFF, XMP, IPTC, Photoshop, ICC
@@ -181,7 +180,7 @@ def write_image(path: PathLike, photo: Photo) -> None:
         image.putalpha(photo.alpha)
     elif photo.alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), photo.alpha)
-    if kind == "JPEG" and len(metadata.get("exif", b"")) > JPEG_SEGMENT:
+    if kind == "JPEG" and len(metadata.get("exif", b"")) > 65533:  # what a JPEG segment holds
         del metadata["exif"]
     with write_atomically(path) as temporary:
         try:
@@ -199,6 +198,8 @@ def to_image(x: Tensor) -> Image.Image:
 def find_images(folder: PathLike) -> list[Path]:
     """Every file under ``folder`` with an image's suffix, at any depth, in a fixed order; hidden ones are left out.
 
+    Links are followed, to each folder once.
+
     Raises:
         InputError: there is no such folder, or no image in it.
     """
@@ -209,9 +210,13 @@ def find_images(folder: PathLike) -> list[Path]:
     seen: set[str] = set()
     for directory, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(directory)
-        # Links may lead in circles.
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        ...
+        if real in seen:  # links may lead in circles
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        images += (Path(directory, name) for name in files if not name.startswith("."))
+    images = sorted(path for path in images if path.suffix.lower() in READABLE_SUFFIXES)
     if not images:
         raise InputError(f"{folder}: no images in this folder")
     return images
