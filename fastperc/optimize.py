@@ -28,7 +28,7 @@ def optimize(
         ValueError: unknown optimizer.
         FloatingPointError: the loss is no longer finite.
     """
-    image = content.clone().requires_grad_()
+    image = content.clone(memory_format=torch.contiguous_format).requires_grad_()  # L-BFGS views it as a vector
     solver: torch.optim.Optimizer
     if optimizer == "lbfgs":
         solver = torch.optim.LBFGS([image], lr=1.0 if lr is None else lr, max_iter=1, history_size=20)
@@ -41,7 +41,7 @@ def optimize(
         solver.zero_grad()
         total = loss(image, content).total
         total.backward()
-        return total
+        return total.detach()
 
     with Meter("optimizing", iterations) as meter:
         for _ in range(iterations):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import error
 from conftest import SHALLOW_VGG
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastperc import InputError, VGG16Features
 from fastperc.models import vgg16
@@ -74,25 +74,33 @@ def test_preprocessing_can_be_told(tmp_path, vgg_tensors):
         VGG16Features(path, ["relu2_2"], preprocessing="pixels")
 
 
-def test_fetches_when_no_file_is_given(monkeypatch, vgg_tensors):
+def test_fetches_once_and_keeps_the_convolutions(tmp_path, monkeypatch, vgg_tensors):
     asked = []
-    monkeypatch.setattr(
-        torch.hub,
-        "load_state_dict_from_url",
-        lambda url, **kwargs: asked.append((url, kwargs)) or under_torchvision_names(vgg_tensors),
-    )
-    features = VGG16Features(layers=["relu1_2"])
-    assert [url for url, _ in asked] == [vgg16.TORCHVISION_URL] and asked[0][1]["weights_only"]
-    assert sum(parameter.numel() for parameter in features.parameters()) == 64 * 3 * 9 + 64 + 64 * 64 * 9 + 64
+
+    def download(url, model_dir, **kwargs):
+        asked.append(url)
+        assert kwargs["weights_only"] and kwargs["check_hash"]
+        return {**under_torchvision_names(vgg_tensors), "classifier.0.weight": torch.zeros(8, 8)}
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    for _ in range(2):
+        features = VGG16Features(layers=["relu1_2"])
+        assert sum(parameter.numel() for parameter in features.parameters()) == (3 * 9 + 1 + 64 * 9 + 1) * 64
+    assert asked == [vgg16.TORCHVISION_URL]
+    (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert set(load_file(kept)) == set(under_torchvision_names(vgg_tensors))
 
 
-def test_no_network_is_told(monkeypatch):
-    def unreachable(url, **kwargs):
+def test_no_network_is_told(tmp_path, monkeypatch):
+    def unreachable(*arguments, **kwargs):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(InputError, match=r"could not be fetched .*Name or service.*--vgg"):
         VGG16Features()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_layer_beyond_the_weights_is_refused_by_name(vgg_file):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 from fastperc.errors import InputError
-from fastperc.files import read_tensors
+from fastperc.files import read_tensors, write_tensors
 
 # Convolutions of each stage; a 2×2 max pooling stands between stages.
 STAGES = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512))
@@ -40,8 +42,8 @@ class VGG16Features(nn.Module):
 
     Args:
         weights_path: ``.npz`` with ``conv1_1.weight`` … (Caffe's original weights), torchvision's ``.pth``, or a
-            ``.safetensors`` with either's names. ``None`` fetches torchvision's weights (528 MB) through
-            ``torch.hub``, once.
+            ``.safetensors`` with either's names. ``None`` fetches torchvision's weights through
+            ``torch.hub``, once (a download of 528 MB, of which 59 are kept).
         layers: names among ``relu1_1`` … ``relu5_3``.
         preprocessing: ``"caffe"`` (BGR, 0–255 minus the mean) or ``"torchvision"``. Default: told by the names of
             the weights, ``conv1_1.weight`` being Caffe's and ``features.0.weight`` torchvision's.
@@ -127,11 +129,23 @@ class VGG16Features(nn.Module):
 
 
 def fetch_torchvision_weights() -> dict[str, Tensor]:
-    """torchvision's published VGG-16 weights, downloaded on first use and kept in ``torch.hub``'s cache."""
-    try:
-        return torch.hub.load_state_dict_from_url(TORCHVISION_URL, check_hash=True, weights_only=True)
-    except OSError as error:  # URLError, timeouts and a full disk alike
-        raise InputError(
-            f"VGG-16's weights could not be fetched ({error}): download {TORCHVISION_URL} on a machine that has "
-            f"a network and pass its path (--vgg FILE)"
-        ) from None
+    """The convolutions of torchvision's published VGG-16, downloaded on first use.
+
+    ``torch.hub``'s cache keeps them (59 MB) without the classifier they come with (470 MB).
+    """
+    cache = Path(torch.hub.get_dir(), "checkpoints", "vgg16_features-397923af.safetensors")
+    if not cache.exists():
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=cache.parent) as folder:
+                tensors = torch.hub.load_state_dict_from_url(
+                    TORCHVISION_URL, folder, map_location="cpu", check_hash=True, weights_only=True
+                )
+            features = {name: tensor for name, tensor in tensors.items() if name.startswith("features.")}
+            write_tensors(cache, features, {"source": TORCHVISION_URL})
+        except OSError as error:  # no network, a time-out, a full disk
+            raise InputError(
+                f"VGG-16's weights could not be fetched ({error}): download {TORCHVISION_URL} where there is a "
+                f"network and pass the file (--vgg FILE, or weights_path)"
+            ) from None
+    return read_tensors(cache)[0]
