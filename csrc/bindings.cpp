@@ -58,8 +58,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x_strides"), py::arg("grad_strides"), py::arg("threads"));
 
 #ifdef FASTPERC_CUDA
-  m.def("tv_loss_partials",
-        [](const std::array<std::int64_t, 5>& shape) { return tv_loss_partials(row_shape(shape)); }, py::arg("shape"));
+  m.def(
+      "tv_loss_partials", [](const std::array<std::int64_t, 5>& shape) { return tv_loss_partials(row_shape(shape)); },
+      py::arg("shape"));
   m.def(
       "tv_loss_fwd_cuda",
       [](Address x, Address grad, Address loss, Address partials, const std::string& dtype, const std::string& norm,

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -84,14 +85,22 @@ FASTPERC_HD double widen(double x) { return x; }
 FASTPERC_HD void narrow(float x, float& out) { out = x; }
 FASTPERC_HD void narrow(double x, double& out) { out = x; }
 
+// What sums of a type are kept in.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 // Calls f with a null pointer of the element type that `dtype` names.
 template <typename F>
 void dispatch(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::float32: return f(static_cast<float*>(nullptr));
-    case DType::float64: return f(static_cast<double*>(nullptr));
-    case DType::float16: return f(static_cast<Half*>(nullptr));
-    case DType::bfloat16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::float32:
+      return f(static_cast<float*>(nullptr));
+    case DType::float64:
+      return f(static_cast<double*>(nullptr));
+    case DType::float16:
+      return f(static_cast<Half*>(nullptr));
+    case DType::bfloat16:
+      return f(static_cast<BFloat16*>(nullptr));
   }
 }
 

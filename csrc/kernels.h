@@ -12,10 +12,10 @@ namespace fastperc {
 void tv_loss_fwd_cpu(const void* x, void* grad, void* loss, DType dtype, Norm norm, const RowShape& shape,
                      const RowStrides& x_strides, const RowStrides& grad_strides, int threads);
 
-// As above, on a GPU, built where nvcc is found. partials: scratch for tv_loss_partials(shape) elements of the loss's type.
+// As above, on a GPU, built where nvcc is found. partials: scratch for tv_loss_partials(shape) elements of the loss's
+// type.
 std::int64_t tv_loss_partials(const RowShape& shape);
 void tv_loss_fwd_cuda(const void* x, void* grad, void* loss, void* partials, DType dtype, Norm norm,
-                      const RowShape& shape, const RowStrides& x_strides, const RowStrides& grad_strides,
-                      void* stream);
+                      const RowShape& shape, const RowStrides& x_strides, const RowStrides& grad_strides, void* stream);
 
 }  // namespace fastperc

@@ -10,6 +10,13 @@
 #define FASTPERC_MULTIVERSION
 #endif
 
+// Inlined into each of those versions, so that it is compiled for their instruction sets too.
+#ifdef _MSC_VER
+#define FASTPERC_INLINE __forceinline
+#else
+#define FASTPERC_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace fastperc {
 
 // f(task) for every task in [0, tasks), on at most `threads` threads; which thread takes a task must not matter. Where

@@ -1,9 +1,10 @@
 // Total variation on the CPU: loss and gradient in one pass over the rows.
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
 #include "kernels.h"
 #include "parallel.h"
-
-#include <algorithm>
-#include <vector>
 
 namespace fastperc {
 namespace {
@@ -18,10 +19,9 @@ constexpr std::int64_t lanes = 64;
 // Elements [begin, end) of a row, whose neighbours to the left and right are `left` and `right` elements away: adds
 // their part of the loss to acc [lanes], and writes the gradient if asked.
 template <Norm norm, bool with_grad, typename T, typename A>
-inline __attribute__((always_inline)) void span(const T* __restrict__ x, const T* __restrict__ above,
-                                                const T* __restrict__ below, T* __restrict__ grad, A* __restrict__ acc,
-                                                std::int64_t begin, std::int64_t end, std::int64_t left,
-                                                std::int64_t right) {
+FASTPERC_INLINE void span(const T* __restrict x, const T* __restrict above, const T* __restrict below,
+                          T* __restrict grad, A* __restrict acc, std::int64_t begin, std::int64_t end,
+                          std::int64_t left, std::int64_t right) {
   for (std::int64_t i = begin; i < end; i += lanes) {
     const std::int64_t count = std::min(lanes, end - i);
     for (std::int64_t k = 0; k < count; ++k) {
@@ -35,11 +35,10 @@ inline __attribute__((always_inline)) void span(const T* __restrict__ x, const T
   }
 }
 
-// Rows [begin, end) of all the image's rows counted through; rows are summed in double.
-template <typename T, Norm norm, bool with_grad>
-inline __attribute__((always_inline)) double rows(const T* x, T* grad, const RowShape& shape, const RowStrides& xs,
-                                                  const RowStrides& gs, std::int64_t begin, std::int64_t end) {
-  using A = decltype(widen(T{}));
+// Rows [begin, end) of all the image's rows counted through; what the rows give is added up in double.
+template <Norm norm, bool with_grad, typename T>
+FASTPERC_INLINE double rows(const T* x, T* grad, const RowShape& shape, const RowStrides& xs, const RowStrides& gs,
+                            std::int64_t begin, std::int64_t end) {
   double sums[lanes] = {};
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t plane = i / shape.rows, r = i % shape.rows;
@@ -49,7 +48,7 @@ inline __attribute__((always_inline)) double rows(const T* x, T* grad, const Row
     const T* above = r > 0 ? current - xs.row : current;
     const T* below = r + 1 < shape.rows ? current + xs.row : current;
     T* out = with_grad ? grad + image * gs.outer + channel * gs.inner + r * gs.row : nullptr;
-    A acc[lanes] = {};
+    Accumulator<T> acc[lanes] = {};
     // The first pixel of a row has no left neighbour and the last no right one; both stand in for themselves.
     const std::int64_t first = shape.step, last = shape.length - shape.step;
     span<norm, with_grad>(current, above, below, out, acc, 0, first, 0, last > 0 ? shape.step : 0);
@@ -62,46 +61,40 @@ inline __attribute__((always_inline)) double rows(const T* x, T* grad, const Row
   return loss;
 }
 
-// target_clones wants plain functions, so each combination has one of its own.
-using Rows = double (*)(const void*, void*, const RowShape&, const RowStrides&, const RowStrides&, std::int64_t,
-                        std::int64_t);
-#define FASTPERC_ROWS(name, T, norm, with_grad)                                                             \
-  FASTPERC_MULTIVERSION double name(const void* x, void* grad, const RowShape& shape, const RowStrides& xs, \
-                                    const RowStrides& gs, std::int64_t begin, std::int64_t end) {           \
-    return rows<T, norm, with_grad>(static_cast<const T*>(x), static_cast<T*>(grad), shape, xs, gs, begin, end); \
+// One plain function a dtype, since templates cannot be compiled for several instruction sets; grad may be null.
+#define FASTPERC_ROWS(T)                                                                                         \
+  FASTPERC_MULTIVERSION double rows(Norm norm, const T* x, T* grad, const RowShape& shape, const RowStrides& xs, \
+                                    const RowStrides& gs, std::int64_t begin, std::int64_t end) {                \
+    if (norm == Norm::l2) {                                                                                      \
+      return grad ? rows<Norm::l2, true>(x, grad, shape, xs, gs, begin, end)                                     \
+                  : rows<Norm::l2, false>(x, grad, shape, xs, gs, begin, end);                                   \
+    }                                                                                                            \
+    return grad ? rows<Norm::l1, true>(x, grad, shape, xs, gs, begin, end)                                       \
+                : rows<Norm::l1, false>(x, grad, shape, xs, gs, begin, end);                                     \
   }
-#define FASTPERC_ROWS_OF(dtype, T)                         \
-  FASTPERC_ROWS(l2_grad_##dtype, T, Norm::l2, true)        \
-  FASTPERC_ROWS(l2_loss_##dtype, T, Norm::l2, false)       \
-  FASTPERC_ROWS(l1_grad_##dtype, T, Norm::l1, true)        \
-  FASTPERC_ROWS(l1_loss_##dtype, T, Norm::l1, false)       \
-  Rows rows_for(T*, Norm norm, bool with_grad) {           \
-    if (norm == Norm::l2) return with_grad ? l2_grad_##dtype : l2_loss_##dtype; \
-    return with_grad ? l1_grad_##dtype : l1_loss_##dtype;  \
-  }
-FASTPERC_ROWS_OF(float32, float)
-FASTPERC_ROWS_OF(float64, double)
-FASTPERC_ROWS_OF(float16, Half)
-FASTPERC_ROWS_OF(bfloat16, BFloat16)
+FASTPERC_ROWS(float)
+FASTPERC_ROWS(double)
+FASTPERC_ROWS(Half)
+FASTPERC_ROWS(BFloat16)
 
 }  // namespace
 
 void tv_loss_fwd_cpu(const void* x, void* grad, void* loss, DType dtype, Norm norm, const RowShape& shape,
                      const RowStrides& x_strides, const RowStrides& grad_strides, int threads) {
+  // Tasks are cut by the shape alone and added up in order: the sum is the same on any number of threads.
+  const std::int64_t total = shape.outer * shape.inner * shape.rows;
+  const std::int64_t per_task = std::max<std::int64_t>(elements_per_task / std::max<std::int64_t>(shape.length, 1), 1);
+  std::vector<double> partials((total + per_task - 1) / per_task);
   dispatch(dtype, [&](auto* type) {
-    const Rows rows = rows_for(type, norm, grad != nullptr);
-    // Tasks are cut by the shape alone and added up in order: the sum is the same on any number of threads.
-    const std::int64_t total = shape.outer * shape.inner * shape.rows;
-    const std::int64_t per_task = std::max<std::int64_t>(elements_per_task / std::max<std::int64_t>(shape.length, 1), 1);
-    std::vector<double> partials((total + per_task - 1) / per_task);
+    using T = std::remove_pointer_t<decltype(type)>;
     parallel_for(static_cast<std::int64_t>(partials.size()), threads, [&](std::int64_t task) {
-      const std::int64_t begin = task * per_task;
-      partials[task] = rows(x, grad, shape, x_strides, grad_strides, begin, std::min(begin + per_task, total));
+      const std::int64_t begin = task * per_task, end = std::min(begin + per_task, total);
+      partials[task] =
+          rows(norm, static_cast<const T*>(x), static_cast<T*>(grad), shape, x_strides, grad_strides, begin, end);
     });
     double sum = 0;
     for (const double partial : partials) sum += partial;
-    using A = decltype(widen(*type));
-    *static_cast<std::remove_cv_t<std::remove_reference_t<A>>*>(loss) = static_cast<A>(sum);
+    *static_cast<Accumulator<T>*>(loss) = static_cast<Accumulator<T>>(sum);
   });
 }
 

@@ -33,9 +33,9 @@ __device__ A block_sum(A value) {
 
 template <typename T, typename A, Norm norm, bool with_grad>
 __global__ void __launch_bounds__(threads_per_block)
-    tv_loss_kernel(const T* __restrict__ x_ptr,      // [outer, inner, rows, length], strided
-                   T* __restrict__ grad_ptr,         // the same, or null
-                   A* __restrict__ partials_ptr,     // [gridDim.x]
+    tv_loss_kernel(const T* __restrict x_ptr,   // [outer, inner, rows, length], strided
+                   T* __restrict grad_ptr,      // the same, or null
+                   A* __restrict partials_ptr,  // [gridDim.x]
                    RowShape shape, RowStrides x_strides, RowStrides grad_strides) {
   const std::int64_t columns = ceil_div(shape.length, threads_per_block);
   const std::int64_t bands = ceil_div(shape.rows, rows_per_thread);
@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(threads_per_block)
     const std::int64_t right = i + shape.step < shape.length ? shape.step : 0;
 
     const T* x = x_ptr + image * x_strides.outer + channel * x_strides.inner + first * x_strides.row + i;
-    T* grad = with_grad ? grad_ptr + image * grad_strides.outer + channel * grad_strides.inner +
-                              first * grad_strides.row + i
-                        : nullptr;
+    T* grad = with_grad
+                  ? grad_ptr + image * grad_strides.outer + channel * grad_strides.inner + first * grad_strides.row + i
+                  : nullptr;
     A centre = widen(x[0]);
     A above = first > 0 ? widen(x[-x_strides.row]) : centre;
 #pragma unroll
@@ -79,10 +79,9 @@ __global__ void __launch_bounds__(threads_per_block)
 }
 
 template <typename A>
-__global__ void __launch_bounds__(threads_per_block)
-    sum_partials_kernel(const A* __restrict__ partials_ptr,  // [count]
-                        A* __restrict__ loss_ptr,            // [1]
-                        std::int64_t count) {
+__global__ void __launch_bounds__(threads_per_block) sum_partials_kernel(const A* __restrict partials_ptr,  // [count]
+                                                                         A* __restrict loss_ptr,            // [1]
+                                                                         std::int64_t count) {
   double acc = 0;
   for (std::int64_t i = threadIdx.x; i < count; i += threads_per_block) acc += partials_ptr[i];
   const double sum = block_sum(acc);
@@ -92,7 +91,7 @@ __global__ void __launch_bounds__(threads_per_block)
 template <typename T, Norm norm>
 void run(const void* x, void* grad, void* loss, void* partials, const RowShape& shape, const RowStrides& x_strides,
          const RowStrides& grad_strides, void* stream) {
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using A = Accumulator<T>;
   const std::int64_t blocks = tv_loss_partials(shape);
   if (blocks > 0) {
     const auto kernel = grad ? tv_loss_kernel<T, A, norm, true> : tv_loss_kernel<T, A, norm, false>;
