@@ -87,11 +87,14 @@ def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Modul
 def load_training(path: PathLike, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts a training checkpoint's weights into ``net`` and its moments into ``optimizer``, bit for bit."""
     tensors, _ = read_tensors(path)
-    parameters = list(net.parameters())
+    parameters = dict(enumerate(net.parameters()))
     state: dict[int, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.startswith(OPTIMIZER)]:
-        index, key = name.removeprefix(OPTIMIZER).split(".", 1)
-        value, parameter = tensors.pop(name), parameters[int(index)]
+        index, _, key = name.removeprefix(OPTIMIZER).partition(".")
+        parameter = parameters.get(int(index)) if index.isdecimal() else None
+        if parameter is None:
+            raise InputError(f"{path}: {name} belongs to no parameter of this network")
+        value = tensors.pop(name)
         if value.shape == parameter.shape:  # a moment lies in memory as its parameter does
             value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(index), {})[key] = value
@@ -100,8 +103,12 @@ def load_training(path: PathLike, net: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def read_training(path: PathLike) -> dict[str, Any]:
-    """The ``training`` metadata of a file that :func:`save` wrote."""
-    return json.loads(read_tensors(path)[1].get("training", "{}"))
+    """The ``training`` metadata of a file that :func:`save` wrote; empty where it has none."""
+    _, metadata = read_tensors(path)
+    try:
+        return dict(json.loads(metadata.get("training", "{}")))
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: its training metadata is damaged") from None
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -149,7 +156,7 @@ UNUSED_STATISTICS = re.compile(r"in\d\.(running_mean|running_var|num_batches_tra
 def _from_examples(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
     tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     first = tensors.get("conv1.conv2d.weight")
-    if first is None or first.dim() != 4:
+    if first is None or first.dim() != 4 or not len(first):
         raise InputError(
             f"{path}: neither a network saved by fastperc nor a state_dict of PyTorch's fast_neural_style example "
             f"(its first tensor is {next(iter(tensors), 'missing')})"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 for a failure while running, 2 for input it cannot use."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, its exceptions say as well
     try:
         return arguments.run(arguments)
     except InputError as error:
@@ -37,16 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, ArithmeticError) as error:
         out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
         status, message = FAILED, "out of memory; try a smaller --size" if out_of_memory else str(error)
-    one_line = " ".join(message.split())
-    print(f"fastperc {arguments.command}: {one_line}", file=sys.stderr)
+    print(f"fastperc {arguments.command}: {one_line(message)}", file=sys.stderr)
     return status
+
+
+def one_line(message: str) -> str:
+    """``message`` without its line breaks."""
+    return " ".join(message.split())
 
 
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` that says what was wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(BAD_INPUT, f"{self.prog}: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,9 +85,9 @@ def add_stylize(commands: argparse._SubParsersAction[Parser]) -> None:
         "  fastperc stylize holiday/ -o painted/ --strength 0.7 --keep-colors\n"
         "  fastperc stylize photo.jpg -o out.jpg --model runs/mine/model.safetensors",
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="a photo, several, or folders of them")
+    parser.add_argument("inputs", nargs="+", type=path, metavar="INPUT", help="a photo, several, or folders of them")
     parser.add_argument(
-        "-o", "--out", type=Path, help="a file for one photo, a folder for several; default: beside INPUT"
+        "-o", "--out", type=path, help="a file for one photo, a folder for several; default: beside INPUT"
     )
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
@@ -88,7 +95,7 @@ def add_stylize(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     model.add_argument(
         "--model",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="a trained network: fastperc's .safetensors, or a state_dict of PyTorch's fast_neural_style example",
     )
@@ -121,11 +128,11 @@ def run_stylize(arguments: argparse.Namespace) -> int:
     from fastperc.models import TransformNet
     from fastperc.stylize import stylize_files
 
-    for _, target in jobs:
-        check_writable(target)
     net = checkpoints.load(source, find_device(arguments.device))
     if not isinstance(net, TransformNet):
         raise InputError(f"{source}: holds a {type(net).__name__}, which is no style network")
+    for _, target in jobs:
+        check_writable(target)
     failed = stylize_files(net, jobs, arguments.size, arguments.strength, arguments.keep_colors)
     return BAD_INPUT if failed else 0
 
@@ -138,17 +145,17 @@ def add_train(commands: argparse._SubParsersAction[Parser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  fastperc train --style painting.jpg --data photos/ --out runs/mine --device cuda --amp\n"
-        "  fastperc train … --resume                               go on after a stop, bit for bit on the CPU\n"
+        "  fastperc train ... --resume                             go on after a stop, bit for bit on the CPU\n"
         "Ctrl-C saves and stops. The result is DIR/model.safetensors; DIR/previews shows how it came about.",
     )
-    parser.add_argument("--style", required=True, type=Path, metavar="IMG", help="the painting")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="a folder of photos, flat or nested")
+    parser.add_argument("--style", required=True, type=path, metavar="IMG", help="the painting")
+    parser.add_argument("--data", required=True, type=path, metavar="DIR", help="a folder of photos, flat or nested")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="where checkpoints, previews and the result go"
+        "--out", required=True, type=path, metavar="DIR", help="where checkpoints, previews and the result go"
     )
     parser.add_argument(
         "--vgg",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="VGG-16 weights (.npz, .pth or .safetensors); default: fetch torchvision's",
     )
@@ -168,7 +175,7 @@ def add_train(commands: argparse._SubParsersAction[Parser]) -> None:
         "--style-layers",
         type=names,
         default="relu1_2,relu2_2,relu3_3,relu4_3",
-        metavar="A,B,…",
+        metavar="A,B,...",
         help="default: %(default)s",
     )
     loss.add_argument("--content-layer", default="relu2_2", metavar="L", help="default: %(default)s")
@@ -178,9 +185,9 @@ def add_train(commands: argparse._SubParsersAction[Parser]) -> None:
         choices=CONVENTIONS,
         help="what the weights multiply; default: %(default)s",
     )
-    loss.add_argument("--content-weight", type=float, metavar="X", help="default: the convention's")
-    loss.add_argument("--style-weight", type=float, metavar="X", help="default: the convention's")
-    loss.add_argument("--tv-weight", type=float, metavar="X", help="default: the convention's")
+    loss.add_argument("--content-weight", type=weight, metavar="X", help="default: the convention's")
+    loss.add_argument("--style-weight", type=weight, metavar="X", help="default: the convention's")
+    loss.add_argument("--tv-weight", type=weight, metavar="X", help="default: the convention's")
     loss.add_argument(
         "--style-size",
         type=positive,
@@ -240,20 +247,20 @@ def add_optimize(commands: argparse._SubParsersAction[Parser]) -> None:
         description="Optimises the picture itself under the training objective: minutes, not milliseconds, and no "
         "network to train.",
     )
-    parser.add_argument("input", type=Path, metavar="INPUT", help="the photo")
-    parser.add_argument("-o", "--out", required=True, type=Path, help="the picture to write")
-    parser.add_argument("--style", required=True, type=Path, metavar="IMG", help="the painting")
-    parser.add_argument("--vgg", type=Path, metavar="FILE", help="VGG-16 weights; default: fetch torchvision's")
+    parser.add_argument("input", type=path, metavar="INPUT", help="the photo")
+    parser.add_argument("-o", "--out", required=True, type=path, help="the picture to write")
+    parser.add_argument("--style", required=True, type=path, metavar="IMG", help="the painting")
+    parser.add_argument("--vgg", type=path, metavar="FILE", help="VGG-16 weights; default: fetch torchvision's")
     parser.add_argument(
         "--style-layers",
         type=names,
         default="relu1_2,relu2_2,relu3_3,relu4_3",
-        metavar="A,B,…",
+        metavar="A,B,...",
         help="default: %(default)s",
     )
     parser.add_argument("--content-layer", default="relu2_2", metavar="L", help="default: %(default)s")
-    parser.add_argument("--content-weight", type=float, metavar="X", help="beside a style weight of 1; default: 0.3")
-    parser.add_argument("--tv-weight", type=float, metavar="X", help="default: 0")
+    parser.add_argument("--content-weight", type=weight, metavar="X", help="beside a style weight of 1; default: 0.3")
+    parser.add_argument("--tv-weight", type=weight, metavar="X", help="default: 0")
     parser.add_argument(
         "--style-size",
         type=positive,
@@ -274,14 +281,16 @@ def add_optimize(commands: argparse._SubParsersAction[Parser]) -> None:
 def run_optimize(arguments: argparse.Namespace) -> int:
     from fastperc.devices import find_device
     from fastperc.files import check_writable
-    from fastperc.images import Photo, check_format, read_image, to_image, write_image
+    from fastperc.images import Photo, check_format, to_image, write_image
     from fastperc.optimize import optimize
+    from fastperc.stylize import read_photo
     from fastperc.training import build_loss
 
+    if os.path.realpath(arguments.out) == os.path.realpath(arguments.input):
+        raise InputError(f"{arguments.out}: would overwrite the photo; name another output")
     check_writable(check_format(arguments.out))
     device = find_device(arguments.device)
-    photo = read_image(arguments.input)
-    photo = photo if arguments.size is None else photo.resized(arguments.size)
+    photo = read_photo(arguments.input, arguments.size)
     loss = build_loss(
         arguments.style,
         arguments.style_size,
@@ -304,21 +313,28 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def add_device(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+
+
+def path(text: str) -> Path:
+    """A path; an empty one, of a shell variable never set, is not taken for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
+    return Path(text)
 
 
 def natural(text: str) -> int:
-    """A whole number from 0 up."""
+    """A whole number from 0 up, as large as a machine's integer."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63")
     return value
 
 
 def positive(text: str) -> int:
     """A whole number from 1 up."""
-    value = int(text)
-    if value < 1:
+    value = natural(text)
+    if value == 0:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value
 
@@ -331,6 +347,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def weight(text: str) -> float:
+    """A finite number from 0 up."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
+    return value
+
+
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
     value = float(text)
@@ -340,5 +364,8 @@ def fraction(text: str) -> float:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names between commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """Names between commas, at least one."""
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        raise argparse.ArgumentTypeError("no name given")
+    return found

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastperc.errors import InputError
 from fastperc.files import PathLike
-from fastperc.images import find_images
+from fastperc.images import find_images, read_image
 
 Sample = tuple[Tensor, frozenset[str]]
 
@@ -43,14 +43,12 @@ class PhotoCrops(Dataset[Sample]):
         for index in np.roll(order, -position):
             try:
                 return self._crop(self.paths[index], np.random.default_rng((self.seed, 1, i))), frozenset(unreadable)
-            except (OSError, SyntaxError, ValueError, EOFError, IndexError):  # what Pillow's decoders raise on damage
+            except InputError:
                 unreadable.add(str(self.paths[index]))
         raise InputError(f"{self.folder}: none of the {len(self.paths)} images can be read")
 
     def _crop(self, path: PathLike, rng: np.random.Generator) -> Tensor:
-        with Image.open(path) as image:
-            image.draft("RGB", (self.size, self.size))  # JPEGs decode at a reduced size where that is enough
-            image = ImageOps.exif_transpose(image).convert("RGB")
+        image = read_image(path, enough=self.size).rgb
         scale = self.size / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
         left, top = rng.integers(width - self.size + 1), rng.integers(height - self.size + 1)

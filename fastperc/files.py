@@ -41,8 +41,9 @@ def check_writable(path: PathLike) -> Path:
     path = Path(path)
     target = Path(os.path.realpath(path))
     try:
-        if os.path.exists(target) and not stat.S_ISREG(target.stat().st_mode):
-            raise InputError(f"{path}: is a folder or a device, a file name is needed")
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(target.stat().st_mode):
+                raise InputError(f"{path}: is a folder or a device, a file name is needed")
         made = [folder for folder in target.parents if not os.path.lexists(folder)]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,21 +111,21 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
 
 def write_tensors(path: PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Writes a ``.safetensors`` file, whole or not at all."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
     with write_atomically(path) as temporary:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(str(error)) from None
+        temporary.write_bytes(content)  # save_file would make a file that only its owner may read
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged or cut short ({error})") from None
 
 
 def _is_npz(path: Path) -> bool:

@@ -73,11 +73,15 @@ class Photo:
         return Photo(self.rgb.resize(size, Image.Resampling.LANCZOS), alpha, self.metadata)
 
 
-def read_image(path: PathLike) -> Photo:
+def read_image(path: PathLike, enough: int | None = None) -> Photo:
     """Opens any image that Pillow can, turned upright by its EXIF orientation; of several frames, the first.
 
     Grayscale, palette, 16-bit, floating-point and CMYK images become 8-bit RGB. An RGB image keeps its ICC profile
     beside its numbers; any other is converted to sRGB by it.
+
+    Args:
+        path: the file.
+        enough: where ``enough`` pixels a side will do, a larger JPEG is decoded at a fraction of its size.
 
     Raises:
         InputError: missing, unreadable, not an image, cut short.
@@ -87,25 +91,29 @@ def read_image(path: PathLike) -> Photo:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a large image, a corrupt tag: the picture is there all the same
             with Image.open(path) as image:
+                if enough is not None:
+                    image.draft("RGB", (enough, enough))
                 image.load()
                 return _photo(image)
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image, or in a format that Pillow cannot read") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: larger than {MAX_PIXELS:,} pixels") from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever the damage provokes
         raise InputError(f"{path}: damaged or cut short ({error})") from None
 
 
 def _photo(image: Image.Image) -> Photo:
     metadata: dict[str, Any] = {}
-    if exif := _exif(image):
-        metadata["exif"] = exif
     dpi = [float(value) for value in image.info.get("dpi", ())]
     if len(dpi) == 2 and all(1 < value < 65536 for value in dpi):  # a TIFF without one says 1
         metadata["dpi"] = tuple(dpi)
-    profile = image.info.get("icc_profile", b"")
-    image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile") or b""
+    image, exif = _upright(image)
+    if exif:
+        metadata["exif"] = exif
 
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bit(image)
@@ -125,20 +133,26 @@ def _photo(image: Image.Image) -> Photo:
     return Photo(rgb, alpha, metadata)
 
 
-def _exif(image: Image.Image) -> bytes | None:
-    exif = image.getexif()
+def _upright(image: Image.Image) -> tuple[Image.Image, bytes]:
+    """``image`` turned by its EXIF orientation, and the rest of its EXIF; what is damaged is as good as none."""
+    try:
+        exif = image.getexif()
+    except Exception:
+        return image, b""
+    image.info.pop("exif", None)  # exif_transpose would write it anew, and fail over a damaged tag
+    image = ImageOps.exif_transpose(image)
     for tag in LAYOUT_TAGS & exif.keys():
         del exif[tag]
     try:
-        return exif.tobytes() if len(exif) else None
-    except Exception:  # damaged tags are as good as none
-        return None
+        return image, exif.tobytes() if len(exif) else b""
+    except Exception:
+        return image, b""
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion clips these at 255. Integers are 16-bit samples; floats are 0–1 unless they exceed 1.
+    # Pillow's own conversion clips these at 255. Integers are 16-bit samples; floats are 0–1, or 0–255 if far above 1.
     values = np.asarray(image, dtype=np.float64)
-    top = 65535.0 if image.mode != "F" else (1.0 if np.nanmax(values, initial=0.0) <= 1.0 else 255.0)
+    top = 65535.0 if image.mode != "F" else (1.0 if np.nanmax(values, initial=0.0) <= 2.0 else 255.0)
     gray = Image.fromarray(np.nan_to_num(values / top * 255).clip(0, 255).round().astype(np.uint8))
     if isinstance(transparent := image.info.get("transparency"), int):
         gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
@@ -185,7 +199,7 @@ def write_image(path: PathLike, photo: Photo) -> None:
     with write_atomically(path) as temporary:
         try:
             image.save(temporary, format=kind, **SAVE_OPTIONS[kind], **metadata)
-        except ValueError as error:
+        except (ValueError, OverflowError, RuntimeError) as error:  # what Pillow's encoders raise on too many pixels
             raise InputError(f"{path}: cannot be written as {kind} ({error})") from None
 
 

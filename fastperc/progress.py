@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -10,21 +11,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 SECONDS_BETWEEN_LINES = 15.0
+SECONDS_OF_SPEED = 30.0  # the speed shown is that of so long ago until now
 
 
 def say(line: str) -> None:
-    """Prints ``line`` on stderr, above the bar if one is running."""
-    console.print(line, markup=False)
+    """Prints ``line`` on stderr, above the bar if one is running; as one line, whatever file names it holds."""
+    console.print(" ".join(line.splitlines()), markup=False)
 
 
 class Meter:
-    """Counts towards ``total``, with a note beside the count; a context manager."""
+    """Counts from ``start`` towards ``total``, with a note, the speed and the time left; a context manager."""
 
-    def __init__(self, title: str, total: int, start: int = 0, unit: str = "it") -> None:
-        self.title, self.total, self.start, self.unit = title, total, start, unit
-        self.done = start
+    def __init__(self, title: str, total: int, start: int = 0) -> None:
+        self.title, self.total, self.done = title, total, start
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -38,7 +39,8 @@ class Meter:
         self._task = self._bar.add_task(title, total=total, completed=start, note="")
 
     def __enter__(self) -> Meter:
-        self._began = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._recent = deque([(self._last_line, self.done)])  # moments and counts, the oldest first
         self._bar.start()
         return self
 
@@ -49,12 +51,15 @@ class Meter:
         """One more done."""
         self.done += 1
         now = time.monotonic()
-        speed = (self.done - self.start) / max(now - self._began, 1e-9)
-        note = f"{note}  {speed:.2f} {self.unit}/s".strip()
+        self._recent.append((now, self.done))
+        while now - self._recent[1][0] > SECONDS_OF_SPEED:
+            self._recent.popleft()
+        then, done_then = self._recent[0]
+        speed = (self.done - done_then) / max(now - then, 1e-9)
+        note = f"{note}  {speed:.2f}/s".strip()
         self._bar.update(self._task, completed=self.done, note=note)
         if not console.is_terminal and (now - self._last_line > SECONDS_BETWEEN_LINES or self.done == self.total):
-            left = (self.total - self.done) / speed
-            say(f"{self.title}  {self.done}/{self.total}  {note}  {left:.0f} s left")
+            say(f"{self.title}  {self.done}/{self.total}  {note}  {(self.total - self.done) / speed:.0f} s left")
             self._last_line = now
 
 

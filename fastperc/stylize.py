@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,15 +23,37 @@ def stylize(net: nn.Module, photo: Photo, strength: float = 1.0, keep_colors: bo
         net: takes and returns RGB in 0–1; runs where its weights are.
         strength: from 0, the photo, to 1, the painting; a blend of the two between.
         keep_colors: take only the lightness of the painting and keep the colours of the photo.
+
+    Raises:
+        FloatingPointError: the network's output is not a number.
     """
     device = next(net.parameters()).device
     x = photo.tensor().to(device, memory_format=torch.channels_last)
     with torch.inference_mode():
         y = net(x).clamp(0, 1)
+        if y.isnan().any():
+            raise FloatingPointError("the network's output is not a number: it overflows on this photo")
         if keep_colors:
             y = x + (reference.luma(y) - reference.luma(x))
         y = torch.lerp(x, y, strength)
     return Photo(to_image(y[0]), photo.alpha, photo.metadata)
+
+
+def read_photo(path: Path, size: int | None = None) -> Photo:
+    """The photo in the file ``path``, its longer side resized to ``size`` if given.
+
+    Raises:
+        InputError: it cannot be read, or has too few pixels for a network, or too many.
+    """
+    photo = read_image(path)
+    try:
+        photo = photo if size is None else photo.resized(size)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    width, height = photo.rgb.size
+    if min(width, height) < MINIMUM_SIDE:
+        raise InputError(f"{path}: {width}×{height} is too small, both sides need {MINIMUM_SIDE} pixels")
+    return photo
 
 
 def stylize_files(
@@ -48,15 +71,7 @@ def stylize_files(
     items = track(jobs, "stylizing", len(jobs)) if len(jobs) > 1 else jobs
     for source, target in items:
         try:
-            photo = read_image(source)
-            if size is not None:
-                photo = photo.resized(size)
-            if min(photo.rgb.size) < MINIMUM_SIDE:
-                width, height = photo.rgb.size
-                raise InputError(f"{source}: {width}×{height} is too small, both sides need {MINIMUM_SIDE} pixels")
-            result = stylize(net, photo, strength, keep_colors)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_image(target, result)
+            write_image(target, stylize(net, read_photo(source, size), strength, keep_colors))
         except InputError as error:
             if len(jobs) == 1:
                 raise
@@ -75,28 +90,29 @@ def plan(inputs: Sequence[Path], out: Path | None, style: str) -> list[tuple[Pat
         InputError: an input that does not exist, an output that would overwrite an input or another output.
     """
     for path in inputs:
-        if not path.exists():
+        if not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder")
     jobs: list[tuple[Path, Path]] = []
     if len(inputs) == 1 and not inputs[0].is_dir() and out is not None and not _is_folder(out):
         jobs.append((inputs[0], check_format(out)))
     else:
-        if out is not None and (out.is_file() or out.suffix.lower() in SUFFIXES):
+        if out is not None and not os.path.isdir(out) and (os.path.exists(out) or out.suffix.lower() in SUFFIXES):
             raise InputError(f"{out}: several images need a folder to go to")
         for path in inputs:
             if path.is_dir():
-                folder = out or path.with_name(f"{path.resolve().name}-{style}")
-                found = [image for image in find_images(path) if folder.resolve() not in image.resolve().parents]
-                jobs += [(image, _writable_name(folder / image.relative_to(path))) for image in found]
+                here = Path(os.path.abspath(path))  # which has a name where path is "."
+                folder = out or here.parent / f"{here.name}-{style}"
+                jobs += [(image, _writable_name(folder / image.relative_to(path))) for image in _inputs(path, folder)]
             elif out is not None:
                 jobs.append((path, _writable_name(out / path.name)))
             else:
                 jobs.append((path, _writable_name(path.with_name(f"{path.stem}-{style}{path.suffix}"))))
 
-    sources = {source.resolve() for source, _ in jobs}
-    taken: dict[Path, Path] = {}
+    jobs = list(dict.fromkeys(jobs))  # a file named twice is painted once
+    sources = {os.path.realpath(source) for source, _ in jobs}
+    taken: dict[str, Path] = {}
     for source, target in jobs:
-        key = target.resolve()
+        key = os.path.realpath(target)
         if key in sources:
             raise InputError(f"{target}: would overwrite an input; name another output")
         if key in taken:
@@ -105,8 +121,18 @@ def plan(inputs: Sequence[Path], out: Path | None, style: str) -> list[tuple[Pat
     return jobs
 
 
+def _inputs(path: Path, folder: Path) -> list[Path]:
+    """The images under ``path``, without those that an earlier run left in ``folder`` within it."""
+    images, output = find_images(path), Path(os.path.realpath(folder))
+    if Path(os.path.realpath(path)) in output.parents:
+        images = [image for image in images if output not in Path(os.path.realpath(image)).parents]
+    if not images:
+        raise InputError(f"{path}: no images in this folder besides those in {folder}")
+    return images
+
+
 def _is_folder(path: Path) -> bool:
-    return path.is_dir() or not path.suffix
+    return os.path.isdir(path) or not (path.suffix or os.path.exists(path))
 
 
 def _writable_name(path: Path) -> Path:

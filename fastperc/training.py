@@ -114,9 +114,8 @@ def train_style(recipe: Recipe, out: Path, resume: bool = False) -> None:
             terms = train_step(net, loss, optimizer, photos, recipe.amp)
             total, content, style, tv = torch.stack(terms).tolist()
             if not math.isfinite(total):
-                raise FloatingPointError(
-                    f"the loss is {total} at iteration {step}; iteration {saved} is kept in {out}; try a lower --lr"
-                )
+                kept = f"iteration {saved} is kept in {out}" if saved else "none was saved yet"
+                raise FloatingPointError(f"the loss is {total} at iteration {step}; {kept}; try a lower --lr")
             meter.advance(f"loss {total:.4g} = content {content:.4g} + style {style:.4g} + tv {tv:.3g}")
             if board is not None:
                 for name, value in terms._asdict().items():
@@ -180,10 +179,19 @@ def build_loss(
 
 
 def read_style(path: PathLike, short_side: int) -> Tensor:
-    """A painting, RGB in 0–1 [1, 3, H, W], its shorter side ``short_side`` pixels long."""
+    """A painting, RGB in 0–1 [1, 3, H, W], its shorter side ``short_side`` pixels long.
+
+    Raises:
+        InputError: it cannot be read, or would be too small or too large.
+    """
+    if short_side < MINIMUM_SIDE:
+        raise InputError(f"the painting's shorter side must have at least {MINIMUM_SIDE} pixels, not {short_side}")
     photo = read_image(path)
     width, height = photo.rgb.size
-    return photo.resized(round(short_side * max(width, height) / min(width, height))).tensor()
+    try:
+        return photo.resized(round(short_side * max(width, height) / min(width, height))).tensor()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def check_same_recipe(recipe: Recipe, checkpoint: Path) -> int:

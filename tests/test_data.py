@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import picture
@@ -77,3 +78,18 @@ def test_any_photo_gives_full_crops(tmp_path, size):
     picture(*size).save(tmp_path / "photo.jpg")
     for i in range(5):
         assert PhotoCrops(tmp_path, 33)[i][0].shape == (3, 33, 33)
+
+
+def test_photos_are_read_as_everywhere_else(tmp_path):
+    """Upright, 16-bit in their full range, alpha dropped; a large JPEG may be decoded at a fraction of its size."""
+    ramp = np.linspace(0, 65535, 24 * 24).reshape(24, 24).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    crop, _ = PhotoCrops(tmp_path, 24)[0]
+    assert crop.min() == 0 and crop.max() == 255 and abs(crop.float().mean() - 127.5) < 2
+
+    (tmp_path / "ramp.png").unlink()
+    large = picture(400, 400)
+    large.save(tmp_path / "large.jpg", quality=95)
+    crop, _ = PhotoCrops(tmp_path, 24)[0]
+    small = torch.from_numpy(np.array(large.resize((24, 24), Image.Resampling.BOX))).permute(2, 0, 1)
+    assert min((crop.float() - side.float()).abs().mean() for side in (small, small.flip(2))) < 6

@@ -192,3 +192,17 @@ def test_the_step_size_decays_to_zero_when_asked():
     assert abs(training.learning_rate(recipe, 51) - 0.25) < 1e-9
     assert 0 < training.learning_rate(recipe, 100) < 1e-3
     assert training.learning_rate(training.Recipe(style="", data=""), 40_000) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("--style-size", "8"), "the painting's shorter side must have at least 16 pixels, not 8"),
+        (("--style-size", "900000"), "painting.png: "),
+        (("--size", "8"), "training crops need a side of at least 16 pixels, not 8"),
+    ],
+    ids=["small-painting", "huge-painting", "small-crops"],
+)
+def test_sizes_that_cannot_be_are_refused(options, tmp_path, capsys, change, told):
+    assert run(options, tmp_path / "run", *change) == 2
+    assert told in capsys.readouterr().err

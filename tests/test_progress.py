@@ -1,0 +1,39 @@
+"""What long work shows."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastperc import progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until told otherwise."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_gets_a_line_now_and_then_with_the_present_speed(clock, capsys):
+    with progress.Meter("working", 200) as meter:
+        for i in range(200):
+            clock[0] += 0.1 if i < 100 else 1.0  # ten a second, then one
+            meter.advance(f"step {i + 1}")
+    lines = capsys.readouterr().err.splitlines()
+    assert 6 <= len(lines) <= 9
+    assert lines[-1].startswith("working  200/200  step 200  1.00/s") and lines[-1].endswith("0 s left")
+    assert "1.00/s" in lines[-2]
+
+
+def test_a_resumed_count_begins_where_it_stopped(clock, capsys):
+    with progress.Meter("working", 12, start=10) as meter:
+        for _ in range(2):
+            clock[0] += 2.0
+            meter.advance()
+    assert capsys.readouterr().err.splitlines() == ["working  12/12  0.50/s  0 s left"]
+
+
+def test_tracks_what_it_hands_on(capsys):
+    assert list(progress.track("abc", "counting", 3)) == ["a", "b", "c"]
+    assert "counting  3/3" in capsys.readouterr().err
