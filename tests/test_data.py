@@ -88,8 +88,8 @@ def test_photos_are_read_as_everywhere_else(tmp_path):
     assert crop.min() == 0 and crop.max() == 255 and abs(crop.float().mean() - 127.5) < 2
 
     (tmp_path / "ramp.png").unlink()
-    large = picture(400, 400)
+    large = picture(8, 8).resize((400, 400), Image.Resampling.BICUBIC)  # smooth: any good resampling agrees
     large.save(tmp_path / "large.jpg", quality=95)
     crop, _ = PhotoCrops(tmp_path, 24)[0]
     small = torch.from_numpy(np.array(large.resize((24, 24), Image.Resampling.BOX))).permute(2, 0, 1)
-    assert min((crop.float() - side.float()).abs().mean() for side in (small, small.flip(2))) < 6
+    assert min((crop.float() - side.float()).abs().mean() for side in (small, small.flip(2))) < 3
