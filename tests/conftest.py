@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import fastperc
+from fastperc.cli import main
 
 # The first layers of VGG-16: (name, in, out). Enough for relu1_2 and relu2_2.
 SHALLOW_VGG = [("1_1", 3, 64), ("1_2", 64, 64), ("2_1", 64, 128), ("2_2", 128, 128)]
@@ -55,3 +59,43 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture(60 + 7 * i, 50 + 3 * i, seed=i).save(folder / ("nested" if i % 2 else ".") / f"{i}.jpg")
     (folder / "broken.jpg").write_bytes((folder / "0.jpg").read_bytes()[:200])
     return folder
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs a command in this process."""
+
+    def run(*arguments):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse
+            status = exit.code
+        return Result(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to run in, with a photo."""
+    monkeypatch.chdir(tmp_path)
+    picture(32, 24).save("photo.png")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "wave.safetensors"
+    fastperc.save(fastperc.TransformNet("instance", width=4), path)
+    return path
+
+
+@pytest.fixture
+def vgg_options(vgg_file):
+    return "--vgg", vgg_file, "--style-layers", "relu1_2,relu2_2", "--content-layer", "relu2_2"
