@@ -16,23 +16,30 @@ constexpr std::int64_t elements_per_task = 1 << 17;
 // summation whatever the width of the machine's vectors.
 constexpr std::int64_t lanes = 64;
 
-// Elements [begin, end) of a row, whose neighbours to the left and right are `left` and `right` elements away: adds
-// their part of the loss to acc [lanes], and writes the gradient if asked.
+// `count` elements of a row from x on, at most `lanes`, whose neighbours to the left and right are `left` and `right`
+// elements away: adds their part of the loss to acc [lanes], and writes the gradient if asked.
 template <Norm norm, bool with_grad, typename T, typename A>
-FASTPERC_INLINE void span(const T* __restrict x, const T* __restrict above, const T* __restrict below,
-                          T* __restrict grad, A* __restrict acc, std::int64_t begin, std::int64_t end,
-                          std::int64_t left, std::int64_t right) {
-  for (std::int64_t i = begin; i < end; i += lanes) {
-    const std::int64_t count = std::min(lanes, end - i);
-    for (std::int64_t k = 0; k < count; ++k) {
-      const A centre = widen(x[i + k]), to_right = widen(x[i + k + right]), under = widen(below[i + k]);
-      acc[k] += pixel_loss<norm, A>(centre, to_right, under);
-      if (with_grad) {
-        const A to_left = widen(x[i + k - left]), over = widen(above[i + k]);
-        narrow(pixel_grad<norm, A>(centre, to_left, to_right, over, under), grad[i + k]);
-      }
+FASTPERC_INLINE void chunk(const T* __restrict x, const T* __restrict above, const T* __restrict below,
+                           T* __restrict grad, A* __restrict acc, std::int64_t count, std::int64_t left,
+                           std::int64_t right) {
+  for (std::int64_t k = 0; k < count; ++k) {
+    const A centre = widen(x[k]), to_right = widen(x[k + right]), under = widen(below[k]);
+    acc[k] += pixel_loss<norm, A>(centre, to_right, under);
+    if (with_grad) {
+      narrow(pixel_grad<norm, A>(centre, widen(x[k - left]), to_right, widen(above[k]), under), grad[k]);
     }
   }
+}
+
+// Elements [begin, end) of a row, in chunks.
+template <Norm norm, bool with_grad, typename T, typename A>
+FASTPERC_INLINE void span(const T* x, const T* above, const T* below, T* grad, A* acc, std::int64_t begin,
+                          std::int64_t end, std::int64_t left, std::int64_t right) {
+  std::int64_t i = begin;
+  for (; i + lanes <= end; i += lanes) {  // of a length that the compiler knows
+    chunk<norm, with_grad>(x + i, above + i, below + i, grad + i, acc, lanes, left, right);
+  }
+  if (i < end) chunk<norm, with_grad>(x + i, above + i, below + i, grad + i, acc, end - i, left, right);
 }
 
 // Rows [begin, end) of all the image's rows counted through; what the rows give is added up in double.

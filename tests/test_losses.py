@@ -101,3 +101,14 @@ def test_perceptual_loss_refuses(features):
         PerceptualLoss(features, torch.rand(1, 3, 16, 16), style_layers=["relu1_2", "relu3_3"])
     with pytest.raises(ValueError, match="without relu3_3"):
         PerceptualLoss(features, content_layer="relu3_3")
+
+
+def test_compiles_without_a_graph_break(features):
+    torch.compiler.reset()
+    loss = PerceptualLoss(features, torch.rand(1, 3, 24, 24), convention="relative", tv_weight=0.1)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    output, content = torch.rand(1, 3, 24, 24), torch.rand(1, 3, 24, 24)
+    ours, theirs = output.clone().requires_grad_(), output.clone().requires_grad_()
+    loss(ours, content).total.backward()
+    compiled(theirs, content).total.backward()
+    assert error(theirs.grad, ours.grad) < 1e-5

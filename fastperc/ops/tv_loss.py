@@ -35,7 +35,7 @@ def tv_loss(x: Tensor, norm: str = "l2", reduction: str = "sum") -> Tensor:
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     if backends.choose("tv_loss", native=_native.unsupported(x)) == "reference":
         return reference.tv_loss(x, norm, reduction)
-    loss, _ = torch.ops.fastperc.tv_loss_fwd(x, norm, torch.is_grad_enabled() and x.requires_grad)
+    loss = _TVLoss.apply(x, norm)
     return loss / x.numel() if reduction == "mean" else loss
 
 
@@ -60,19 +60,35 @@ def _outputs(x: Tensor, norm: str, with_grad: bool) -> tuple[Tensor, Tensor]:
     return loss, torch.empty_like(x, memory_format=layout)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, str, bool], output: tuple[Tensor, Tensor]) -> None:
-    _, ctx.norm, _ = inputs
-    ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)
+class _TVLoss(torch.autograd.Function):
+    """The gradient comes with the loss and belongs to the first backward, which scales it in place.
 
+    A further backward, and a compiled one, computes it from ``x``.
+    """
 
-def _backward(ctx: Any, grad_loss: Tensor | None, grad_grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-    (grad,) = ctx.saved_tensors
-    result = None if grad_loss is None else (reference.widen(grad) * grad_loss).to(grad.dtype)
-    if grad_grad is not None and ctx.norm == "l2":  # differentiated twice: the derivative of l2 is linear and symmetric
-        _, second = torch.ops.fastperc.tv_loss_fwd(grad_grad, "l2", True)
-        result = second if result is None else result + second
-    return result, None, None
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: str) -> Tensor:
+        at_once = ctx.needs_input_grad[0] and not torch.compiler.is_compiling()
+        loss, grad = torch.ops.fastperc.tv_loss_fwd(x, norm, at_once)
+        ctx.save_for_backward(x)
+        ctx.norm = norm
+        if at_once:
+            ctx.grad = grad
+        return loss
 
-
-tv_loss_fwd.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        grad = None
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():  # to be differentiated again
+                loss = reference.tv_loss(x, ctx.norm)
+                return torch.autograd.grad(loss, x, grad_loss, create_graph=True)[0], None
+            grad, ctx.grad = ctx.grad, None
+            if grad is not None and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
+                return grad, None  # on a GPU, to know would be to wait
+        if grad is None:
+            _, grad = torch.ops.fastperc.tv_loss_fwd(x, ctx.norm, True)
+        if grad.dtype == grad_loss.dtype:
+            return grad.mul_(grad_loss), None
+        return (reference.widen(grad) * grad_loss).to(grad.dtype), None
