@@ -1,4 +1,4 @@
-"""Perceptual-loss networks (Johnson, Alahi and Fei-Fei, 2016) that train and run as fast as the hardware allows.
+"""Perceptual-loss networks (Johnson, Alahi and Fei-Fei, 2016) as drop-in PyTorch modules.
 
 Public names are imported when they are first used: ``import fastperc`` and ``fastperc --help`` need no torch.
 """

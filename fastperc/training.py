@@ -212,11 +212,14 @@ def check_same_recipe(recipe: Recipe, checkpoint: Path) -> int:
 
 
 def save(recipe: Recipe, step: int, net: torch.nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> None:
-    """Writes the checkpoint to resume from, then the network alone, whose metadata names files but no folders."""
+    """Writes the network alone, whose metadata names files but no folders, then the checkpoint to resume from.
+
+    In this order a run killed between the two repeats the step; in the other, its last network could be missing.
+    """
     training = asdict(recipe) | dict(step=step)
-    checkpoints.save(net, out / CHECKPOINT, training=training, optimizer=optimizer)
     names = {key: Path(training[key]).name for key in ("style", "data", "vgg") if training[key]}
     checkpoints.save(net, out / MODEL, training=training | names)
+    checkpoints.save(net, out / CHECKPOINT, training=training, optimizer=optimizer)
 
 
 def write_preview(net: torch.nn.Module, photos: Tensor, path: Path) -> None:

@@ -75,6 +75,16 @@ def test_srcnn_has_the_published_number_of_weights():
     assert count(SRCNN()) == 57_184 and count(SRCNN(kernel_sizes=(9, 1, 5))) == 8_032
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("make", [lambda: SuperResolutionNet(4, width=4), SRCNN], ids=["sr", "srcnn"])
+def test_half_precision(make, dtype):
+    net, x = make().eval(), torch.rand(1, 3, 20, 24)
+    with torch.inference_mode():
+        expected = net(x)
+        half = net.to(dtype)(x.to(dtype))
+    assert half.dtype == dtype and error(half, expected) < 3e-2
+
+
 @pytest.mark.parametrize("scale", [0, 1, 3, 6])
 def test_refuses_a_scale_that_is_no_power_of_two(scale):
     with pytest.raises(ValueError, match=str(scale)):
