@@ -10,8 +10,12 @@ namespace fastperc {
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads, void* stream,
             Arguments... arguments) {
+#ifdef __CUDACC__
   kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
+#else  // the tests run kernels on the CPU
+  const cudaError_t error = cuda_on_cpu::launch(blocks, threads, 0, stream, kernel, arguments...);
+#endif
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 

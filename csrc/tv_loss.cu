@@ -1,9 +1,12 @@
 // Total variation on a GPU: loss and gradient in one pass, repeatable to the bit (no atomics).
 //
-// A thread walks down `rows_per_thread` rows of one column, so that each row is read from memory once: the row below
-// becomes the centre, the centre the row above. Left and right neighbours are a neighbouring thread's centre and come
-// from L1. Each block leaves one partial sum; a second kernel adds them up in a fixed order.
+// A warp takes a tile of 32 vectors by `tile_rows` rows, a thread one column of it. Vectors are of 16 bytes where
+// pointers, strides and length allow, else of one element. All of a column is asked for at once, so that enough is on its
+// way to hide the latency of memory. The warps of a block take tiles one below the other: the rows they share come from
+// L1, as does what lies to the left and right of a vector, and memory gives each row once. Each block leaves one partial
+// sum; a second kernel adds them up in a fixed order.
 #include <algorithm>
+#include <limits>
 
 #include "kernels.h"
 #include "launch.cuh"
@@ -11,109 +14,227 @@
 namespace fastperc {
 namespace {
 
-constexpr int threads_per_block = 256;
-constexpr int rows_per_thread = 8;
 constexpr int warp = 32;
+constexpr int threads_per_block = 256;
+constexpr int warps_per_block = threads_per_block / warp;
+constexpr int tile_rows = 4;
+constexpr int vector_bytes = 16;
+constexpr int sum_threads = 1024;
 
-__host__ __device__ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The sum of `value` over the block, in thread 0. The same tree every time.
-template <typename A>
-__device__ A block_sum(A value) {
-  __shared__ A warp_sums[threads_per_block / warp];
-  for (int offset = warp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  if (threadIdx.x % warp == 0) warp_sums[threadIdx.x / warp] = value;
-  __syncthreads();
-  A sum = 0;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < threads_per_block / warp; ++i) sum += warp_sums[i];
+// The tiles of an image, numbered downwards first, then across, then from plane to plane. In 32 bits, as is all that the
+// kernel counts except for offsets: a division of 64 bits takes as long as a row.
+struct Tiling {
+  unsigned down, across, count;
+  Tiling(const RowShape& shape, int vec) {
+    const std::int64_t rows = ceil_div(shape.rows, tile_rows), columns = ceil_div(shape.length, warp * vec);
+    const std::int64_t tiles = shape.outer * shape.inner * rows * columns;
+    constexpr std::int64_t limit = std::numeric_limits<int>::max() - 1024;  // what a tile sticks out beyond the border
+    if (std::max({shape.rows, shape.length, tiles}) > limit) {
+      throw std::invalid_argument("fastperc: tv_loss: rows, columns or tiles beyond the reach of 32 bits");
+    }
+    down = static_cast<unsigned>(rows);
+    across = static_cast<unsigned>(columns);
+    count = static_cast<unsigned>(tiles);
   }
-  return sum;
+  unsigned blocks() const { return static_cast<unsigned>(ceil_div(count, warps_per_block)); }
+};
+
+template <typename T, int size>
+struct alignas(sizeof(T) * size) Vector {
+  T at[size];
+};
+template <int size, typename T>
+__device__ Vector<T, size> load(const T* ptr) {
+  return *reinterpret_cast<const Vector<T, size>*>(ptr);
+}
+template <int size, typename T>
+__device__ void store(T* ptr, const Vector<T, size>& vector) {
+  *reinterpret_cast<Vector<T, size>*>(ptr) = vector;
 }
 
-template <typename T, typename A, Norm norm, bool with_grad>
-__global__ void __launch_bounds__(threads_per_block)
-    tv_loss_kernel(const T* __restrict x_ptr,   // [outer, inner, rows, length], strided
-                   T* __restrict grad_ptr,      // the same, or null
-                   A* __restrict partials_ptr,  // [gridDim.x]
-                   RowShape shape, RowStrides x_strides, RowStrides grad_strides) {
-  const std::int64_t columns = ceil_div(shape.length, threads_per_block);
-  const std::int64_t bands = ceil_div(shape.rows, rows_per_thread);
-  const std::int64_t plane = blockIdx.x / (columns * bands);
-  const std::int64_t band = blockIdx.x / columns % bands;
-  const std::int64_t i = blockIdx.x % columns * threads_per_block + threadIdx.x;
+// The sum of `value` over the warp in its first lane, over the block in its first thread. The same tree every time.
+template <typename A>
+__device__ A warp_sum(A value) {
+#pragma unroll
+  for (int offset = warp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
+  return value;
+}
+template <int threads, typename A>
+__device__ A block_sum(A value) {
+  __shared__ A warp_sums[threads / warp];
+  const int lane = threadIdx.x % warp;
+  value = warp_sum(value);
+  if (lane == 0) warp_sums[threadIdx.x / warp] = value;
+  __syncthreads();
+  return warp_sum(lane < threads / warp ? warp_sums[lane] : A(0));
+}
+
+// The launch bounds leave registers enough that the compiler does load all of a column before it uses any.
+// vec: elements of a vector. step: that of the shape, less than vec; 0 for any other, with vectors of one element.
+template <typename T, int vec, int step, Norm norm, bool with_grad>
+__global__ void __launch_bounds__(threads_per_block, step > 1 ? 2 : 3)
+    tv_loss_kernel(const T* __restrict x_ptr,                // [outer, inner, rows, length], strided
+                   T* __restrict grad_ptr,                   // the same, or null
+                   Accumulator<T>* __restrict partials_ptr,  // [gridDim.x]
+                   RowShape shape, RowStrides x_strides, RowStrides grad_strides, Tiling tiles) {
+  static_assert(step > 0 ? step < vec : vec == 1, "a neighbour is in the same vector or in the one beside it");
+  using A = Accumulator<T>;
+  const int rows = static_cast<int>(shape.rows), length = static_cast<int>(shape.length);
+  const unsigned tile = blockIdx.x * warps_per_block + threadIdx.x / warp;
+  const unsigned column = tile / tiles.down, plane = column / tiles.across;
+  const int first = static_cast<int>(tile % tiles.down) * tile_rows;
+  const int i = static_cast<int>(column % tiles.across * warp + threadIdx.x % warp) * vec;
 
   A acc = 0;
-  if (i < shape.length) {
-    const std::int64_t image = plane / shape.inner, channel = plane % shape.inner;
-    const std::int64_t first = band * rows_per_thread;
-    const std::int64_t last = min(first + rows_per_thread, shape.rows);
-    const std::int64_t left = i >= shape.step ? -shape.step : 0;
-    const std::int64_t right = i + shape.step < shape.length ? shape.step : 0;
-
+  if (tile < tiles.count && i < length) {
+    const unsigned inner = static_cast<unsigned>(shape.inner), image = plane / inner, channel = plane % inner;
     const T* x = x_ptr + image * x_strides.outer + channel * x_strides.inner + first * x_strides.row + i;
     T* grad = with_grad
                   ? grad_ptr + image * grad_strides.outer + channel * grad_strides.inner + first * grad_strides.row + i
                   : nullptr;
-    A centre = widen(x[0]);
-    A above = first > 0 ? widen(x[-x_strides.row]) : centre;
+
+    // A neighbour is `reach` elements on in the same vector, or in what is loaded from `to_left` before it or `to_right`
+    // after it. Where more than one element is wanted from there, it is the whole vector, which is aligned.
+    constexpr int reach = step > 0 ? step : 1;
+    constexpr int side = step > 1 ? vec : 1;
+    const int to_left = step > 0 ? side : static_cast<int>(shape.step);
+    const int to_right = step > 0 ? vec : static_cast<int>(shape.step);
+    const bool has_left = i >= to_left, has_right = i < length - to_right;
+
+    // `count` rows from x on. The row before them is `to_above` elements away from the first, the row after them
+    // `to_below` from the last; at the border these are 0, and a row stands in for the one that is missing.
+    const auto walk = [&](auto count, std::int64_t to_above, std::int64_t to_below) {
+      constexpr int n = decltype(count)::value;
+      const Vector<T, vec> row_above = load<vec>(x + to_above);
+      Vector<T, vec> row[n + 1];
+      Vector<T, side> left_side[n], right_side[n];
 #pragma unroll
-    for (int k = 0; k < rows_per_thread; ++k) {
-      const std::int64_t r = first + k;
-      if (r < last) {
-        const A below = r + 1 < shape.rows ? widen(x[x_strides.row]) : centre;
-        const A to_right = widen(x[right]);
-        acc += pixel_loss<norm, A>(centre, to_right, below);
+      for (int k = 0; k < n; ++k) {
+        row[k] = load<vec>(x);
+        if (with_grad && has_left) left_side[k] = load<side>(x - to_left);
+        if (has_right) right_side[k] = load<side>(x + to_right);
+        x += k + 1 < n ? x_strides.row : to_below;
+      }
+      row[n] = load<vec>(x);
+
+      A centre[vec], above[vec];  // the row at hand, and the slopes down to it
+#pragma unroll
+      for (int j = 0; j < vec; ++j) {
+        centre[j] = widen(row[0].at[j]);
+        above[j] = slope<norm>(centre[j] - widen(row_above.at[j]));
+      }
+#pragma unroll
+      for (int k = 0; k < n; ++k) {
+        A next[vec], right[vec], below[vec];  // the row below, and the slopes to the right and down
+#pragma unroll
+        for (int j = 0; j < vec; ++j) {
+          A neighbour = centre[j];
+          if (j + reach < vec) {
+            neighbour = centre[j + reach];
+          } else if (has_right) {
+            neighbour = widen(right_side[k].at[j + reach - vec]);
+          }
+          next[j] = widen(row[k + 1].at[j]);
+          acc += variation<norm>(neighbour - centre[j]);
+          acc += variation<norm>(next[j] - centre[j]);
+          right[j] = slope<norm>(neighbour - centre[j]);
+          below[j] = slope<norm>(next[j] - centre[j]);
+        }
         if (with_grad) {
-          narrow(pixel_grad<norm, A>(centre, widen(x[left]), to_right, above, below), *grad);
+          Vector<T, vec> out;
+#pragma unroll
+          for (int j = 0; j < vec; ++j) {
+            A left = 0;
+            if (j >= reach) {
+              left = right[j - reach];
+            } else if (has_left) {
+              left = slope<norm>(centre[j] - widen(left_side[k].at[j + side - reach]));
+            }
+            narrow(pixel_grad<norm>(left, right[j], above[j], below[j]), out.at[j]);
+          }
+          store(grad, out);
           grad += grad_strides.row;
         }
-        above = centre;
-        centre = below;
-        x += x_strides.row;
+#pragma unroll
+        for (int j = 0; j < vec; ++j) {
+          centre[j] = next[j];
+          above[j] = below[j];
+        }
       }
+    };
+    const std::int64_t row = x_strides.row;
+    if (first + tile_rows <= rows) {
+      walk(std::integral_constant<int, tile_rows>(), first > 0 ? -row : 0, first + tile_rows < rows ? row : 0);
+    } else {
+#pragma unroll 1
+      for (int r = first; r < rows; ++r) walk(std::integral_constant<int, 1>(), r > 0 ? -row : 0, r + 1 < rows ? row : 0);
     }
   }
-  const A sum = block_sum(acc);
+  const A sum = block_sum<threads_per_block>(acc);
   if (threadIdx.x == 0) partials_ptr[blockIdx.x] = sum;
 }
 
 template <typename A>
-__global__ void __launch_bounds__(threads_per_block) sum_partials_kernel(const A* __restrict partials_ptr,  // [count]
-                                                                         A* __restrict loss_ptr,            // [1]
-                                                                         std::int64_t count) {
+__global__ void __launch_bounds__(sum_threads) sum_partials_kernel(const A* __restrict partials_ptr,  // [count]
+                                                                   A* __restrict loss_ptr,            // [1]
+                                                                   int count) {
   double acc = 0;
-  for (std::int64_t i = threadIdx.x; i < count; i += threads_per_block) acc += partials_ptr[i];
-  const double sum = block_sum(acc);
+#pragma unroll 8
+  for (int i = threadIdx.x; i < count; i += sum_threads) acc += partials_ptr[i];
+  const double sum = block_sum<sum_threads>(acc);
   if (threadIdx.x == 0) *loss_ptr = static_cast<A>(sum);
 }
 
-template <typename T, Norm norm>
+// Whether every row from `data` on can be read and written in vectors of 16 bytes.
+template <typename T>
+bool vectors_fit(const void* data, const RowShape& shape, const RowStrides& strides) {
+  constexpr std::int64_t vec = vector_bytes / sizeof(T);
+  return reinterpret_cast<std::uintptr_t>(data) % vector_bytes == 0 && shape.length % vec == 0 &&
+         (shape.outer == 1 || strides.outer % vec == 0) && (shape.inner == 1 || strides.inner % vec == 0) &&
+         (shape.rows == 1 || strides.row % vec == 0);
+}
+
+template <typename T, Norm norm, bool with_grad>
 void run(const void* x, void* grad, void* loss, void* partials, const RowShape& shape, const RowStrides& x_strides,
          const RowStrides& grad_strides, void* stream) {
   using A = Accumulator<T>;
-  const std::int64_t blocks = tv_loss_partials(shape);
-  if (blocks > 0) {
-    const auto kernel = grad ? tv_loss_kernel<T, A, norm, true> : tv_loss_kernel<T, A, norm, false>;
-    launch("tv_loss", kernel, static_cast<unsigned>(blocks), threads_per_block, stream, static_cast<const T*>(x),
-           static_cast<T*>(grad), static_cast<A*>(partials), shape, x_strides, grad_strides);
+  constexpr int wide = vector_bytes / sizeof(T);
+  const bool fit = vectors_fit<T>(x, shape, x_strides) && (!with_grad || vectors_fit<T>(grad, shape, grad_strides));
+  auto kernel = tv_loss_kernel<T, 1, 0, norm, with_grad>;
+  int vec = 1;
+  if (fit && shape.step == 1) {
+    kernel = tv_loss_kernel<T, wide, 1, norm, with_grad>;
+    vec = wide;
   }
-  launch("sum_partials", sum_partials_kernel<A>, 1u, threads_per_block, stream, static_cast<const A*>(partials),
-         static_cast<A*>(loss), blocks);
+  if constexpr (wide > 3) {
+    if (fit && shape.step == 3) {
+      kernel = tv_loss_kernel<T, wide, 3, norm, with_grad>;
+      vec = wide;
+    }
+  }
+  const Tiling tiles(shape, vec);
+  if (tiles.count > 0) {
+    launch("tv_loss", kernel, tiles.blocks(), threads_per_block, stream, static_cast<const T*>(x),
+           static_cast<T*>(grad), static_cast<A*>(partials), shape, x_strides, grad_strides, tiles);
+  }
+  launch("sum_partials", sum_partials_kernel<A>, 1u, sum_threads, stream, static_cast<const A*>(partials),
+         static_cast<A*>(loss), static_cast<int>(tiles.blocks()));
 }
 
 }  // namespace
 
-std::int64_t tv_loss_partials(const RowShape& shape) {
-  return shape.outer * shape.inner * ceil_div(shape.rows, rows_per_thread) * ceil_div(shape.length, threads_per_block);
-}
+// As many as vectors of one element leave: wider ones leave fewer.
+std::int64_t tv_loss_partials(const RowShape& shape) { return Tiling(shape, 1).blocks(); }
 
 void tv_loss_fwd_cuda(const void* x, void* grad, void* loss, void* partials, DType dtype, Norm norm,
                       const RowShape& shape, const RowStrides& x_strides, const RowStrides& grad_strides,
                       void* stream) {
   dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto run_norm = norm == Norm::l2 ? run<T, Norm::l2> : run<T, Norm::l1>;
+    const auto run_norm = norm == Norm::l2 ? (grad ? run<T, Norm::l2, true> : run<T, Norm::l2, false>)
+                                           : (grad ? run<T, Norm::l1, true> : run<T, Norm::l1, false>);
     run_norm(x, grad, loss, partials, shape, x_strides, grad_strides, stream);
   });
 }

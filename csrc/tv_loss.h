@@ -1,6 +1,7 @@
 // Total variation: what the CPU and the CUDA kernel share, the layout of an image and the maths of one difference.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "dtypes.h"
@@ -20,16 +21,15 @@ struct RowStrides {
   std::int64_t outer, inner, row;
 };
 
-// What a difference d between two neighbours adds to the loss, and the derivative of that. |d|' is 0 at 0.
+// What a difference d between two neighbours adds to the loss.
 template <Norm norm, typename A>
 FASTPERC_HD A variation(A d) {
-  if (norm == Norm::l2) return d * d;
-  return d < A(0) ? -d : d;
+  return norm == Norm::l2 ? d * d : std::fabs(d);
 }
+// The derivative of that, halved for l2. |d|' is 0 at 0.
 template <Norm norm, typename A>
 FASTPERC_HD A slope(A d) {
-  if (norm == Norm::l2) return A(2) * d;
-  return A(d > A(0)) - A(d < A(0));
+  return norm == Norm::l2 ? d : A(d > A(0)) - A(d < A(0));
 }
 
 // One pixel and its neighbours; beyond the border a neighbour is the pixel itself, which adds nothing. Each pair is
@@ -38,10 +38,16 @@ template <Norm norm, typename A>
 FASTPERC_HD A pixel_loss(A centre, A right, A below) {
   return variation<norm>(right - centre) + variation<norm>(below - centre);
 }
+// From the slopes of the differences, each of a pixel and the one before it.
+template <Norm norm, typename A>
+FASTPERC_HD A pixel_grad(A left, A right, A above, A below) {
+  const A sum = (left - right) + (above - below);
+  return norm == Norm::l2 ? A(2) * sum : sum;
+}
 template <Norm norm, typename A>
 FASTPERC_HD A pixel_grad(A centre, A left, A right, A above, A below) {
-  return (slope<norm>(centre - left) - slope<norm>(right - centre)) +
-         (slope<norm>(centre - above) - slope<norm>(below - centre));
+  return pixel_grad<norm, A>(slope<norm>(centre - left), slope<norm>(right - centre), slope<norm>(centre - above),
+                             slope<norm>(below - centre));
 }
 
 }  // namespace fastperc
