@@ -23,6 +23,7 @@ Norm norm_from_name(const std::string& name) {
 }
 
 RowShape row_shape(const std::array<std::int64_t, 5>& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
+ImageShape image_shape(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 RowStrides row_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
 
 }  // namespace
@@ -56,6 +57,45 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("grad"), py::arg("loss"), py::arg("dtype"), py::arg("norm"), py::arg("shape"),
       py::arg("x_strides"), py::arg("grad_strides"), py::arg("threads"));
+
+  m.def(
+      "relu_mask_fwd_cpu",
+      [](Address x, Address bits, const std::string& dtype, std::int64_t count, int threads) {
+        const DType type = dtype_from_name(dtype);
+        py::gil_scoped_release release;
+        relu_mask_fwd_cpu(pointer<>(x), pointer<>(bits), type, count, threads);
+      },
+      py::arg("x"), py::arg("bits"), py::arg("dtype"), py::arg("count"), py::arg("threads"));
+  m.def(
+      "relu_mask_bwd_cpu",
+      [](Address grad, Address bits, const std::string& dtype, std::int64_t count, int threads) {
+        const DType type = dtype_from_name(dtype);
+        py::gil_scoped_release release;
+        relu_mask_bwd_cpu(pointer<>(grad), pointer<>(bits), type, count, threads);
+      },
+      py::arg("grad"), py::arg("bits"), py::arg("dtype"), py::arg("count"), py::arg("threads"));
+  m.def(
+      "relu_pool_fwd_cpu",
+      [](Address x, Address pooled, Address winners, const std::string& dtype, const std::array<std::int64_t, 4>& shape,
+         std::int64_t images_with_winners, int threads) {
+        const DType type = dtype_from_name(dtype);
+        py::gil_scoped_release release;
+        relu_pool_fwd_cpu(pointer<>(x), pointer<>(pooled), pointer<>(winners), type, image_shape(shape),
+                          images_with_winners, threads);
+      },
+      py::arg("x"), py::arg("pooled"), py::arg("winners"), py::arg("dtype"), py::arg("shape"),
+      py::arg("images_with_winners"), py::arg("threads"));
+  m.def(
+      "relu_pool_bwd_cpu",
+      [](Address grad_pooled, Address winners, Address grad, const std::string& dtype,
+         const std::array<std::int64_t, 4>& shape, int threads) {
+        const DType type = dtype_from_name(dtype);
+        py::gil_scoped_release release;
+        relu_pool_bwd_cpu(pointer<>(grad_pooled), pointer<>(winners), pointer<>(grad), type, image_shape(shape),
+                          threads);
+      },
+      py::arg("grad_pooled"), py::arg("winners"), py::arg("grad"), py::arg("dtype"), py::arg("shape"),
+      py::arg("threads"));
 
 #ifdef FASTPERC_CUDA
   m.def(

@@ -18,6 +18,20 @@ def tv_loss_fwd_cpu(
     grad_strides: tuple[int, int, int],
     threads: int,
 ) -> None: ...
+def relu_mask_fwd_cpu(x: int, bits: int, dtype: str, count: int, threads: int) -> None: ...
+def relu_mask_bwd_cpu(grad: int, bits: int, dtype: str, count: int, threads: int) -> None: ...
+def relu_pool_fwd_cpu(
+    x: int,
+    pooled: int,
+    winners: int,
+    dtype: str,
+    shape: tuple[int, int, int, int],
+    images_with_winners: int,
+    threads: int,
+) -> None: ...
+def relu_pool_bwd_cpu(
+    grad_pooled: int, winners: int, grad: int, dtype: str, shape: tuple[int, int, int, int], threads: int
+) -> None: ...
 def tv_loss_partials(shape: tuple[int, int, int, int, int]) -> int: ...
 def tv_loss_fwd_cuda(
     x: int,

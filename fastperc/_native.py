@@ -71,3 +71,35 @@ def tv_loss_fwd(x: Tensor, grad: Tensor | None, loss: Tensor, norm: str) -> None
         partials = loss.new_empty(_C.tv_loss_partials(rows.shape))
         stream = torch.cuda.current_stream().cuda_stream
         _C.tv_loss_fwd_cuda(x.data_ptr(), grad_ptr, loss.data_ptr(), partials.data_ptr(), *common, stream)
+
+
+def _image_shape(x: Tensor) -> tuple[int, int, int, int]:
+    """The shape of ``x`` [N, C, H, W], dense in channels-last order, as the kernels read it."""
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    return n, h, w, c
+
+
+def relu_mask_fwd(x: Tensor, bits: Tensor) -> None:
+    """Fills ``bits`` (uint8, numel / 8 rounded up) with whether each element of ``x`` is positive, as they lie."""
+    _C.relu_mask_fwd_cpu(x.data_ptr(), bits.data_ptr(), DTYPES[x.dtype], x.numel(), torch.get_num_threads())
+
+
+def relu_mask_bwd(grad: Tensor, bits: Tensor) -> None:
+    """Zeroes ``grad``, laid out as ``x`` was, where its bit is not set."""
+    _C.relu_mask_bwd_cpu(grad.data_ptr(), bits.data_ptr(), DTYPES[grad.dtype], grad.numel(), torch.get_num_threads())
+
+
+def relu_pool_fwd(x: Tensor, pooled: Tensor, winners: Tensor) -> None:
+    """Fills ``pooled`` with the maxima over 2×2 windows of ``x``, channels-last, and ``winners`` (uint8, for its first
+    images) with where each came from."""
+    shape, threads = _image_shape(x), torch.get_num_threads()
+    pointers = (x.data_ptr(), pooled.data_ptr(), winners.data_ptr())
+    _C.relu_pool_fwd_cpu(*pointers, DTYPES[x.dtype], shape, winners.shape[0], threads)
+
+
+def relu_pool_bwd(grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None:
+    """Fills ``grad`` with ``grad_pooled`` where a pixel is its window's winner and positive, else with 0."""
+    shape, threads = _image_shape(grad), torch.get_num_threads()
+    pointers = (grad_pooled.data_ptr(), winners.data_ptr(), grad.data_ptr())
+    _C.relu_pool_bwd_cpu(*pointers, DTYPES[grad.dtype], shape, threads)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from fastperc import dispatch
 
 BACKENDS = ("reference", "native", "triton")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _forced: str | None = None
+_has_triton = find_spec("triton") is not None  # it is imported with the first kernel: that takes a while
 
 
 @contextmanager
@@ -29,19 +38,56 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(operation: str, **obstacles: str | None) -> str:
-    """The backend for one call: the first of ``obstacles`` (fastest first) that has none, else ``"reference"``.
+class CannotServe(RuntimeError):
+    """``use_backend`` asks for a backend that cannot take the call."""
+
+
+def choose(operation: str, *tensors: Tensor, **obstacles: str | None) -> str:
+    """The backend for one call.
+
+    It is the one measured fastest (``fastperc tune``), of those without an obstacle and ``"reference"``; where nothing
+    near was measured, the first of ``obstacles`` that has none, else ``"reference"``.
 
     Args:
-        operation: its name, for the message.
-        obstacles: for each fused backend that this operation has, why it cannot take this call, or ``None``.
+        operation: its name.
+        tensors: what it works on, each [N, C, H, W], as its cases in ``fastperc.tuning`` have them.
+        obstacles: for each fused backend that this operation has, the fastest first by rule of thumb, why it cannot
+            take this call, or ``None``.
 
     Raises:
-        RuntimeError: ``use_backend`` asks for one that cannot serve.
+        CannotServe: ``use_backend`` asks for one that cannot.
     """
     if _forced is None:
-        return next((name for name, obstacle in obstacles.items() if obstacle is None), "reference")
+        able = [name for name, obstacle in obstacles.items() if obstacle is None] + ["reference"]
+        return next((name for name in dispatch.ranking(operation, tensors) if name in able), able[0])
     obstacle = None if _forced == "reference" else obstacles.get(_forced, "there is no such kernel")
     if obstacle is not None:
-        raise RuntimeError(f"{operation} cannot run on the {_forced} backend: {obstacle}")
+        raise CannotServe(f"{operation} cannot run on the {_forced} backend: {obstacle}")
     return _forced
+
+
+def triton_unsupported(x: Tensor) -> str | None:
+    """Why no Triton kernel can take ``x``, or ``None`` if one can.
+
+    Triton's interpreter (``TRITON_INTERPRET=1``), which runs kernels on any device, serves only where
+    ``use_backend("triton")`` asks for it: it is for tests, and never the fastest.
+    """
+    if not _has_triton:
+        return "Triton is not installed"
+    if x.dtype not in TRITON_DTYPES:
+        return f"no Triton kernel for {x.dtype}"
+    if interpreted():
+        return None if _forced == "triton" else "Triton runs interpreted, which is slow"
+    if x.device.type != "cuda":
+        return f"Triton compiles for GPUs, not for {x.device.type} tensors"
+    return "Triton kernels are tuned for NVIDIA GPUs" if torch.version.hip else None
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """The block runs with the GPU of ``x`` current, where Triton launches its kernels."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

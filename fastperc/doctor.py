@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastperc import __version__, _native, backends
+from fastperc import __version__, _native, backends, dispatch
+from fastperc.ops.gram_loss import triton_unsupported as gram_loss_by_triton
 
 # Each operation's fused backends, and why one cannot take a tensor.
 OPERATIONS: dict[str, dict[str, Callable[[Tensor], str | None]]] = {
     "tv_loss": {"native": _native.unsupported},
+    "gram_loss": {"triton": gram_loss_by_triton, "native": lambda x: None},
 }
 
 
@@ -32,27 +35,42 @@ def report() -> str:
     else:
         cuda = f"CUDA {build['cuda']} for sm {build['architectures']}" if build["cuda"] else "no CUDA"
         lines.append(f"compiled      {build['compiler']}, {cuda}")
-    devices = ["cpu"]
+    devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        devices.append(f"cuda:{index}")
+        devices.append(torch.device("cuda", index))
         lines.append(
             f"cuda:{index:<8} {properties.name}, sm_{properties.major}{properties.minor}, "
             f"{properties.total_memory / 2**30:.0f} GiB, driver CUDA {torch.version.cuda}"
         )
     if len(devices) == 1:
         lines.append("gpu           none")
+    for device in devices:
+        table = dispatch.table(device)
+        told = f"{table.path}, {table.date}, {len(table.times)} entries" if table else "no; `fastperc tune` measures"
+        lines.append(f"{f'tuned {device}':<13} {told}")
 
     lines += ["", f"{'operation':<14}{'device':<9}{'backend':<11}reason"]
-    for operation, candidates in OPERATIONS.items():
+    for operation in OPERATIONS:
         for device in devices:
-            obstacles = {
-                name: why_not(torch.empty(1, 3, 16, 16, device=device)) for name, why_not in candidates.items()
-            }
-            chosen = backends.choose(operation, **obstacles)
-            reasons = [f"not {name}: {obstacle}" for name, obstacle in obstacles.items() if obstacle]
-            lines.append(f"{operation:<14}{device:<9}{chosen:<11}{'; '.join(reasons) or 'the fastest that can'}")
+            backend, reason = _choice(operation, device)
+            lines.append(f"{operation:<14}{device!s:<9}{backend:<11}{reason}")
     return "\n".join(lines)
+
+
+def _choice(operation: str, device: torch.device) -> tuple[str, str]:
+    """The backend that runs ``operation`` on ``device``, most often if that was measured, and why."""
+    x = torch.empty(1, 3, 16, 16, device=device)
+    obstacles = {backend: why_not(x) for backend, why_not in OPERATIONS[operation].items()}
+    reasons = [f"not {backend}: {obstacle}" for backend, obstacle in obstacles.items() if obstacle]
+    chosen = backends.choose(operation, **obstacles)
+    table = dispatch.table(device)
+    times = [by_backend for key, by_backend in table.times.items() if key.operation == operation] if table else []
+    if times:
+        wins = Counter(min(by_backend, key=by_backend.__getitem__) for by_backend in times).most_common()
+        chosen = wins[0][0]
+        reasons.append("measured the fastest: " + ", ".join(f"{backend} {count}x" for backend, count in wins))
+    return chosen, "; ".join(reasons) or "the fastest that can, by rule of thumb"
 
 
 def _version(package: str) -> str:

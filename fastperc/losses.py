@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastperc import reference
-from fastperc.models.vgg16 import VGG16Features
-from fastperc.modules import GramLoss, TVLoss
+from fastperc import ops, reference
+from fastperc.models.vgg16 import LAYERS, VGG16Features
+from fastperc.modules import TVLoss
 from fastperc.presets import CONVENTIONS
 
 
@@ -69,6 +69,8 @@ class PerceptualLoss(nn.Module):
         ValueError: unknown convention, or a layer that ``features`` was not built with.
     """
 
+    style_scales: Tensor
+
     def __init__(
         self,
         features: VGG16Features,
@@ -96,31 +98,28 @@ class PerceptualLoss(nn.Module):
         missing = [layer for layer in (content_layer, *self.style_layers) if layer not in features.layers]
         if missing:
             raise ValueError(f"the loss network was built without {', '.join(missing)}")
-        self.content_loss = FeatureLoss()
-        self.style_loss = GramLoss()
         self.tv_loss = TVLoss(reduction="mean" if convention == "relative" else "sum")
-        if style is not None:
-            with torch.no_grad():
-                for layer, activation in features(style, self.style_layers).items():
-                    self.register_buffer(f"gram_{layer}", reference.gram_matrix(activation))
+        scales = []
+        for layer, activation in ({} if style is None else self.style_features(style)).items():
+            gram = reference.gram_matrix(activation)
+            self.register_buffer(f"gram_{layer}", gram)
+            scales.append({"paper": 1.0, "means": 1 / gram.numel(), "relative": 1 / gram.square().sum()}[convention])
+        self.register_buffer("style_scales", torch.tensor(scales))
+
+    @torch.no_grad()
+    def style_features(self, style: Tensor) -> dict[str, Tensor]:
+        """The painting's activations at the style layers, in their order."""
+        features = self.features(style, self.style_layers)
+        return {layer: features[layer] for layer in self.style_layers}
 
     def forward(self, output: Tensor, content: Tensor) -> PerceptualTerms:
-        features = self.features(output, {self.content_layer, *self.style_layers})
-        with torch.no_grad():
-            target = self.features(content, [self.content_layer])[self.content_layer]
-
-        content_term = self.content_loss(features[self.content_layer], target)
-        if self.convention == "relative":
-            content_term = content_term / reference.widen(target).square().mean()
-        style_term = content_term.new_zeros(())
-        for layer in self.style_layers:
-            gram = self.get_buffer(f"gram_{layer}")
-            term = self.style_loss(features[layer], gram)
-            if self.convention == "means":
-                term = term / gram.numel()
-            elif self.convention == "relative":
-                term = term / gram.square().sum()
-            style_term = style_term + term
+        grams = {LAYERS.index(layer): self.get_buffer(f"gram_{layer}") for layer in self.style_layers}
+        normalized = self.features.normalized
+        terms = ops.vgg_loss(
+            normalized(output), normalized(content), self.features.frozen(), LAYERS.index(self.content_layer), grams
+        )
+        content_term = terms.content / terms.target_square if self.convention == "relative" else terms.content
+        style_term = (terms.style * self.style_scales).sum()
         tv_term = self.tv_loss(output)
         if self.convention == "paper":
             tv_term = tv_term * 255**2 / max(len(output), 1)

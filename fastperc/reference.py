@@ -6,6 +6,9 @@ serves, and the baseline the benchmarks time. Each function is written as its fo
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +56,26 @@ def feature_loss(x: Tensor, target: Tensor) -> Tensor:
     """‖x − target‖² / (C·H·W) averaged over the batch (paper, equation 2); both [N, C, H, W]."""
     with torch.autocast(x.device.type, enabled=False):
         return F.mse_loss(widen(x), widen(target))
+
+
+class FrozenConv(NamedTuple):
+    """A 3×3 convolution of a fixed network, followed by ReLU."""
+
+    weight: Tensor  # [O, I, 3, 3]
+    bias: Tensor  # [O]
+    pooled: bool  # whether a 2×2 max pooling stands before it
+
+
+def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) -> dict[int, Tensor]:
+    """The activations of a VGG network, [N, C, H, W] each, by index into ``convs``, computed as deep as asked."""
+    features = {}
+    for i, conv in enumerate(convs[: 1 + max(taps)]):
+        if conv.pooled:
+            x = F.max_pool2d(x, 2)
+        x = F.conv2d(x, conv.weight, conv.bias, padding=1).relu()
+        if i in taps:
+            features[i] = x
+    return features
 
 
 def reflect_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:

@@ -24,6 +24,17 @@ LOSS_ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-6, to
 GRAD_ERROR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
+# Where each backend of the kernels runs here: on a GPU if there is one; without, Triton's interpreter stands in for it.
+GPU = torch.cuda.is_available()
+RUNS = [("cpu", "native"), ("cuda" if GPU else "cpu", "triton"), *[("cuda", "native")] * GPU]
+DEVICES = ["cpu", *["cuda"] * GPU]
+
+
+def half_precision(backend: str) -> list[torch.dtype]:
+    """What a Triton kernel is tested in: the interpreter's products of bfloat16 are wrong."""
+    return [torch.float16] if backend == "triton" and not GPU else [torch.float16, torch.bfloat16]
+
+
 def shape_id(shape: tuple[int, ...]) -> str:
     return "-".join(f"{name}{size}" for name, size in zip("BCHW", shape))
 
@@ -38,3 +49,8 @@ def error(actual: Tensor, expected: Tensor) -> float:
     scale = expected.norm().item() or 1.0
     value = (actual - expected).norm().item() / scale
     return value if value == value else float("inf")
+
+
+def no_worse(ours: Tensor, stock: Tensor, exact: Tensor, floor: float = 4e-7) -> None:
+    """Asserts "numerically equivalent": an error of at most 1.5 times stock PyTorch's own at the same dtype."""
+    assert error(ours, exact) <= 1.5 * error(stock, exact) + floor

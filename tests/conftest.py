@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+if not torch.cuda.is_available():  # before a kernel is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import fastperc
+from fastperc import dispatch
 from fastperc.cli import main
 
 # The first layers of VGG-16: (name, in, out). Enough for relu1_2 and relu2_2.
@@ -20,6 +25,13 @@ SHALLOW_VGG = [("1_1", 3, 64), ("1_2", 64, 64), ("2_1", 64, 128), ("2_2", 128, 1
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends are chosen by rule of thumb: nobody's own table is read, nor written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    dispatch.forget()
 
 
 @pytest.fixture(scope="session")

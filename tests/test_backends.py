@@ -21,7 +21,7 @@ def test_a_forced_backend_serves_or_says_why_not():
         assert backends.choose("op", native=None, triton=None) == "native"
         with pytest.raises(RuntimeError, match="op cannot run on the native backend: too small"):
             backends.choose("op", native="too small", triton=None)
-    with use_backend("triton"), pytest.raises(RuntimeError, match="tv_loss cannot run on the triton backend"):
+    with use_backend("triton"), pytest.raises(backends.CannotServe, match="tv_loss cannot run on the triton backend"):
         ops.tv_loss(torch.rand(1, 3, 8, 8))
 
 
@@ -44,3 +44,28 @@ def test_native_kernels_are_built_and_used_here():
 def test_an_unsupported_dtype_falls_back():
     x = torch.rand(1, 3, 8, 8).to(torch.float8_e4m3fn)
     assert "float8" in str(_native.unsupported(x))
+
+
+def test_triton_serves_gpu_tensors_of_its_dtypes(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_has_triton", True)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(1, device="cuda")
+        assert backends.triton_unsupported(x) is None or torch.version.hip
+        assert "float64" in str(backends.triton_unsupported(x.double()))
+    assert "cpu" in str(backends.triton_unsupported(torch.rand(1)))
+    with use_backend("triton"):
+        assert "cpu" in str(backends.triton_unsupported(torch.rand(1)))
+    monkeypatch.setattr(backends, "_has_triton", False)
+    assert "not installed" in str(backends.triton_unsupported(x))
+
+
+def test_the_interpreter_serves_only_where_triton_is_asked_for(monkeypatch):
+    monkeypatch.setattr(backends, "_has_triton", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreted" in str(backends.triton_unsupported(torch.rand(1)))
+    with use_backend("triton"):
+        assert backends.triton_unsupported(torch.rand(1)) is None
+        assert "float64" in str(backends.triton_unsupported(torch.rand(1).double()))
+    with use_backend("native"):
+        assert "interpreted" in str(backends.triton_unsupported(torch.rand(1)))

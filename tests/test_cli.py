@@ -102,7 +102,7 @@ def test_help_takes_less_than_a_second():
     assert min(seconds() for _ in range(3)) < 1
 
 
-@pytest.mark.parametrize("command", ["stylize", "train", "optimize", "doctor"])
+@pytest.mark.parametrize("command", ["stylize", "train", "optimize", "tune", "doctor"])
 def test_help_of_each_command(run, command):
     status, out, err = run(command, "--help")
     assert (status, err) == (0, "") and out.startswith(f"usage: fastperc {command}")

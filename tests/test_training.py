@@ -15,7 +15,7 @@ from conftest import picture
 from PIL import Image
 from safetensors import safe_open
 
-from fastperc import FeatureLoss, TransformNet, training
+from fastperc import TransformNet, TVLoss, training
 from fastperc.cli import build_parser, main, recipe_from
 
 
@@ -145,13 +145,13 @@ def test_a_run_is_not_overwritten_nor_resumed_with_another_recipe(options, whole
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(options, tmp_path, monkeypatch, capsys):
-    real, calls = FeatureLoss.forward, []
+    real, calls = TVLoss.forward, []
 
-    def breaks_at_five(self, x, target):
+    def breaks_at_five(self, x):
         calls.append(None)
-        return real(self, x, target) * (float("nan") if len(calls) == 5 else 1.0)
+        return real(self, x) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(FeatureLoss, "forward", breaks_at_five)
+    monkeypatch.setattr(TVLoss, "forward", breaks_at_five)
     assert run(options, tmp_path / "run") == 1
     errors = capsys.readouterr().err
     assert "the loss is nan at iteration 5" in errors and "iteration 3 is kept" in errors

@@ -9,7 +9,7 @@ from cases import error
 from conftest import SHALLOW_VGG
 from safetensors.torch import load_file, save_file
 
-from fastperc import InputError, VGG16Features
+from fastperc import InputError, VGG16Features, use_backend
 from fastperc.models import vgg16
 
 LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2")
@@ -136,13 +136,14 @@ def test_gradients_flow_to_the_image_alone(vgg_file):
     assert not any(parameter.requires_grad for parameter in features.parameters())
 
 
-def test_computes_no_deeper_than_asked(vgg_file):
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_computes_no_deeper_than_asked(vgg_file, backend):
     features = VGG16Features(vgg_file, ["relu1_2", "relu2_2"])
-    run = []
-    for name, conv in features.convs.items():
-        conv.register_forward_hook(lambda *_, name=name: run.append(name))
-    assert list(features(torch.rand(1, 3, 16, 16), ["relu1_2"])) == ["relu1_2"]
-    assert run == ["1_1", "1_2"]
+    features.convs["2_1"].weight.fill_(float("nan"))  # what is computed with it is seen
+    with use_backend(backend):
+        assert list(features(torch.rand(1, 3, 16, 16), ["relu1_2"])) == ["relu1_2"]
+        assert features(torch.rand(1, 3, 16, 16), ["relu1_2"])["relu1_2"].isfinite().all()
+        assert features(torch.rand(1, 3, 16, 16), ["relu2_2"])["relu2_2"].isnan().any()
     with pytest.raises(ValueError, match="relu2_1"):
         features(torch.rand(1, 3, 16, 16), ["relu2_1"])
 

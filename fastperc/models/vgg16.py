@@ -11,8 +11,10 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from fastperc import ops
 from fastperc.errors import InputError
 from fastperc.files import read_tensors, write_tensors
+from fastperc.reference import FrozenConv
 
 # Convolutions of each stage; a 2×2 max pooling stands between stages.
 STAGES = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512))
@@ -110,22 +112,25 @@ class VGG16Features(nn.Module):
 
     def forward(self, x: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The activations of ``layers`` (default: all those built), computing no deeper than they ask."""
-        wanted = set(self.layers if layers is None else layers)
-        if not wanted <= set(self.layers):
+        wanted = tuple(self.layers if layers is None else layers)
+        if not set(wanted) <= set(self.layers):
             raise ValueError(f"layers built are {', '.join(self.layers)}, asked for {', '.join(sorted(wanted))}")
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"expected RGB images [N, 3, H, W], got shape {list(x.shape)}")
-        features: dict[str, Tensor] = {}
-        x = (x - self.mean) / self.std
-        for name, conv in self.convs.items():
-            if name.endswith("_1") and name != "1_1":
-                x = nn.functional.max_pool2d(x, 2)
-            x = conv(x).relu()
-            if f"relu{name}" in wanted:
-                features[f"relu{name}"] = x
-            if len(features) == len(wanted):
-                break
-        return features
+        taps = {LAYERS.index(layer) for layer in wanted}
+        features = ops.vgg_features(self.normalized(x), self.frozen(), taps)
+        return {LAYERS[i]: activation for i, activation in features.items()}
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """``x``, RGB in 0–1, as the first convolution expects it."""
+        return (x - self.mean) / self.std
+
+    def frozen(self) -> list[FrozenConv]:
+        """The convolutions, by their indices in ``LAYERS``, as :func:`fastperc.ops.vgg_loss` takes them."""
+        return [
+            FrozenConv(conv.weight, conv.bias, pooled=name.endswith("_1") and name != "1_1")  # type: ignore[arg-type]
+            for name, conv in self.convs.items()
+        ]
 
 
 def fetch_torchvision_weights() -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastperc import reference
+from fastperc import ops, reference
 
 
 class GramLoss(nn.Module):
@@ -23,12 +23,7 @@ class GramLoss(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         gram = reference.gram_matrix(target) if target.dim() == 4 else target
-        if x.dim() != 4 or gram.dim() != 3 or gram.shape[0] not in (1, x.shape[0]) or gram.shape[1] != x.shape[1]:
-            raise ValueError(
-                f"GramLoss needs x [N, C, H, W] and a target [N or 1, C, H', W'] or [N or 1, C, C], "
-                f"got {list(x.shape)} and {list(target.shape)}"
-            )
-        return self.weight * reference.gram_loss(x, gram)
+        return self.weight * ops.gram_loss((x,), (gram,))[0]
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}"

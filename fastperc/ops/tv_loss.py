@@ -33,7 +33,7 @@ def tv_loss(x: Tensor, norm: str = "l2", reduction: str = "sum") -> Tensor:
         raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    if backends.choose("tv_loss", native=_native.unsupported(x)) == "reference":
+    if backends.choose("tv_loss", x, native=_native.unsupported(x)) == "reference":
         return reference.tv_loss(x, norm, reduction)
     loss = _TVLoss.apply(x, norm)
     return loss / x.numel() if reduction == "mean" else loss

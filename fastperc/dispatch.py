@@ -1,0 +1,235 @@
+"""Which backend was measured the fastest: a table for each device, which ``fastperc tune`` writes and every call reads.
+
+A table holds for one device, one minor version of torch and one version of fastperc. The user's own lies in the cache
+folder; failing that, one that ships with fastperc, in ``tables/``, is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastperc import __version__, _native
+from fastperc.files import write_atomically
+
+SHIPPED = Path(__file__).parent / "tables"
+NEAR = (
+    2.0  # how far a measurement carries, in doublings: a factor of four in pixels, or two in pixels and channels each
+)
+
+Milliseconds = Mapping[str, float]  # of a call, by backend
+
+
+class Key(NamedTuple):
+    """What a measurement is of."""
+
+    operation: str
+    dtype: str
+    layout: str  # "NCHW" or "NHWC" in memory
+    grad: bool  # whether the gradient is computed too
+    shapes: tuple[tuple[int, ...], ...]  # [N, C, H, W] of each tensor
+
+    @classmethod
+    def of(cls, operation: str, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> Key:
+        """The key of a call with tensors of ``shapes``, of which ``x`` is the first and like the others."""
+        grad = torch.is_grad_enabled() and x.requires_grad
+        layout = "NHWC" if _native.is_channels_last(x) else "NCHW"
+        return cls(operation, _native.DTYPES.get(x.dtype, ""), layout, grad, shapes)
+
+
+class Table(NamedTuple):
+    """What was measured on one device."""
+
+    path: Path
+    date: str
+    times: dict[Key, Milliseconds]
+
+    def nearest(self, key: Key) -> Milliseconds:
+        """What was measured for ``key`` or, if not far, for the nearest in pixels and channels; else nothing."""
+        if key in self.times:
+            return self.times[key]
+        distances = {other: _distance(key, other) for other in self.times if other[:-1] == key[:-1]}
+        found = min(distances, key=distances.__getitem__, default=None)
+        return self.times[found] if found and distances[found] <= NEAR else {}
+
+
+def _distance(a: Key, b: Key) -> float:
+    """How many doublings of pixels and of channels lie between two calls: those of the tensor that differs most."""
+    if len(a.shapes) != len(b.shapes):
+        return math.inf
+    return max(
+        abs(math.log2(max(n * h * w, 1) / max(m * i * j, 1))) + abs(math.log2(max(c, 1) / max(d, 1)))
+        for (n, c, h, w), (m, d, i, j) in zip(a.shapes, b.shapes)
+    )
+
+
+_tables: dict[torch.device, Table | None] = {}
+_lock = threading.Lock()
+
+
+def ranking(operation: str, tensors: Sequence[Tensor]) -> tuple[str, ...]:
+    """The backends that were measured for ``tensors``, each [N, C, H, W], the fastest first; none where nothing was.
+
+    A compiled graph of dynamic shapes gets none: it must serve them all.
+    """
+    if not tensors:
+        return ()
+    x, shapes = tensors[0], tuple(x.shape for x in tensors)
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        if all(has_static_value(n) for shape in shapes for n in shape):
+            return _remembered(x.device, *Key.of(operation, x, tuple(tuple(shape) for shape in shapes)))
+    elif table(x.device) is not None:
+        with suppress(TypeError):  # symbolic sizes have no hash
+            hash(shapes)
+            return _measured(x.device, Key.of(operation, x, shapes))
+    return ()
+
+
+def _remembered(device: torch.device, *key: Any) -> tuple[str, ...]:
+    return _measured(device, Key(*key))
+
+
+# A compiled graph keeps the answer and never looks inside. torch.compiler.assume_constant_result does no more than
+# this, but imports torch._dynamo, which takes seconds that only those who compile should wait.
+_remembered._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=4096)
+def _measured(device: torch.device, key: Key) -> tuple[str, ...]:
+    found = table(device)
+    times = found.nearest(key) if found else {}
+    return tuple(sorted(times, key=times.__getitem__))
+
+
+def table(device: torch.device) -> Table | None:
+    """The table in use on ``device``, read when it is first asked for."""
+    if device not in _tables:
+        with _lock:
+            if device not in _tables:
+                _tables[device] = _find(device)
+    return _tables.get(device)
+
+
+def forget() -> None:
+    """Has tables read anew."""
+    with _lock:
+        _tables.clear()
+        _measured.cache_clear()
+
+
+def save(device: torch.device, times: Mapping[Key, Milliseconds]) -> Path:
+    """Adds ``times`` to the user's table of ``device``, in the place of what it held for the same keys.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = path_of(device)
+    before = _read(path, device) if path.is_file() else None
+    entries = {**(before.times if before else {}), **times}
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    rows = [{**key._asdict(), "milliseconds": entries[key]} for key in sorted(entries)]
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps({**_made_for(device), "date": date, "entries": rows}) + "\n", encoding="utf-8")
+    forget()
+    return path
+
+
+def clear(device: torch.device) -> bool:
+    """Removes the user's table of ``device``; returns whether there was one."""
+    try:
+        path_of(device).unlink()
+        return True
+    except FileNotFoundError:
+        return False
+    finally:
+        forget()
+
+
+def path_of(device: torch.device) -> Path:
+    """Where the user's table of ``device`` lies, if there is one."""
+    made_for = _made_for(device)
+    return cache_folder() / f"{_slug(made_for['device'])}-torch{made_for['torch']}-fastperc{made_for['fastperc']}.json"
+
+
+def cache_folder() -> Path:
+    """The folder for what can be made again: ``$XDG_CACHE_HOME/fastperc``, or where the system keeps such things."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        base = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return base / "fastperc"
+
+
+def device_name(device: torch.device) -> str:
+    """The name of ``device``'s model; of a CPU with the number of threads that PyTorch uses."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    name = platform.processor() or platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    return f"{name} {torch.get_num_threads()} threads"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _made_for(device: torch.device) -> dict[str, str]:
+    torch_version = ".".join(torch.__version__.split(".")[:2])
+    return {"device": device_name(device), "torch": torch_version, "fastperc": __version__}
+
+
+def _find(device: torch.device) -> Table | None:
+    shipped = SHIPPED / f"{_slug(device_name(device))}.json"
+    for path in (path_of(device), shipped):
+        if path.is_file() and (found := _read(path, device)):
+            return found
+    return None
+
+
+def _read(path: Path, device: torch.device) -> Table | None:
+    """The table at ``path``; ``None`` if it is of another device or version, or, with a warning, if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        made_for = _made_for(device)
+        if any(content[key] != made_for[key] for key in made_for):
+            return None
+        return Table(path, str(content["date"]), dict(_entry(entry) for entry in content["entries"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        warnings.warn(
+            f"{path}: ignored, not a table of `fastperc tune` or damaged ({error!r}); tune again to replace it",
+            stacklevel=2,
+        )
+        return None
+
+
+def _entry(entry: dict[str, Any]) -> tuple[Key, Milliseconds]:
+    shapes = tuple(tuple(int(n) for n in shape) for shape in entry["shapes"])
+    if not shapes or any(len(shape) != 4 for shape in shapes):
+        raise ValueError(f"shapes {shapes}")
+    times = {str(backend): float(time) for backend, time in entry["milliseconds"].items()}
+    if not all(0 < time < math.inf for time in times.values()):
+        raise ValueError(f"times {times}")
+    key = Key(str(entry["operation"]), str(entry["dtype"]), str(entry["layout"]), bool(entry["grad"]), shapes)
+    return key, times

@@ -1,0 +1,151 @@
+"""Timing the backends of each operation on a device, at the shapes that training has: ``fastperc tune``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastperc import backends, ops
+from fastperc.backends import BACKENDS, use_backend
+from fastperc.dispatch import Key, Milliseconds
+from fastperc.errors import InputError
+from fastperc.progress import track
+
+SMALLEST = 16  # pixels a side: what the networks take
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+ROUNDS, FEWEST_ROUNDS = 9, 3
+SECONDS_A_ROUND = 0.005  # at least, of as many calls as that takes
+SECONDS_A_CASE = 1.0  # after which no more than the fewest rounds are run
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Operation(NamedTuple):
+    """What to time of an operation."""
+
+    calls: Callable[[int, int], Sequence[Shapes]]
+    """From batch and side of the image: for each call in a training step, the shapes of the tensors that the operation
+    hands to ``backends.choose``."""
+    prepare: Callable[..., Callable[[], Tensor]]
+    """From those tensors: the call to be timed."""
+
+
+def vgg_features(batch: int, size: int) -> Shapes:
+    """The shapes of VGG-16's relu1_2, relu2_2, relu3_3 and relu4_3."""
+    return tuple((batch, channels, size >> i, size >> i) for i, channels in enumerate((64, 128, 256, 512)))
+
+
+def prepare_gram_loss(*features: Tensor) -> Callable[[], Tensor]:
+    targets = [x.new_zeros(1, x.shape[1], x.shape[1], dtype=torch.float32) for x in features]
+    return lambda: ops.gram_loss(features, targets)
+
+
+OPERATIONS = {
+    "tv_loss": Operation(lambda batch, size: [((batch, 3, size, size),)], lambda x: lambda: ops.tv_loss(x)),
+    "gram_loss": Operation(lambda batch, size: [vgg_features(batch, size)], prepare_gram_loss),
+}
+
+
+def tune(device: torch.device, batch: int, size: int) -> dict[Key, Milliseconds]:
+    """The milliseconds of a call, by backend, of each operation, dtype and layout, with its gradient and without.
+
+    Where plain PyTorch alone can serve there is nothing to choose, and nothing is timed.
+
+    Args:
+        device: where to run.
+        batch: images.
+        size: their height and width in pixels, from 16 up.
+
+    Raises:
+        InputError: the images are too small.
+    """
+    if size < SMALLEST:
+        raise InputError(f"--size must be at least {SMALLEST}, got {size}")
+    found = list(cases(batch, size))
+    times = {key: measure(key, device) for key in track(found, "tuning", len(found))}
+    return {key: by_backend for key, by_backend in times.items() if by_backend}
+
+
+def cases(batch: int, size: int) -> Iterator[Key]:
+    """Everything to be timed."""
+    for name, operation in OPERATIONS.items():
+        for shapes, dtype, layout, grad in product(operation.calls(batch, size), DTYPES, LAYOUTS, (True, False)):
+            yield Key(name, dtype, layout, grad, shapes)
+
+
+def tensors_of(key: Key, device: torch.device) -> list[Tensor]:
+    """Random tensors as ``key`` has them."""
+    tensors = [torch.rand(shape, device=device).to(DTYPES[key.dtype]) for shape in key.shapes]
+    return [x.contiguous(memory_format=LAYOUTS[key.layout]).requires_grad_(key.grad) for x in tensors]
+
+
+def measure(key: Key, device: torch.device) -> Milliseconds:
+    """The median over rounds of a call's milliseconds, for each backend that can serve; nothing if only one can.
+
+    The backends take turns, in an order that alternates, so that a machine that slows down slows all of them.
+    """
+    tensors = tensors_of(key, device)
+    run = OPERATIONS[key.operation].prepare(*tensors)
+
+    def call() -> None:
+        out = run()
+        if key.grad:
+            torch.autograd.grad(out, tensors, torch.full_like(out, 0.5))
+
+    calls = {}  # of a round, by backend
+    for backend in BACKENDS:
+        if backend == "triton" and backends.interpreted():
+            continue
+        try:
+            _seconds(call, backend, device, 1)  # compiles, and fills caches
+        except backends.CannotServe:
+            continue
+        calls[backend] = max(1, round(SECONDS_A_ROUND / _seconds(call, backend, device, 1)))
+    if len(calls) == 1:
+        return {}
+    rounds: dict[str, list[float]] = {backend: [] for backend in calls}
+    began = time.perf_counter()
+    for i in range(ROUNDS):
+        if i >= FEWEST_ROUNDS and time.perf_counter() - began > SECONDS_A_CASE:
+            break
+        for backend in list(calls)[:: -1 if i % 2 else 1]:
+            rounds[backend].append(_seconds(call, backend, device, calls[backend]))
+    return {backend: 1000 * median(seconds) for backend, seconds in rounds.items()}
+
+
+def _seconds(call: Callable[[], None], backend: str, device: torch.device, calls: int) -> float:
+    """Seconds a call, of ``calls`` in a row."""
+    synchronize = torch.get_device_module(device).synchronize
+    with use_backend(backend):
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize()
+    return (time.perf_counter() - began) / calls
+
+
+def report(times: Mapping[Key, Milliseconds]) -> str:
+    """A line for each measurement, in milliseconds."""
+    lines = [
+        f"{'operation':<14}{'dtype':<10}{'layout':<8}{'pass':<9}{'shape':<22}"
+        + "".join(f"{backend:>11}" for backend in BACKENDS)
+        + "  fastest"
+    ]
+    for key, by_backend in sorted(times.items()):
+        shape = "x".join(map(str, key.shapes[0])) + (f" +{len(key.shapes) - 1}" if len(key.shapes) > 1 else "")
+        columns = [f"{by_backend[backend]:11.4g}" if backend in by_backend else f"{'-':>11}" for backend in BACKENDS]
+        fastest = min(by_backend, key=by_backend.__getitem__)
+        lines.append(
+            f"{key.operation:<14}{key.dtype:<10}{key.layout:<8}{'fwd+bwd' if key.grad else 'fwd':<9}{shape:<22}"
+            + "".join(columns)
+            + f"  {fastest}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,292 @@
+"""Compiles every kernel as it ships, for every architecture, with no GPU, and reports what the compiler made of it.
+
+    python -m fastperc.kernels.aot [--json FILE] [--arch 80,90,100] [--only NAME]
+
+Fails on a kernel that does not compile, that spills registers, that asks for more shared memory than a block may have,
+or whose products missed the tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fastperc.kernels
+from fastperc.kernels.configs import Variant
+
+from fastperc.files import write_atomically
+from fastperc.progress import track
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"  # in a checkout
+NVCC_NAMES = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that a block may have
+RESERVED = {80: 0, 90: 1024, 100: 1024}  # of which the system takes so much, beyond the limit
+TENSOR_MEMORY_COLUMNS = 512
+MATRIX_INSTRUCTION = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA|HMMA"}
+
+# One instruction of a listing: its address, a predicate perhaps, and the mnemonic up to its first dot.
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", re.MULTILINE)
+REPORTED = re.compile(r"\w*MMA|LDGSTS|UTMA(LDG|STG|REDG)|UBLK\w+")  # tensor cores; asynchronous and bulk copies
+
+
+class Row(NamedTuple):
+    """What one kernel became on one architecture."""
+
+    kernel: str
+    config: str
+    arch: int
+    registers: int  # a thread
+    spill_bytes: int  # of local memory a thread
+    shared_bytes: int  # a block
+    instructions: dict[str, int]  # tensor-core instructions and asynchronous copies in the machine code
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} ({self.config}) on sm_{self.arch}"
+
+
+class Compiled(NamedTuple):
+    """What came of one job: rows, and one line for each thing that is wrong with them."""
+
+    rows: list[Row]
+    faults: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compiles, prints the table, and returns the exit status: 0, 1 for a fault, 2 for bad arguments."""
+    parser = argparse.ArgumentParser(prog="python -m fastperc.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--arch", type=architectures, default="80,90,100", metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--only", default="", metavar="NAME", help="operations and kernels with NAME in their name")
+    arguments = parser.parse_args(argv)
+
+    if find_spec("triton") is None:
+        parser.error("Triton is not installed, nor are the tools in its wheel")
+    warnings.filterwarnings("ignore", module="triton")
+    os.environ.pop("TRITON_INTERPRET", None)  # under it, @triton.jit makes functions that no compiler takes
+    jobs = triton_jobs(arguments.arch, arguments.only) + cuda_jobs(arguments.arch, arguments.only)
+    if not jobs:
+        parser.error(f"no kernel has {arguments.only!r} in its name")
+    rows, faults = run(jobs)
+    print_table(rows)
+    if arguments.json:
+        with write_atomically(arguments.json) as temporary:
+            temporary.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    for fault in faults:
+        print(f"fault: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def architectures(text: str) -> list[int]:
+    """Numbers between commas, each of an architecture that kernels are built for."""
+    found = [int(number) for number in text.split(",")]
+    if unknown := set(found) - set(SHARED_LIMIT):
+        raise argparse.ArgumentTypeError(f"{unknown.pop()} is none of {', '.join(map(str, SHARED_LIMIT))}")
+    return found
+
+
+Job = Callable[[], Compiled]
+_jobs: list[Job] = []  # the workers find them here: they are forked, since kernels cannot be sent
+
+
+def run(jobs: Sequence[Job]) -> Compiled:
+    """The rows and faults of ``jobs``, done in parallel, in the order of names."""
+    _jobs[:] = jobs
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("fork")) as pool:
+        futures = [pool.submit(_run, i) for i in range(len(jobs))]
+        done = [future.result() for future in track(as_completed(futures), "compiling", len(jobs))]
+    return Compiled(
+        sorted((row for compiled in done for row in compiled.rows), key=lambda row: row[:3]),
+        sorted(fault for compiled in done for fault in compiled.faults),
+    )
+
+
+def _run(i: int) -> Compiled:
+    return _jobs[i]()
+
+
+# Triton
+
+
+def triton_jobs(archs: Iterable[int], only: str) -> list[Job]:
+    """A job for each variant of each operation's kernels, on each of ``archs``."""
+    jobs: list[Job] = []
+    for module in pkgutil.iter_modules(fastperc.kernels.__path__):
+        if module.name == "aot":
+            continue
+        operation = importlib.import_module(f"fastperc.kernels.{module.name}")
+        for variant in operation.variants() if hasattr(operation, "variants") else ():
+            if only in f"{module.name} {variant.kernel.__name__}":
+                jobs += [lambda variant=variant, arch=arch: compile_variant(variant, arch) for arch in archs]
+    return jobs
+
+
+def compile_variant(variant: Variant, arch: int) -> Compiled:
+    """Compiles one Triton kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    name = f"{variant.kernel.__name__} ({variant.config}) on sm_{arch}"
+    try:
+        options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+        kernel = triton.compile(source(variant), target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # Triton, LLVM and ptxas raise what they like
+        return Compiled([], [f"{name}: does not compile: {_last_line(str(error)) or type(error).__name__}"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        (found,) = inspect(Path(file.name), arch)
+    row = found._replace(
+        kernel=variant.kernel.__name__,
+        config=variant.config,
+        shared_bytes=found.shared_bytes + kernel.metadata.shared,
+    )
+    faults = faults_of(row, variant.matrix)
+    if (columns := getattr(kernel.metadata, "tmem_size", None) or 0) > TENSOR_MEMORY_COLUMNS:
+        faults.append(f"{name}: {columns} columns of tensor memory, an SM has {TENSOR_MEMORY_COLUMNS}")
+    return Compiled([row], faults)
+
+
+def source(variant: Variant) -> Any:
+    """``variant`` as Triton's compiler wants it.
+
+    Raises:
+        ValueError: the variant leaves a parameter of its kernel out, or has one that the kernel has not.
+    """
+    from triton.compiler import ASTSource
+
+    parameters = variant.kernel.arg_names
+    if wrong := set(parameters) ^ {*variant.signature, *variant.constants}:
+        raise ValueError(f"the variant and its kernel do not agree on {', '.join(sorted(wrong))}")
+    attributes = {}
+    for parameter in variant.aligned:
+        path, kind = (parameters.index(parameter),), variant.signature[parameter]
+        paths = [(*path, i) for i in range(len(kind))] if isinstance(kind, tuple) else [path]
+        attributes |= {path: [["tt.divisibility", 16]] for path in paths}
+    signature = {parameter: variant.signature.get(parameter, "constexpr") for parameter in parameters}
+    return ASTSource(variant.kernel, signature, variant.constants, attributes)
+
+
+# CUDA
+
+
+def cuda_jobs(archs: Iterable[int], only: str) -> list[Job]:
+    """A job for each CUDA source on each of ``archs``, where there are sources and nvcc; else says what is missing."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None or not CSRC.is_dir():
+        print(f"CUDA kernels left out: {'no csrc/ beside this package' if nvcc else 'no nvcc found'}", file=sys.stderr)
+        return []
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    jobs: list[Job] = []
+    for arch in archs:
+        if f"sm_{arch}" not in known:
+            print(f"CUDA kernels left out on sm_{arch}: {nvcc} is too old for it", file=sys.stderr)
+            continue
+        files = [file for file in sorted(CSRC.glob("*.cu")) if only in file.stem]
+        jobs += [lambda file=file, arch=arch: compile_cuda(nvcc, file, arch) for file in files]
+    return jobs
+
+
+def compile_cuda(nvcc: str, file: Path, arch: int) -> Compiled:
+    """Compiles one CUDA source, a row for each of its kernels, as CMakeLists.txt does."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        command = [nvcc, "-cubin", "-O3", "-DNDEBUG", "-std=c++17", f"-arch={NVCC_NAMES[arch]}", file, "-o", cubin]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = next((line for line in done.stderr.splitlines() if "error" in line), _last_line(done.stderr))
+            return Compiled([], [f"{file.name} on sm_{arch}: does not compile: {said}"])
+        found = inspect(cubin, arch)
+    filt = shutil.which("cu++filt") or shutil.which("c++filt")
+    names = [row.kernel for row in found]
+    if filt:
+        names = subprocess.run([filt, *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [row._replace(**plain_name(name)) for row, name in zip(found, names)]
+    return Compiled(rows, [fault for row in rows for fault in faults_of(row, matrix=False)])
+
+
+def plain_name(function: str) -> dict[str, str]:
+    """The name of a demangled C++ function without its namespaces, and its template's arguments as config."""
+    function = re.sub(r"fastperc::|\(anonymous namespace\)::|^void ", "", function)
+    name, _, arguments = function.rpartition(">(")[0].partition("<")
+    if not name:
+        return dict(kernel=function.partition("(")[0], config="")
+    return dict(kernel=name, config=re.sub(r"\((\w+)\)", r"\1 ", arguments))  # an enumerator is (Norm)1
+
+
+# Machine code
+
+
+def inspect(cubin: Path, arch: int) -> list[Row]:
+    """What cuobjdump finds in a file of machine code: a row for each kernel, with its static shared memory only."""
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _dump("-res-usage", cubin))
+    listing = re.split(r"Function : (\S+)", _dump("-sass", cubin))
+    code = dict(zip(listing[1::2], listing[2::2]))
+    rows = []
+    for function, registers, stack, shared, local in usage:
+        seen = Counter(word for word in INSTRUCTION.findall(code[function]) if REPORTED.fullmatch(word))
+        shared_bytes = max(int(shared) - RESERVED[arch], 0)
+        rows.append(
+            Row(function, "", arch, int(registers), int(stack) + int(local), shared_bytes, dict(sorted(seen.items())))
+        )
+    return rows
+
+
+def _dump(option: str, cubin: Path) -> str:
+    import triton
+
+    command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def faults_of(row: Row, matrix: bool) -> list[str]:
+    """One line for each thing wrong with a compiled kernel, whose products belong on the tensor cores if ``matrix``."""
+    faults = []
+    if row.spill_bytes:
+        faults.append(f"{row.name}: spills, {row.spill_bytes} bytes of local memory a thread")
+    if row.shared_bytes > SHARED_LIMIT[row.arch]:
+        faults.append(
+            f"{row.name}: {row.shared_bytes} bytes of shared memory, a block may have {SHARED_LIMIT[row.arch]}"
+        )
+    if matrix and not any(re.fullmatch(MATRIX_INSTRUCTION[row.arch], name) for name in row.instructions):
+        faults.append(f"{row.name}: a matrix kernel without {MATRIX_INSTRUCTION[row.arch]}")
+    return faults
+
+
+def _last_line(text: str) -> str:
+    return ([line.strip() for line in text.splitlines() if line.strip()] or [""])[-1]
+
+
+def print_table(rows: Iterable[Row]) -> None:
+    """Prints ``rows``, at full width where nobody's terminal says how wide it is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kernel", "config", "sm", "registers", "spills", "shared", "tensor cores and copies", box=None)
+    for column in table.columns[2:6]:
+        column.justify = "right"
+    for row in rows:
+        instructions = ", ".join(f"{name} {count}" for name, count in row.instructions.items())
+        numbers = (row.arch, row.registers, row.spill_bytes, row.shared_bytes)
+        table.add_row(row.kernel, row.config, *map(str, numbers), instructions)
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

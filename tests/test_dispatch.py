@@ -1,0 +1,365 @@
+"""The fastest measured backend runs: the table's rules, its file, and `fastperc tune`, which writes it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastperc import TVLoss, backends, dispatch, ops, tuning, use_backend
+from fastperc.dispatch import Key
+
+CPU = torch.device("cpu")
+IMAGE = (4, 3, 256, 256)
+
+
+def key(*shapes, grad=False, dtype="float32", layout="NCHW"):
+    return Key("op", dtype, layout, grad, shapes or (IMAGE,))
+
+
+def chosen(*shapes, **obstacles):
+    """What would run on tensors of ``shapes``; by rule of thumb the native backend."""
+    return backends.choose(
+        "op", *(torch.empty(shape) for shape in shapes or (IMAGE,)), **(obstacles or {"native": None})
+    )
+
+
+def measured(*fastest_first):
+    return {backend: 1.0 + i for i, backend in enumerate(fastest_first)}
+
+
+# The rules
+
+
+def test_by_rule_of_thumb_where_nothing_was_measured():
+    assert dispatch.table(CPU) is None
+    assert chosen() == "native"
+
+
+def test_the_fastest_measured_wins():
+    dispatch.save(CPU, {key(): measured("reference", "native")})
+    assert chosen() == "reference"
+    dispatch.save(CPU, {key(): measured("native", "reference")})
+    assert chosen() == "native"
+    dispatch.save(CPU, {key(): measured("triton", "native", "reference")})
+    assert chosen(native=None, triton=None) == "triton"
+
+
+def test_an_obstacle_excludes_the_fastest():
+    dispatch.save(CPU, {key(): measured("triton", "reference", "native")})
+    assert chosen(native=None, triton="broken") == "reference"
+    dispatch.save(CPU, {key(): measured("native", "triton", "reference")})
+    assert chosen(triton=None, native="broken") == "triton"
+    assert chosen(triton="broken", native="broken") == "reference"
+
+
+def test_a_forced_backend_beats_the_table():
+    dispatch.save(CPU, {key(): measured("reference", "native")})
+    with use_backend("native"):
+        assert chosen() == "native"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        ([(4, 3, 256, 256)], "reference"),
+        ([(1, 3, 512, 512)], "reference"),
+        ([(4, 3, 200, 300)], "reference"),
+        ([(4, 6, 300, 300)], "reference"),
+        ([(4, 3, 64, 64)], None),
+        ([(4, 13, 256, 256)], None),
+        ([(0, 3, 256, 256)], None),
+        ([(1, 64, 2000, 2000)], "native"),
+        ([(1, 64, 1024, 1024), (1, 128, 512, 512)], None),
+    ],
+    ids=lambda value: " ".join("x".join(map(str, shape)) for shape in value) if isinstance(value, list) else "",
+)
+def test_a_measurement_carries_to_sizes_that_are_near(shapes, expected):
+    entries = {
+        key((4, 3, 256, 256)): measured("reference", "native"),
+        key((1, 64, 1024, 1024)): measured("native", "reference"),
+    }
+    assert next(iter(dispatch.Table(Path(), "", entries).nearest(key(*shapes))), None) == expected
+
+
+@pytest.mark.parametrize(
+    "other",
+    [key(grad=True), key(dtype="float16"), key(layout="NHWC"), key(IMAGE, IMAGE), key()._replace(operation="o")],
+)
+def test_a_measurement_holds_for_nothing_else(other):
+    dispatch.save(CPU, {key(): measured("reference", "native")})
+    assert dispatch.table(CPU).nearest(other) == {}
+
+
+@pytest.mark.parametrize("name", tuning.OPERATIONS)
+def test_operations_ask_for_what_is_tuned(name, monkeypatch):
+    """The key that an operation looks up is the one that its cases were measured under."""
+    dispatch.save(CPU, {key(): measured("native", "reference")})
+    asked = []
+    monkeypatch.setattr(dispatch, "_measured", lambda device, key: asked.append(key) or ())
+    for case in tuning.cases(batch=2, size=16):
+        if case.operation == name:
+            tuning.OPERATIONS[name].prepare(*tuning.tensors_of(case, CPU))()
+            assert asked.pop(0) == case and not asked
+
+
+def test_threads_read_one_table(monkeypatch):
+    dispatch.save(CPU, {key(): measured("reference", "native")})
+    reads, read = [], dispatch._read
+    monkeypatch.setattr(dispatch, "_read", lambda *arguments: reads.append(time.sleep(0.02)) or read(*arguments))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(chosen())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["reference"] * 8 and len(reads) == 1
+
+
+# Compiled graphs
+
+
+def one_if_native(x):
+    return x + 1 if backends.choose("op", x, native=None) == "native" else x
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_compiled_graph_of_known_shapes_is_chosen_for(dynamic):
+    dispatch.save(CPU, {key((1, 3, 32, 32)): measured("reference", "native")})
+    torch.compiler.reset()
+    compiled = torch.compile(one_if_native, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert compiled(torch.zeros(1, 3, 32, 32)).any() == dynamic, "one graph for all sizes goes by rule of thumb"
+    assert compiled(torch.zeros(1, 3, 400, 400)).all()
+
+
+@pytest.mark.parametrize("fastest", ["native", "reference"])
+def test_an_operation_compiles_with_a_table(fastest):
+    shape = (1, 3, 16, 16)
+    entries = {key(shape, grad=True)._replace(operation="tv_loss"): measured(fastest)}
+    dispatch.save(CPU, entries)
+    torch.compiler.reset()
+    compiled = torch.compile(TVLoss(), fullgraph=True, backend="aot_eager")
+    for size in (16, 24, 40):  # the second compilation is of dynamic shapes
+        x = torch.rand(1, 3, size, size, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        compiled(x).backward()
+        TVLoss()(y).backward()
+        assert torch.allclose(x.grad, y.grad, atol=1e-6)
+    graph = str(torch.export.export(TVLoss(), (torch.rand(shape, requires_grad=True),)).graph)
+    assert ("tv_loss_fwd" in graph) == (fastest == "native")
+
+
+# The file
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: "",
+        lambda content: "{",
+        lambda content: "[]",
+        lambda content: "{}",
+        lambda content: content[: len(content) // 2],
+        lambda content: content.replace(": 1.0", ": -1.0"),
+        lambda content: content.replace(": 1.0", ": NaN"),
+        lambda content: content.replace(": 1.0", ': "fast"'),
+        lambda content: content.replace("[[4, 3,", "[[Infinity,"),
+        lambda content: content.replace("[[4, 3,", "[[4,"),
+        lambda content: content.replace('{"native"', '[{"native"').replace("}}", "}]}"),
+        lambda content: "\udcff" + content,
+    ],
+    ids=["empty", "cut", "list", "no-header", "half", "negative", "nan", "word", "infinite", "3d", "times", "no-text"],
+)
+def test_a_damaged_table_is_told_once_and_not_used(damage):
+    path = dispatch.save(CPU, {key(): measured("native", "reference")})
+    path.write_bytes(damage(path.read_text()).encode(errors="surrogateescape"))
+    with pytest.warns(UserWarning, match=path.name) as told:
+        assert chosen(triton=None, native=None) == "triton"
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    assert chosen(triton=None, native=None) == "triton"
+    with pytest.warns(UserWarning, match=path.name):
+        dispatch.save(CPU, {key(): measured("native", "reference")})
+    assert chosen(triton=None, native=None) == "native"
+
+
+@pytest.mark.parametrize("field", ["device", "torch", "fastperc"])
+def test_a_table_of_another_version_is_not_used(field):
+    path = dispatch.save(CPU, {key(): measured("reference", "native")})
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, field: "0.0.1"}))
+    dispatch.forget()
+    assert dispatch.table(CPU) is None and chosen() == "native"
+    path.write_text(json.dumps(content))
+    dispatch.forget()
+    assert chosen() == "reference"
+
+
+def test_versions_have_files_of_their_own(monkeypatch):
+    paths = {dispatch.path_of(CPU)}
+    monkeypatch.setattr(dispatch, "__version__", "0.0.1")
+    paths.add(dispatch.path_of(CPU))
+    monkeypatch.setattr(torch, "__version__", "3.14.15")
+    paths.add(dispatch.path_of(CPU))
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "Another: CPU/GPU")
+    paths.add(dispatch.path_of(CPU))
+    assert len(paths) == 4
+    assert dispatch.path_of(CPU).name == "another-cpu-gpu-torch3.14-fastperc0.0.1.json"
+
+
+def test_a_table_grows():
+    small, large = key((1, 3, 16, 16)), key((1, 3, 512, 512))
+    dispatch.save(CPU, {small: measured("native"), large: measured("native")})
+    dispatch.save(CPU, {small: measured("reference")})
+    assert dispatch.table(CPU).times == {small: measured("reference"), large: measured("native")}
+
+
+def test_a_table_is_written_whole_or_not_at_all(monkeypatch):
+    path = dispatch.save(CPU, {key(): measured("reference", "native")})
+
+    def write_half(self, text, **options):
+        self.write_bytes(text.encode()[:50])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="No space"):
+        dispatch.save(CPU, {key(): measured("native")})
+    dispatch.forget()
+    assert chosen() == "reference"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_table_that_ships_is_used_until_there_is_one_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "SHIPPED", tmp_path)
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "Some CPU")
+    dispatch.save(CPU, {key(): measured("reference", "native")}).rename(tmp_path / "some-cpu.json")
+    dispatch.forget()
+    assert chosen() == "reference" and dispatch.table(CPU).path == tmp_path / "some-cpu.json"
+    dispatch.save(CPU, {key(): measured("native", "reference")})
+    assert chosen() == "native"
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "expected"),
+    [
+        ("linux", {"XDG_CACHE_HOME": "/var/me"}, "/var/me/fastperc"),
+        ("linux", {}, "/home/me/.cache/fastperc"),
+        ("darwin", {}, "/home/me/Library/Caches/fastperc"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/fastperc"),
+        ("win32", {}, "/home/me/AppData/Local/fastperc"),
+    ],
+    ids=["xdg", "linux", "mac", "windows", "windows-bare"],
+)
+def test_cache_folder(platform, variables, expected, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
+    assert dispatch.cache_folder() == Path(expected)
+
+
+# Measuring
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    monkeypatch.setattr(tuning, "SECONDS_A_ROUND", 0)
+
+
+@pytest.fixture
+def fake_operation(monkeypatch):
+    """An operation whose native backend takes 3 ms and whose Triton kernel is for GPUs; returns the turns taken."""
+    turns = []
+
+    def run(x):
+        backend = backends.choose("op", x, triton=backends.triton_unsupported(x), native=None)
+        turns.append(backend)
+        time.sleep(0.003 if backend == "native" else 0)
+        return x.sum()
+
+    operation = tuning.Operation(lambda batch, size: [((batch, 3, size, size),)], lambda x: lambda: run(x))
+    monkeypatch.setattr(tuning, "OPERATIONS", {"op": operation})
+    return turns
+
+
+def test_measures_every_backend_that_can_serve(fake_operation, monkeypatch):
+    monkeypatch.setattr(tuning, "SECONDS_A_ROUND", 0)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which runs on the CPU, and is no candidate
+    for grad in (False, True):
+        times = tuning.measure(key((1, 3, 16, 16), grad=grad), CPU)
+        assert set(times) == {"reference", "native"}
+        assert times["native"] >= 3 and times["native"] > times["reference"] > 0
+    turns = fake_operation[-2 * tuning.ROUNDS :]
+    assert turns[:4] == ["reference", "native", "native", "reference"], "in an order that alternates"
+
+
+def test_where_nothing_can_be_chosen_no_table_is_written(run, fake_operation, monkeypatch):
+    operation = tuning.OPERATIONS["op"]
+    monkeypatch.setitem(tuning.OPERATIONS, "op", operation._replace(prepare=lambda x: lambda: _no_kernel(x)))
+    status, out, _ = run("tune", "--device", "cpu", "--size", 16)
+    assert (status, out) == (0, "nothing to choose from: plain PyTorch alone runs on cpu\n")
+    assert not dispatch.path_of(CPU).exists()
+
+
+def _no_kernel(x):
+    backends.choose("op", x)
+    return x.sum()
+
+
+def test_tune(run, hasty):
+    assert run("tune", "--show", "--device", "cpu").out == f"there is no table, {dispatch.path_of(CPU)}\n"
+    status, out, err = run("tune", "--device", "cpu", "--size", 16, "--batch", 1)
+    assert status == 0 and f"tuning  {len(list(tuning.cases(1, 16)))}" in err
+    *rows, path = out.splitlines()
+    assert path == str(dispatch.path_of(CPU))
+    assert rows[0].split()[:5] == ["operation", "dtype", "layout", "pass", "shape"]
+    table = dispatch.table(CPU)
+    assert len(rows) == 1 + len(table.times)
+    assert {key.operation for key in table.times} <= set(tuning.OPERATIONS)
+
+    x = torch.rand(1, 3, 16, 16)
+    by_backend = table.times[Key("tv_loss", "float32", "NCHW", False, ((1, 3, 16, 16),))]
+    fastest = min(by_backend, key=by_backend.get)
+    assert next(row for row in rows if row.startswith("tv_loss       float32   NCHW    fwd ")).endswith(f"  {fastest}")
+    assert backends.choose("tv_loss", x, native=None) == fastest
+    assert ops.tv_loss(x) > 0
+
+    assert run("tune", "--show", "--device", "cpu").out.splitlines() == [*rows, f"{path}, {table.date}"]
+    doctor = run("doctor").out
+    assert path in doctor and "measured the fastest: " in doctor
+    assert run("tune", "--clear", "--device", "cpu").out == f"removed {path}\n"
+    assert run("tune", "--clear", "--device", "cpu") == (0, f"there was no table, {path}\n", "")
+    assert "tuned cpu     no" in run("doctor").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--size", 15], "--size must be at least 16, got 15"),
+        (["--size", "large"], "--size"),
+        (["--batch", 0], "0 is below 1"),
+        (["--device", "abacus"], "no device 'abacus' here"),
+        (["--show", "--clear"], "not allowed with"),
+        (["photo.png"], "photo.png"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_arguments(run, arguments, told):
+    status, out, err = run("tune", "--device", "cpu", *arguments)
+    assert (status, out) == (2, "") and told in err and err.count("\n") == 1
+    assert not dispatch.path_of(CPU).exists()
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_measuring(run, tmp_path, fake_operation, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    status, out, err = run("tune", "--device", "cpu")
+    assert (status, out) == (2, "") and err.startswith("fastperc tune: ") and "cannot be written" in err
+    assert not fake_operation
