@@ -1,42 +1,39 @@
-"""Total variation, forward and backward: ``pytest benchmarks/ --benchmark-only``.
-
-I/O of the pass: read x, write grad. The backward of a loss that is weighted reads and writes the gradient once more.
-"""
+"""Total variation."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from providers import PROVIDERS, provide
+from costs import Cost
+from harness import DTYPES, Case, runs
 
 from fastperc import ops, reference
 
 SHAPES = {"4x3x256x256": (4, 3, 256, 256), "1x3x1080x1920": (1, 3, 1080, 1920)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("device", DEVICES)
-def test_tv_loss(benchmark, device, shape, dtype, provider):
-    x = torch.rand(SHAPES[shape], device=device).to(DTYPES[dtype]).requires_grad_()
-    loss = provide(provider, reference.tv_loss, ops.tv_loss)
+def cost(shape: tuple[int, ...], dtype: str) -> list[Cost]:
+    """Read x, write its gradient; two differences, squared and added, and twice two terms of the gradient."""
+    numel = torch.Size(shape).numel()
+    return [Cost(2 * numel * DTYPES[dtype].itemsize, 10 * numel)]
 
-    def forward_and_backward():
-        x.grad = None
-        loss(x).backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
 
-    expected = x.detach().double().requires_grad_()
-    reference.tv_loss(expected).backward()
-    forward_and_backward()
-    error = (x.grad.double() - expected.grad).norm() / expected.grad.norm()
-    assert error < (1e-6 if dtype == "fp32" else 1e-2)
+CASES = [
+    Case(
+        "tv_loss",
+        "forward+backward",
+        name,
+        dtype,
+        inputs=lambda shape=shape: (torch.rand(shape, requires_grad=True),),
+        reference=reference.tv_loss,
+        fused=ops.tv_loss,
+        costs=lambda shape=shape, dtype=dtype: cost(shape, dtype),
+        tolerance={"fp32": (2e-5, 2e-6), "bf16": (2e-5, 1e-2)}[dtype],
+    )
+    for name, shape in SHAPES.items()
+    for dtype in ("fp32", "bf16")
+]
 
-    benchmark.group = f"tv_loss forward+backward {device} {shape} {dtype}"
-    benchmark.pedantic(forward_and_backward, rounds=30, warmup_rounds=5)
-    moved = 2 * x.numel() * x.element_size()
-    benchmark.extra_info["GB/s"] = round(moved / benchmark.stats["median"] / 1e9, 2)
+
+@runs(CASES)
+def test_tv_loss(measure, case, provider):
+    measure(case, provider)

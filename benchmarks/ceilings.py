@@ -1,0 +1,70 @@
+"""What the device itself can do, measured once a session: the two numbers that every floor comes from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+
+def device_type() -> str:
+    """What a benchmark runs on here: the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def device_name() -> str:
+    """The GPU's name, or the processor's with its cores and vector instructions."""
+    if device_type() == "cuda":
+        return torch.cuda.get_device_name()
+    model = "CPU"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    model = model.replace("(R)", "").replace("(TM)", "").removesuffix(" Processor")
+    return f"{model}, {torch.get_num_threads()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def best_seconds(step: Callable[[], object], rounds: int) -> float:
+    """The shortest of ``rounds`` runs: a ceiling is what the device reached, not what it usually does."""
+    step()
+    if device_type() == "cpu":
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        return min(times)
+    events = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return min(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+@cache
+def bandwidth() -> float:
+    """Bytes a second of a copy far larger than any cache, counting those read and those written."""
+    device = device_type()
+    size = 2**32 if device == "cuda" else 2**28
+    x = torch.ones(size, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return 2 * size / best_seconds(lambda: y.copy_(x), 10 if device == "cuda" else 4)
+
+
+@cache
+def rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large product of random matrices in ``dtype``."""
+    device = device_type()
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / best_seconds(lambda: torch.mm(a, b, out=out), 10 if device == "cuda" else 4)

@@ -1,0 +1,34 @@
+"""Options of ``pytest benchmarks/``, and the fixture that every benchmark uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastperc")
+    group.addoption("--rows", type=Path, metavar="FILE", help="append each row to FILE as soon as it is measured")
+    group.addoption(
+        "--seconds",
+        type=float,
+        default=0.7,
+        help="time to spend on the rounds of one measurement (default: %(default)s)",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Backends are chosen as they are for a user who never tuned."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def measure(benchmark, request):
+    """Checks and times a provider on a case; see harness.measure."""
+    from harness import measure
+
+    seconds, rows_file = request.config.getoption("--seconds"), request.config.getoption("--rows")
+    return lambda case, provider: measure(benchmark, case, provider, seconds, rows_file)
