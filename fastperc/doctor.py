@@ -13,11 +13,13 @@ from torch import Tensor
 
 from fastperc import __version__, _native, backends, dispatch
 from fastperc.ops.gram_loss import triton_unsupported as gram_loss_by_triton
+from fastperc.ops.vgg_loss import native_unsupported as vgg_loss_by_native
 
 # Each operation's fused backends, and why one cannot take a tensor.
 OPERATIONS: dict[str, dict[str, Callable[[Tensor], str | None]]] = {
     "tv_loss": {"native": _native.unsupported},
     "gram_loss": {"triton": gram_loss_by_triton, "native": lambda x: None},
+    "vgg_loss": {"triton": backends.triton_unsupported, "native": vgg_loss_by_native},
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 from statistics import median
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from fastperc.backends import BACKENDS, use_backend
 from fastperc.dispatch import Key, Milliseconds
 from fastperc.errors import InputError
 from fastperc.progress import track
+from fastperc.reference import FrozenConv
 
 SMALLEST = 16  # pixels a side: what the networks take
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,9 +48,28 @@ def prepare_gram_loss(*features: Tensor) -> Callable[[], Tensor]:
     return lambda: ops.gram_loss(features, targets)
 
 
+def prepare_vgg_loss(images: Tensor) -> Callable[[], Tensor]:
+    """VGG-16's convolutions up to relu2_2: from there on the backends do alike."""
+    convs = [
+        FrozenConv(
+            images.new_empty(c_out, c_in, 3, 3).normal_(std=(2 / (9 * c_in)) ** 0.5), images.new_zeros(c_out), i == 2
+        )
+        for i, (c_in, c_out) in enumerate(pairwise((3, 64, 64, 128, 128)))
+    ]
+    grams = {i: images.new_zeros(1, c, c, dtype=torch.float32) for i, c in ((1, 64), (3, 128))}
+    content = images.detach().flip(3)
+
+    def call() -> Tensor:
+        terms = ops.vgg_loss(images, content, convs, 3, grams)
+        return terms.content + terms.style.sum()
+
+    return call
+
+
 OPERATIONS = {
     "tv_loss": Operation(lambda batch, size: [((batch, 3, size, size),)], lambda x: lambda: ops.tv_loss(x)),
     "gram_loss": Operation(lambda batch, size: [vgg_features(batch, size)], prepare_gram_loss),
+    "vgg_loss": Operation(lambda batch, size: [((batch, 3, size, size),)], prepare_vgg_loss),
 }
 
 

@@ -108,6 +108,16 @@ def test_operations_ask_for_what_is_tuned(name, monkeypatch):
             assert asked.pop(0) == case and not asked
 
 
+def test_under_autocast_the_loss_network_is_looked_up_in_the_dtype_it_computes_in(monkeypatch):
+    dispatch.save(CPU, {key(): measured("native", "reference")})
+    asked = []
+    monkeypatch.setattr(dispatch, "_measured", lambda device, key: asked.append(key) or ())
+    case = next(case for case in tuning.cases(1, 16) if case.operation == "vgg_loss" and case.dtype == "float32")
+    with torch.autocast("cpu", torch.bfloat16):
+        tuning.OPERATIONS["vgg_loss"].prepare(*tuning.tensors_of(case, CPU))()
+    assert [key.dtype for key in asked if key.operation == "vgg_loss"] == ["bfloat16"]
+
+
 def test_threads_read_one_table(monkeypatch):
     dispatch.save(CPU, {key(): measured("reference", "native")})
     reads, read = [], dispatch._read

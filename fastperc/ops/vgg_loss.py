@@ -32,11 +32,11 @@ def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) 
         convs: the network. Gradients flow to ``x`` alone.
         taps: indices into ``convs``.
     """
+    x = x.to(compute_dtype(x))
     backend = choose(x, convs, taps)
     if backend == "reference":
         return reference.vgg_features(x, convs, taps)
     ordered = sorted(taps)
-    x = x.to(compute_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
         packed = [pack(conv, x.dtype) for conv in convs[: 1 + ordered[-1]]]
         features = _VGGFeatures.apply(x, packed, ordered, backend)
@@ -63,11 +63,11 @@ def vgg_loss(
     """
     if output.shape != content.shape:
         raise ValueError(f"content must have the output's shape {list(output.shape)}, got {list(content.shape)}")
+    dtype = compute_dtype(output)
+    output, content = output.to(dtype), content.detach().to(dtype)
     backend = choose(output, convs, {content_layer, *grams})
     if backend == "reference":
         return composed(output, content, convs, content_layer, grams)
-    dtype = compute_dtype(output)
-    output, content = output.to(dtype), content.detach().to(dtype)
     with torch.autocast(output.device.type, enabled=False):
         packed = [pack(conv, dtype) for conv in convs[: 1 + max(content_layer, *grams, 0)]]
         return Terms(*_VGGLoss.apply(output, content, packed, content_layer, dict(grams), backend))
