@@ -33,8 +33,10 @@ PYTEST = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
 BENCHMARK = ("--benchmark-only", "--benchmark-columns=median,iqr,rounds")
 NEEDED = ("torch", "numpy", "pytest", "pytest_benchmark")  # and, by some stages, of fastperc's own dependencies:
 WANTED = {"rich": "tune", "safetensors": "tests", "PIL": "tests"}
-GPU_TESTS = "cuda"  # tests name their device
-KERNEL_TESTS = "cuda and (formula or layout or exact or mask or pool)"  # a few, for tools that slow them a hundredfold
+GPU_TESTS = "cuda and not cuda_on_cpu"  # tests name their device
+KERNEL_TESTS = (
+    f"{GPU_TESTS} and (formula or layout or exact or mask or pool)"  # a few, for tools that slow them a hundredfold
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from cases import GPU, RUNS, dtype_id, error, half_precision, no_worse
+from cases import DEVICES, GPU, RUNS, dtype_id, error, half_precision, no_worse
 
 from fastperc import GramLoss, gram_matrix, ops, reference, use_backend
 
@@ -256,9 +256,10 @@ def test_not_finite_stays_visible(device, backend):
     assert loss.isnan() and x.grad.isnan().any()
 
 
-def test_under_autocast():
-    x, target = torch.randn(2, 5, 6, 7), torch.randn(1, 5, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("device", DEVICES)
+def test_under_autocast(device):
+    x, target = torch.randn(2, 5, 6, 7, device=device), torch.randn(1, 5, 5, device=device)
+    with torch.autocast(device, torch.bfloat16):
         loss = ops.gram_loss([x], [target])
     assert loss.dtype == torch.float32 and torch.equal(loss, ops.gram_loss([x], [target]))
 
@@ -275,17 +276,21 @@ def test_operators_are_registered_right(device, backend):
     torch.library.opcheck(torch.ops.fastperc.gram_loss_bwd, arguments, test_utils=tests)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_without_a_graph_break(dynamic):
+def test_compiles_without_a_graph_break(device, dynamic):
     torch.compiler.reset()
     compiled = torch.compile(ops.gram_loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for size in (6, 9):
-        xs, targets = (
-            [torch.randn(2, 5, size, 7), torch.randn(2, 3, 4, size)],
-            [torch.randn(1, 5, 5), torch.eye(3)[None]],
+        xs = [torch.randn(shape, device=device) for shape in ((2, 5, size, 7), (2, 3, 4, size))]
+        if device == "cuda":
+            xs = [x.bfloat16() for x in xs]  # what the Triton kernel takes
+        targets, weights = (
+            [torch.eye(5, device=device)[None], torch.eye(3, device=device)[None]],
+            torch.ones(2, device=device),
         )
-        losses, grads = losses_and_gradients(ops.gram_loss, xs, targets, torch.ones(2))
-        again, grads_again = losses_and_gradients(compiled, xs, targets, torch.ones(2))
+        losses, grads = losses_and_gradients(ops.gram_loss, xs, targets, weights)
+        again, grads_again = losses_and_gradients(compiled, xs, targets, weights)
         assert torch.equal(losses, again)
         assert all(error(a, b) < 1e-6 for a, b in zip(grads_again, grads))
 
@@ -304,9 +309,8 @@ def test_a_target_that_wants_a_gradient_gets_one():
     assert error(target.grad, -2 * (gram_matrix(x) - target.detach()).mean(dim=0, keepdim=True)) < 1e-5
 
 
-def test_on_the_side_stream_that_is_current():
-    if not GPU:
-        pytest.skip("streams are a GPU's")
+@pytest.mark.skipif(not GPU, reason="streams are a GPU's")
+def test_on_the_current_cuda_stream():
     xs, targets = features_and_targets("paper-like", "cuda", torch.bfloat16)
     expected = ops.gram_loss(xs, targets)
     stream = torch.cuda.Stream()

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from cases import DTYPES, GRAD_ERROR, LOSS_ERROR, SHAPES, dtype_id, error, shape_id
+from cases import DEVICES, DTYPES, GPU, GRAD_ERROR, LOSS_ERROR, SHAPES, dtype_id, error, shape_id
 
 from fastperc import TVLoss, _native, ops, reference, use_backend
 
@@ -28,11 +28,19 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Where the native kernel runs: the CPU, and a GPU if there is one that it was built for."""
+    if obstacle := _native.unsupported(torch.empty(0, device=request.param)):
+        pytest.skip(obstacle)
+    return request.param
+
+
 def by_formula(x: torch.Tensor, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient written out by hand, in float64, pair by pair."""
-    x = x.detach().double().cpu()
+    x = x.detach().double()
     grad = torch.zeros_like(x)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = x.new_zeros(())
     for dim in (2, 3):
         size = x.shape[dim]
         d = x.narrow(dim, 1, size - 1) - x.narrow(dim, 0, size - 1)
@@ -47,8 +55,8 @@ def by_formula(x: torch.Tensor, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_matches_formula(shape, dtype, norm, backend):
-    x = torch.rand(shape).to(dtype).requires_grad_()
+def test_matches_formula(device, shape, dtype, norm, backend):
+    x = torch.rand(shape).to(device, dtype).requires_grad_()
     with use_backend(backend):
         loss = ops.tv_loss(x, norm)
     (3 * loss).backward()
@@ -61,8 +69,8 @@ def test_matches_formula(shape, dtype, norm, backend):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_memory_layout(layout, norm):
-    x = LAYOUTS[layout](torch.rand(2, 3, 9, 21)).detach().requires_grad_()
+def test_any_memory_layout(device, layout, norm):
+    x = LAYOUTS[layout](torch.rand(2, 3, 9, 21, device=device)).detach().requires_grad_()
     with use_backend("native"):
         loss = ops.tv_loss(x, norm)
     loss.backward()
@@ -72,10 +80,10 @@ def test_any_memory_layout(layout, norm):
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_every_element_of_the_gradient_is_written(layout):
-    x = LAYOUTS[layout](torch.rand(2, 3, 9, 67))
+def test_every_element_of_the_gradient_is_written(device, layout):
+    x = LAYOUTS[layout](torch.rand(2, 3, 9, 67, device=device))
     grad = torch.full_like(x, float("nan"))
-    loss = torch.full((), float("nan"))
+    loss = torch.full((), float("nan"), device=device)
     _native.tv_loss_fwd(x, grad, loss, "l2")
     assert grad.isfinite().all() and loss.isfinite()
 
@@ -95,6 +103,27 @@ def test_same_bits_on_any_number_of_threads(norm):
         assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
 
 
+def test_same_bits_from_run_to_run(device):
+    x = torch.rand(3, 3, 300, 301, device=device)
+    results = [torch.ops.fastperc.tv_loss_fwd(x, "l2", True) for _ in range(3)]
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+@pytest.mark.skipif(not GPU, reason="streams are a GPU's")
+def test_on_the_current_cuda_stream():
+    x = torch.rand(4, 3, 1080, 1920, device="cuda")
+    expected = torch.ops.fastperc.tv_loss_fwd(x, "l2", True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # what comes next on the stream waits, and so must the kernel
+        twice = x * 2
+        loss, grad = torch.ops.fastperc.tv_loss_fwd(twice, "l2", True)
+    stream.synchronize()
+    assert torch.equal(loss, 4 * expected[0]) and torch.equal(grad, 2 * expected[1])
+
+
 def test_calls_from_several_threads_do_not_mix():
     images = [torch.rand(1, 3, 64, 64) * (i + 1) for i in range(6)]
     losses: dict[int, float] = {}
@@ -109,9 +138,9 @@ def test_calls_from_several_threads_do_not_mix():
     assert losses == {i: ops.tv_loss(image).item() for i, image in enumerate(images)}
 
 
-def test_error_is_no_worse_than_plain_pytorch():
+def test_error_is_no_worse_than_plain_pytorch(device):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = torch.rand(2, 3, 257, 311).to(dtype)
+        x = torch.rand(2, 3, 257, 311).to(device, dtype)
         fused, stock = x.clone().requires_grad_(), x.clone().requires_grad_()
         ops.tv_loss(fused).backward()
         reference.tv_loss(stock).backward()
@@ -157,8 +186,8 @@ def test_constant_image_has_no_variation_and_no_gradient():
         assert loss.item() == 0 and not x.grad.any()
 
 
-def test_half_precision_neither_overflows_nor_underflows():
-    x = (torch.rand(1, 3, 256, 256) * 200).half().requires_grad_()
+def test_half_precision_neither_overflows_nor_underflows(device):
+    x = (torch.rand(1, 3, 256, 256, device=device) * 200).half().requires_grad_()
     loss = 1e-7 * ops.tv_loss(x)  # the sum itself is far beyond float16's 65,504
     (loss * 65536).backward()  # a GradScaler's factor
     expected, grad = by_formula(x, "l2")
@@ -166,15 +195,15 @@ def test_half_precision_neither_overflows_nor_underflows():
     assert error(x.grad, 1e-7 * 65536 * grad) < 2e-3
 
 
-def test_not_finite_stays_visible():
-    x = torch.rand(1, 3, 8, 8)
+def test_not_finite_stays_visible(device):
+    x = torch.rand(1, 3, 8, 8, device=device)
     x[0, 1, 4, 4] = float("nan")
     assert ops.tv_loss(x).isnan()
 
 
-def test_stays_float32_under_autocast():
-    x = torch.rand(1, 3, 16, 16, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+def test_stays_float32_under_autocast(device):
+    x = torch.rand(1, 3, 16, 16, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
         loss = ops.tv_loss(x)
     assert loss.dtype == torch.float32
     assert error(loss, by_formula(x, "l2")[0]) < 1e-6
@@ -189,18 +218,18 @@ def test_gradcheck_once_and_twice(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "cropped"])
-def test_operator_is_registered_right(layout, norm):
-    x = LAYOUTS[layout](torch.rand(2, 3, 5, 6))
+def test_operator_is_registered_right(device, layout, norm):
+    x = LAYOUTS[layout](torch.rand(2, 3, 5, 6, device=device))
     torch.library.opcheck(torch.ops.fastperc.tv_loss_fwd, (x, norm, True))
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_compiles_without_a_graph_break(layout):
+def test_compiles_without_a_graph_break(device, layout):
     torch.compiler.reset()
     module = TVLoss(weight=0.5)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for shape in ((2, 3, 8, 9), (1, 3, 12, 7)):
-        x = LAYOUTS[layout](torch.rand(shape)).detach().requires_grad_()
+        x = LAYOUTS[layout](torch.rand(shape, device=device)).detach().requires_grad_()
         y = x.detach().clone().requires_grad_()
         compiled(x).backward()
         module(y).backward()

@@ -153,6 +153,14 @@ def test_weights_that_want_gradients_get_them(convs):
     assert all(conv.weight.grad.any() for conv in convs)
 
 
+def test_the_targets_square_keeps_its_digits_over_a_million_values(convs):
+    content = torch.rand(1, 3, 256, 256)
+    exact = reference.vgg_features(content.double(), moved(convs[:2], "cpu", torch.float64), [1])[1].square().mean()
+    with use_backend("native"):
+        square = ops.vgg_loss(torch.rand_like(content), content, convs, 1, {}).target_square
+    assert error(square, exact) < 1e-6
+
+
 def test_refuses_content_of_another_shape(convs):
     with pytest.raises(ValueError, match=r"shape \[1, 3, 16, 16\], got \[1, 3, 16, 12\]"):
         ops.vgg_loss(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 12), convs, 1, {})

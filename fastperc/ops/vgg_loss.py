@@ -240,7 +240,8 @@ def compare(features: Tensor, target: Tensor, backend: str) -> tuple[Tensor, Ten
         difference, square = kernels_of(backend).content_fwd(features, target) / target.numel()
         return difference, square
     target = reference.widen(target)
-    return F.mse_loss(reference.widen(features), target), torch.linalg.vector_norm(target).square() / target.numel()
+    # Not by vector_norm, which needs no memory but adds up millions of float32 one after the other.
+    return F.mse_loss(reference.widen(features), target), target.square().mean()
 
 
 class Slopes:
