@@ -91,7 +91,7 @@ def forward_chain(
             features = mine if alone else mine.clone(memory_format=torch.channels_last)  # or the rest would stay too
         if i + 1 < len(convs) and convs[i + 1].pooled:
             n, c, h, w = x.shape
-            pooled = x.new_empty(n, c, h // 2, w // 2).contiguous(memory_format=torch.channels_last)
+            pooled = empty_like(x, torch.Size((n, c, h // 2, w // 2)))
             winners = torch.empty_like(pooled[:images], dtype=torch.uint8)
             kernels.relu_pool_fwd(x, pooled, winners)
             x = pooled
@@ -133,6 +133,11 @@ def backward_chain(
 
 def unpool(grad_pooled: Tensor, layer: Layer, kernels: Any) -> Tensor:
     """The gradient before a layer's pooling and ReLU."""
-    grad = grad_pooled.new_empty(layer.shape).contiguous(memory_format=torch.channels_last)
+    grad = empty_like(grad_pooled, layer.shape)
     kernels.relu_pool_bwd(grad_pooled.contiguous(memory_format=torch.channels_last), layer.winners, grad)
     return grad
+
+
+def empty_like(x: Tensor, shape: torch.Size) -> Tensor:
+    """Memory for ``shape``, channels-last, of the dtype and on the device of ``x``."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
