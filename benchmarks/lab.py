@@ -31,12 +31,20 @@ import rows
 ROOT = rows.ROOT
 PYTEST = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
 BENCHMARK = ("--benchmark-only", "--benchmark-columns=median,iqr,rounds")
-NEEDED = ("torch", "numpy", "pytest", "pytest_benchmark")  # and, by some stages, of fastperc's own dependencies:
-WANTED = {"rich": "tune", "safetensors": "tests", "PIL": "tests"}
-GPU_TESTS = "cuda and not cuda_on_cpu"  # tests name their device
+NEEDED = ("torch", "numpy", "pytest", "pytest_benchmark")
+GPU_TESTS = "cuda"  # tests name their device
 KERNEL_TESTS = (
     f"{GPU_TESTS} and (formula or layout or exact or mask or pool)"  # a few, for tools that slow them a hundredfold
 )
+
+TUNE = """
+import torch
+from fastperc import dispatch, tuning
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+times = tuning.tune(device, tuning.cases(batch=4, size=256))
+dispatch.save(device, times)
+print(tuning.report(times))
+"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ def bench(operation: str, seconds: float, what: str) -> Stage:
 def tests(name: str, seconds: float, what: str, selection: str, prefix: Sequence[str] = ()) -> Stage:
     # Memory checkers see into PyTorch's own allocator only if it keeps nothing.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if prefix else {}
-    arguments = (*PYTEST, str(ROOT / "tests"), "-k", selection)
+    files = [ROOT / "tests" / f"test_{path.name}" for path in sorted(ROOT.glob("fastperc/ops/*.py"))]
+    arguments = (*PYTEST, *(str(file) for file in files if file.exists()), "-k", selection)
     return Stage(name, seconds, what, arguments, prefix, environment, gpu=True, allowed=(0, 5))  # 5: none selected
 
 
@@ -76,7 +85,7 @@ STAGES = (
     bench("gram_loss", 45, "Gram loss"),
     bench("vgg_loss", 90, "the whole loss network, and its memory"),
     bench("training", 120, "a training step"),
-    Stage("tune", 60, "fastperc tune: the backends against each other", ("-m", "fastperc", "tune")),
+    Stage("tune", 60, "the backends against each other, as fastperc tune has them", ("-c", TUNE)),
     bench("inference", 120, "whole networks in eval mode"),
     bench("rgb_conv", 60, "the 9×9 convolutions"),
     bench("subpixel_conv_bn_relu", 60, "the ½-stride convolutions"),
@@ -262,7 +271,7 @@ def summary(measured: Sequence[rows.Row]) -> str:
 
 
 def missing_modules() -> list[str]:
-    return [name for name in (*NEEDED, *WANTED) if importlib.util.find_spec(name) is None]
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -328,6 +328,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
     from fastperc import dispatch, tuning
     from fastperc.devices import find_device
     from fastperc.files import check_writable
+    from fastperc.progress import track
 
     device = find_device(arguments.device)
     path = dispatch.path_of(device)
@@ -339,7 +340,8 @@ def run_tune(arguments: argparse.Namespace) -> int:
         print(f"{tuning.report(table.times)}\n{table.path}, {table.date}" if table else f"there is no table, {path}")
         return 0
     check_writable(path)
-    times = tuning.tune(device, arguments.batch, arguments.size)
+    cases = list(tuning.cases(arguments.batch, arguments.size))
+    times = tuning.tune(device, track(cases, "tuning", len(cases)))
     if not times:
         print(f"nothing to choose from: plain PyTorch alone runs on {device}")
         return 0

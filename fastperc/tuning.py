@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, product
 from statistics import median
 from typing import NamedTuple
@@ -15,7 +15,6 @@ from fastperc import backends, ops
 from fastperc.backends import BACKENDS, use_backend
 from fastperc.dispatch import Key, Milliseconds
 from fastperc.errors import InputError
-from fastperc.progress import track
 from fastperc.reference import FrozenConv
 
 SMALLEST = 16  # pixels a side: what the networks take
@@ -73,13 +72,19 @@ OPERATIONS = {
 }
 
 
-def tune(device: torch.device, batch: int, size: int) -> dict[Key, Milliseconds]:
-    """The milliseconds of a call, by backend, of each operation, dtype and layout, with its gradient and without.
+def tune(device: torch.device, keys: Iterable[Key]) -> dict[Key, Milliseconds]:
+    """The milliseconds of a call on ``device``, by backend, for each of ``keys`` as :func:`cases` gives them.
 
     Where plain PyTorch alone can serve there is nothing to choose, and nothing is timed.
+    """
+    times = {key: measure(key, device) for key in keys}
+    return {key: by_backend for key, by_backend in times.items() if by_backend}
+
+
+def cases(batch: int, size: int) -> Iterator[Key]:
+    """Everything to be timed: each operation, dtype and layout, with its gradient and without.
 
     Args:
-        device: where to run.
         batch: images.
         size: their height and width in pixels, from 16 up.
 
@@ -88,13 +93,6 @@ def tune(device: torch.device, batch: int, size: int) -> dict[Key, Milliseconds]
     """
     if size < SMALLEST:
         raise InputError(f"--size must be at least {SMALLEST}, got {size}")
-    found = list(cases(batch, size))
-    times = {key: measure(key, device) for key in track(found, "tuning", len(found))}
-    return {key: by_backend for key, by_backend in times.items() if by_backend}
-
-
-def cases(batch: int, size: int) -> Iterator[Key]:
-    """Everything to be timed."""
     for name, operation in OPERATIONS.items():
         for shapes, dtype, layout, grad in product(operation.calls(batch, size), DTYPES, LAYOUTS, (True, False)):
             yield Key(name, dtype, layout, grad, shapes)

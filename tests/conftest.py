@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 if not torch.cuda.is_available():  # before a kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -17,6 +16,9 @@ if not torch.cuda.is_available():  # before a kernel is imported
 import fastperc
 from fastperc import dispatch
 from fastperc.cli import main
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # The first layers of VGG-16: (name, in, out). Enough for relu1_2 and relu2_2.
 SHALLOW_VGG = [("1_1", 3, 64), ("1_2", 64, 64), ("2_1", 64, 128), ("2_2", 128, 128)]
@@ -55,6 +57,8 @@ def vgg_file(vgg_tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.Temp
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """A smooth colourful image with some noise: not constant, not symmetric."""
+    from PIL import Image  # here, for the tests of kernels do without
+
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin((x * a + y * b) / 9 + c) for a, b, c in rng.uniform(0.3, 2.0, (3, 3))]
