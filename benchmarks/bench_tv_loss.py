@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 from costs import Cost
-from harness import DTYPES, Case, runs
+from harness import DEVICE, DTYPES, Case, runs
 
 from fastperc import ops, reference
 
-SHAPES = {"4x3x256x256": (4, 3, 256, 256), "1x3x1080x1920": (1, 3, 1080, 1920)}
+SHAPES = {
+    "cpu": [(4, 3, 256, 256), (1, 3, 1080, 1920)],
+    "cuda": [(4, 3, 256, 256), (1, 3, 1080, 1920), (4, 3, 1080, 1920)],
+}
 
 
 def cost(shape: tuple[int, ...], dtype: str) -> list[Cost]:
@@ -21,7 +24,7 @@ CASES = [
     Case(
         "tv_loss",
         "forward+backward",
-        name,
+        "x".join(map(str, shape)),
         dtype,
         inputs=lambda shape=shape: (torch.rand(shape, requires_grad=True),),
         reference=reference.tv_loss,
@@ -29,7 +32,7 @@ CASES = [
         costs=lambda shape=shape, dtype=dtype: cost(shape, dtype),
         tolerance={"fp32": (2e-5, 2e-6), "bf16": (2e-5, 1e-2)}[dtype],
     )
-    for name, shape in SHAPES.items()
+    for shape in SHAPES[DEVICE]
     for dtype in ("fp32", "bf16")
 ]
 
