@@ -24,6 +24,13 @@ Norm norm_from_name(const std::string& name) {
 
 RowShape row_shape(const std::array<std::int64_t, 5>& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
 ImageShape image_shape(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+Output output_from_name(const std::string& name) {
+  if (name == "tanh") return Output::tanh;
+  if (name == "linear") return Output::linear;
+  throw std::invalid_argument("fastperc: output must be 'tanh' or 'linear', got " + name);
+}
+
+ImageStrides image_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 RowStrides row_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
 
 }  // namespace
@@ -96,6 +103,53 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("grad_pooled"), py::arg("winners"), py::arg("grad"), py::arg("dtype"), py::arg("shape"),
       py::arg("threads"));
+
+  m.def(
+      "image_io_cpu",
+      [](Address image, Address out, const std::string& image_dtype, const std::string& dtype, std::int64_t images,
+         const std::array<std::int64_t, 6>& w, const std::array<std::int64_t, 4>& strides, float scale, float shift,
+         int threads) {
+        const DType type = dtype_from_name(dtype);
+        py::gil_scoped_release release;
+        image_io_cpu(pointer<>(image), pointer<>(out), image_dtype, type, images, {w[0], w[1], w[2], w[3], w[4], w[5]},
+                     image_strides(strides), scale, shift, threads);
+      },
+      py::arg("image"), py::arg("out"), py::arg("image_dtype"), py::arg("dtype"), py::arg("images"), py::arg("window"),
+      py::arg("strides"), py::arg("scale"), py::arg("shift"), py::arg("threads"));
+  m.def(
+      "rgb_conv_head_cpu",
+      [](Address products, Address bias, Address out, const std::string& dtype, const std::string& out_dtype,
+         const std::string& output, const std::array<std::int64_t, 5>& s, bool reflect,
+         const std::array<std::int64_t, 4>& out_strides, int threads) {
+        const DType type = dtype_from_name(dtype);
+        const Output kind = output_from_name(output);
+        py::gil_scoped_release release;
+        rgb_conv_head_cpu(pointer<>(products), pointer<float>(bias), pointer<>(out), type, out_dtype, kind,
+                          {s[0], s[1], s[2], s[3], s[4], reflect}, image_strides(out_strides), threads);
+      },
+      py::arg("products"), py::arg("bias"), py::arg("out"), py::arg("dtype"), py::arg("out_dtype"), py::arg("output"),
+      py::arg("shape"), py::arg("reflect"), py::arg("out_strides"), py::arg("threads"));
+  m.def(
+      "channel_statistics_cpu",
+      [](Address x, Address statistics, const std::string& dtype, const std::array<std::int64_t, 4>& shape,
+         int threads) {
+        const DType type = dtype_from_name(dtype);
+        py::gil_scoped_release release;
+        channel_statistics_cpu(pointer<>(x), pointer<double>(statistics), type, image_shape(shape), threads);
+      },
+      py::arg("x"), py::arg("statistics"), py::arg("dtype"), py::arg("shape"), py::arg("threads"));
+  m.def(
+      "scale_shift_cpu",
+      [](Address x, Address scale, Address shift, Address skip, Address out, const std::string& dtype,
+         const std::array<std::int64_t, 4>& shape, const std::array<std::int64_t, 4>& skip_strides, bool relu,
+         int threads) {
+        const DType type = dtype_from_name(dtype);
+        py::gil_scoped_release release;
+        scale_shift_cpu(pointer<>(x), pointer<float>(scale), pointer<float>(shift), pointer<>(skip), pointer<>(out),
+                        type, image_shape(shape), image_strides(skip_strides), relu, threads);
+      },
+      py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("skip"), py::arg("out"), py::arg("dtype"),
+      py::arg("shape"), py::arg("skip_strides"), py::arg("relu"), py::arg("threads"));
 
 #ifdef FASTPERC_CUDA
   m.def(

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
+#include "image_io.h"
+#include "rgb_conv.h"
 #include "tv_loss.h"
 #include "vgg_loss.h"
 
@@ -31,5 +34,21 @@ void relu_pool_fwd_cpu(const void* x, void* pooled, void* winners, DType dtype, 
 // grad [N, H, W, C] = grad_pooled where a pixel is its window's winner, else 0.
 void relu_pool_bwd_cpu(const void* grad_pooled, const void* winners, void* grad, DType dtype, const ImageShape& shape,
                        int threads);
+
+// out [N, height, width, 3] = the window of image [N, 3, H, W] (uint8 or floating-point), times scale, plus shift.
+void image_io_cpu(const void* image, void* out, const std::string& image_dtype, DType dtype, std::int64_t images,
+                  const Window& window, const ImageStrides& strides, float scale, float shift, int threads);
+
+// out [3, rows, width] (uint8 or floating-point) = the picture that products (see rgb_conv.h; float32 or bfloat16) and
+// bias [3] make.
+void rgb_conv_head_cpu(const void* products, const float* bias, void* out, DType dtype, const std::string& out_dtype,
+                       Output output, const HeadShape& shape, const ImageStrides& out_strides, int threads);
+
+// statistics [N, 2, C] = mean, and Σ (x - mean)², over the pixels of x [N, H, W, C].
+void channel_statistics_cpu(const void* x, double* statistics, DType dtype, const ImageShape& shape, int threads);
+// out [N, H, W, C] = relu?(x · scale [N, C] + shift [N, C] + skip); skip, if not null, has its channels side by side. out
+// may be x.
+void scale_shift_cpu(const void* x, const float* scale, const float* shift, const void* skip, void* out, DType dtype,
+                     const ImageShape& shape, const ImageStrides& skip_strides, bool relu, int threads);
 
 }  // namespace fastperc

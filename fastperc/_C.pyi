@@ -32,6 +32,45 @@ def relu_pool_fwd_cpu(
 def relu_pool_bwd_cpu(
     grad_pooled: int, winners: int, grad: int, dtype: str, shape: tuple[int, int, int, int], threads: int
 ) -> None: ...
+def image_io_cpu(
+    image: int,
+    out: int,
+    image_dtype: str,
+    dtype: str,
+    images: int,
+    window: tuple[int, int, int, int, int, int],
+    strides: tuple[int, int, int, int],
+    scale: float,
+    shift: float,
+    threads: int,
+) -> None: ...
+def rgb_conv_head_cpu(
+    products: int,
+    bias: int,
+    out: int,
+    dtype: str,
+    out_dtype: str,
+    output: str,
+    shape: tuple[int, int, int, int, int],
+    reflect: bool,
+    out_strides: tuple[int, int, int, int],
+    threads: int,
+) -> None: ...
+def channel_statistics_cpu(
+    x: int, statistics: int, dtype: str, shape: tuple[int, int, int, int], threads: int
+) -> None: ...
+def scale_shift_cpu(
+    x: int,
+    scale: int,
+    shift: int,
+    skip: int,
+    out: int,
+    dtype: str,
+    shape: tuple[int, int, int, int],
+    skip_strides: tuple[int, int, int, int],
+    relu: bool,
+    threads: int,
+) -> None: ...
 def tv_loss_partials(shape: tuple[int, int, int, int, int]) -> int: ...
 def tv_loss_fwd_cuda(
     x: int,

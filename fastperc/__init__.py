@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastperc import ops, reference
     from fastperc.backends import use_backend
     from fastperc.checkpoints import load, save
+    from fastperc.engine import freeze
     from fastperc.errors import InputError
     from fastperc.losses import FeatureLoss, PerceptualLoss, PixelLoss
     from fastperc.models import SRCNN, SuperResolutionNet, TransformNet, VGG16Features
@@ -24,6 +25,7 @@ _HOMES = {
     "fastperc": ("ops", "reference"),
     "fastperc.backends": ("use_backend",),
     "fastperc.checkpoints": ("load", "save"),
+    "fastperc.engine": ("freeze",),
     "fastperc.errors": ("InputError",),
     "fastperc.losses": ("FeatureLoss", "PerceptualLoss", "PixelLoss"),
     "fastperc.models": ("SRCNN", "SuperResolutionNet", "TransformNet", "VGG16Features"),
@@ -46,6 +48,7 @@ __all__ = [
     "TVLoss",
     "TransformNet",
     "VGG16Features",
+    "freeze",
     "gram_matrix",
     "load",
     "ops",

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastperc.reference import Window
+
 try:
     from fastperc import _C
 
@@ -103,3 +105,73 @@ def relu_pool_bwd(grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None:
     shape, threads = _image_shape(grad), torch.get_num_threads()
     pointers = (grad_pooled.data_ptr(), winners.data_ptr(), grad.data_ptr())
     _C.relu_pool_bwd_cpu(*pointers, DTYPES[grad.dtype], shape, threads)
+
+
+def image_io(image: Tensor, window: Window, scale: float, shift: float, out: Tensor) -> None:
+    """Fills ``out`` [N, 3, height, width], channels-last, with the ``window`` of ``image`` [N, 3, H, W], times
+    ``scale``, plus ``shift``."""
+    _C.image_io_cpu(
+        image.data_ptr(),
+        out.data_ptr(),
+        _pixels(image.dtype),
+        DTYPES[out.dtype],
+        len(image),
+        (image.shape[2], image.shape[3], *window),
+        _strides(image),
+        scale,
+        shift,
+        torch.get_num_threads(),
+    )
+
+
+def rgb_conv_head(products: Tensor, bias: Tensor, out: Tensor, left: int, reflect: bool, output: str) -> None:
+    """Fills ``out`` [3, H, W] with the picture that ``products`` [1, k·3, H, columns], channels-last, float32 or
+    bfloat16, and ``bias`` [3], float32, make; see csrc/rgb_conv.h."""
+    _, channels, height, columns = products.shape
+    _C.rgb_conv_head_cpu(
+        products.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+        DTYPES[products.dtype],
+        _pixels(out.dtype),
+        output,
+        (height, columns, channels // 3, left, out.shape[2]),
+        reflect,
+        _strides(out[None]),
+        torch.get_num_threads(),
+    )
+
+
+def channel_statistics(x: Tensor) -> Tensor:
+    """The mean of each channel of each image of ``x``, channels-last, and its Σ (x - mean)²: float64 [N, 2, C]."""
+    statistics = torch.empty(len(x), 2, x.shape[1], dtype=torch.float64)
+    pointers = x.data_ptr(), statistics.data_ptr()
+    _C.channel_statistics_cpu(*pointers, DTYPES[x.dtype], _image_shape(x), torch.get_num_threads())
+    return statistics
+
+
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, skip: Tensor | None, relu: bool, out: Tensor) -> None:
+    """Fills ``out``, which may be ``x``, with relu(``x`` · ``scale`` [N, C] + ``shift`` [N, C] + ``skip``); ``x`` and
+    ``out`` are channels-last, a pixel's channels in ``skip`` lie together."""
+    assert out.stride() == x.stride() and (skip is None or skip.stride(1) == 1)
+    _C.scale_shift_cpu(
+        x.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        0 if skip is None else skip.data_ptr(),
+        out.data_ptr(),
+        DTYPES[x.dtype],
+        _image_shape(x),
+        (0, 0, 0, 0) if skip is None else _strides(skip),
+        relu,
+        torch.get_num_threads(),
+    )
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    n, c, h, w = x.stride()
+    return n, c, h, w
+
+
+def _pixels(dtype: torch.dtype) -> str:
+    return "uint8" if dtype == torch.uint8 else DTYPES[dtype]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,13 +59,57 @@ def choose(operation: str, *tensors: Tensor, **obstacles: str | None) -> str:
     Raises:
         CannotServe: ``use_backend`` asks for one that cannot.
     """
-    if _forced is None:
+    if _forced is not None:
+        obstacle = None if _forced == "reference" else obstacles.get(_forced, "there is no such kernel")
+        if obstacle is not None:
+            raise CannotServe(f"{operation} cannot run on the {_forced} backend: {obstacle}")
+        chosen = _forced
+    else:
         able = [name for name, obstacle in obstacles.items() if obstacle is None] + ["reference"]
-        return next((name for name in dispatch.ranking(operation, tensors) if name in able), able[0])
-    obstacle = None if _forced == "reference" else obstacles.get(_forced, "there is no such kernel")
-    if obstacle is not None:
-        raise CannotServe(f"{operation} cannot run on the {_forced} backend: {obstacle}")
-    return _forced
+        chosen = next((name for name in dispatch.ranking(operation, tensors) if name in able), able[0])
+    if _record.choices is not None:
+        _record.choices.append(Choice(_record.layer, operation, chosen, _reason(operation, tensors, chosen, obstacles)))
+    return chosen
+
+
+class Choice(NamedTuple):
+    """Which backend ran a layer's operation, and why."""
+
+    layer: str
+    operation: str
+    backend: str
+    reason: str
+
+
+class _Record(threading.local):
+    layer = ""
+    choices: list[Choice] | None = None
+
+
+_record = _Record()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Choice]]:
+    """A list that fills with what this thread chooses in the block."""
+    before, _record.choices = _record.choices, []
+    try:
+        yield _record.choices
+    finally:
+        _record.choices = before
+
+
+def at_layer(name: str) -> None:
+    """Tells :func:`recorded` what comes next."""
+    _record.layer = name
+
+
+def _reason(operation: str, tensors: Sequence[Tensor], chosen: str, obstacles: Mapping[str, str | None]) -> str:
+    if _forced is not None:
+        return "use_backend asks for it"
+    reasons = ["measured the fastest"] if chosen in dispatch.ranking(operation, tensors) else []
+    reasons += [f"not {backend}: {obstacle}" for backend, obstacle in obstacles.items() if obstacle]
+    return "; ".join(reasons) or "the fastest that can, by rule of thumb"
 
 
 def triton_unsupported(x: Tensor) -> str | None:
@@ -81,6 +127,16 @@ def triton_unsupported(x: Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"Triton compiles for GPUs, not for {x.device.type} tensors"
     return "Triton kernels are tuned for NVIDIA GPUs" if torch.version.hip else None
+
+
+def triton_product_unsupported(x: Tensor) -> str | None:
+    """Why no Triton kernel of products can take ``x``, or ``None`` if one can.
+
+    Those in float32 run on no tensor core, and only where ``use_backend("triton")`` asks for it.
+    """
+    if x.dtype == torch.float32 and _forced != "triton":
+        return "products in float32 are left to the library"
+    return triton_unsupported(x)
 
 
 def interpreted() -> bool:

@@ -111,6 +111,14 @@ def add_stylize(commands: argparse._SubParsersAction[Parser]) -> None:
         help="blend with the photo; default: 1, the painting alone",
     )
     parser.add_argument("--keep-colors", action="store_true", help="paint with the photo's own colours")
+    parser.add_argument(
+        "--tile",
+        type=tile,
+        default="auto",
+        metavar="auto|N|off",
+        help="paint in parts of N pixels a side, which looks the same and takes less memory; default: auto, where the "
+        "whole would take more than 2 GiB",
+    )
     add_device(parser)
     parser.set_defaults(run=run_stylize)
 
@@ -125,6 +133,7 @@ def run_stylize(arguments: argparse.Namespace) -> int:
 
     from fastperc import checkpoints
     from fastperc.devices import find_device
+    from fastperc.engine import freeze
     from fastperc.files import check_writable
     from fastperc.models import TransformNet
     from fastperc.stylize import stylize_files
@@ -134,7 +143,8 @@ def run_stylize(arguments: argparse.Namespace) -> int:
         raise InputError(f"{source}: holds a {type(net).__name__}, which is no style network")
     for _, target in jobs:
         check_writable(target)
-    failed = stylize_files(net, jobs, arguments.size, arguments.strength, arguments.keep_colors)
+    given = arguments.size, arguments.strength, arguments.keep_colors, arguments.tile
+    failed = stylize_files(freeze(net), jobs, *given)
     return BAD_INPUT if failed else 0
 
 
@@ -398,6 +408,16 @@ def weight(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
     return value
+
+
+def tile(text: str) -> int | str:
+    """``auto``, ``off``, or a number of pixels that a network can paint."""
+    if text in ("auto", "off"):
+        return text
+    side = int(text)
+    if side < 16:
+        raise argparse.ArgumentTypeError(f"{text} is none of auto, off and the numbers from 16 up")
+    return side
 
 
 def fraction(text: str) -> float:

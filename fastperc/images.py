@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from fastperc import reference
 from fastperc.errors import InputError
 from fastperc.files import PathLike, check_readable, write_atomically
 
@@ -54,9 +55,13 @@ class Photo:
     alpha: Image.Image | None = None
     metadata: dict[str, Any] = field(default_factory=dict)  # icc_profile, exif, dpi: keywords of Image.save
 
+    def levels(self) -> Tensor:
+        """uint8 [H, W, 3]."""
+        return torch.from_numpy(np.array(self.rgb))
+
     def tensor(self) -> Tensor:
         """RGB in 0–1, float32 [1, 3, H, W]."""
-        return torch.from_numpy(np.array(self.rgb)).permute(2, 0, 1)[None].float() / 255
+        return self.levels().permute(2, 0, 1)[None].float() / 255
 
     def resized(self, long_side: int) -> Photo:
         """The same photo with its longer side ``long_side`` pixels long.
@@ -205,7 +210,7 @@ def write_image(path: PathLike, photo: Photo) -> None:
 
 def to_image(x: Tensor) -> Image.Image:
     """RGB in 0–1 [3, H, W] → an 8-bit image; clamped, then rounded to the nearest level."""
-    pixels = x.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    pixels = reference.to_levels(x.detach().float())
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 

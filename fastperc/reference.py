@@ -78,6 +78,147 @@ def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) 
     return features
 
 
+class InstanceNorm(NamedTuple):
+    """The normalisation of each channel of each image by its own mean and variance."""
+
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    eps: float
+
+
+Padding = tuple[int, int, int, int]  # left, right, top, bottom, as ``F.pad`` has them
+
+
+def pad(x: Tensor, padding: Padding, mode: str) -> Tensor:
+    """``x`` [N, C, H, W] with a border of ``"zeros"``, of mirrored pixels (``"reflect"``) or of the nearest ones
+    (``"replicate"``)."""
+    return F.pad(x, padding, mode="constant" if mode == "zeros" else mode) if any(padding) else x
+
+
+def instance_norm(x: Tensor, norm: InstanceNorm) -> Tensor:
+    """``x`` [N, C, H, W] normalised."""
+    return F.instance_norm(x, weight=norm.weight.to(x.dtype), bias=norm.bias.to(x.dtype), eps=norm.eps)
+
+
+def finish(y: Tensor, norm: InstanceNorm | None, relu: bool, skip: Tensor | None = None) -> Tensor:
+    """What follows a convolution: relu(norm(y) + skip)."""
+    if norm is not None:
+        y = instance_norm(y, norm)
+    if skip is not None:
+        y = y + skip
+    return y.relu() if relu else y
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int = 1,
+    padding: Padding = (0, 0, 0, 0),
+    padding_mode: str = "zeros",
+    norm: InstanceNorm | None = None,
+    relu: bool = True,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """relu(norm(conv(``x``)) + ``skip``), a batch norm being folded into ``weight`` [O, I, k, k] and ``bias`` [O]."""
+    y = F.conv2d(pad(x, padding, padding_mode), weight.to(x.dtype), bias.to(x.dtype), stride)
+    return finish(y, norm, relu, skip)
+
+
+def subpixel_conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    upsample: str = "transposed",
+    padding: Padding = (1, 1, 1, 1),
+    padding_mode: str = "zeros",
+    norm: InstanceNorm | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """[N, I, H, W] → [N, O, 2H, 2W]: ``nn.ConvTranspose2d(I, O, 3, 2, 1, 1)`` with ``weight`` [I, O, 3, 3], or
+    (``"nearest"``) each pixel four times over and a 3×3 convolution with ``weight`` [O, I, 3, 3].
+
+    Each pixel with its eight neighbours becomes four. ``padding`` of 1 gives a side of ``x`` the neighbours that it
+    lacks; with 0 its outermost pixels are neighbours only. ``padding_mode`` is that of the upsampled map.
+    """
+    nearest = upsample == "nearest"
+    # What mirrors the upsampled map about its border pixel repeats the pixel of the small one.
+    x = pad(x, padding, "replicate" if nearest and padding_mode == "reflect" else "zeros")
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if nearest:
+        upsampled = F.interpolate(x, scale_factor=2, mode="nearest")[:, :, 1:-1, 1:-1]
+        return finish(F.conv2d(upsampled, weight, bias), norm, relu)
+    y = F.conv_transpose2d(x, weight, bias, 2, 1)
+    return finish(y[:, :, 2:-1, 2:-1], norm, relu)
+
+
+class Window(NamedTuple):
+    """A rectangle of an image, in pixels; beyond the image's border lie mirrored pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def mirrored(start: int, count: int, size: int, device: torch.device) -> Tensor:
+    """Which of ``size`` pixels in a row stand at ``count`` positions from ``start`` on, mirrored at either end."""
+    period = max(2 * (size - 1), 1)
+    positions = torch.arange(start, start + count, device=device) % period
+    return torch.minimum(positions, (period - positions) % period) if size > 1 else torch.zeros_like(positions)
+
+
+def image_io(image: Tensor, window: Window, scale: float, shift: float, dtype: torch.dtype) -> Tensor:
+    """The ``window`` of ``image`` [N, 3, H, W] as a network sees it: RGB in 0–1, or in levels if uint8, times
+    ``scale``, plus ``shift``."""
+    top, left, height, width = window
+    rows = mirrored(top, height, image.shape[2], image.device)
+    columns = mirrored(left, width, image.shape[3], image.device)
+    x = image[:, :, rows[:, None], columns]
+    x = x.float() / 255 if x.dtype == torch.uint8 else widen(x)
+    return (x * scale + shift).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def rgb_conv_stem(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    window: Window,
+    scale: float,
+    shift: float,
+    padding: Padding,
+    padding_mode: str = "zeros",
+    norm: InstanceNorm | None = None,
+    relu: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """:func:`image_io`, and the first convolution with what follows: [N, 3, H, W] → [N, O, H', W'] in ``dtype``."""
+    x = image_io(image, window, scale, shift, dtype)
+    return conv_bn_relu(x, weight, bias, 1, padding, padding_mode, norm, relu)
+
+
+def rgb_conv_head(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, padding_mode: str, output: str, out: Tensor
+) -> None:
+    """The last convolution: [N, C, H, W] → ``out`` [N, 3, H', W'], RGB in 0–1, or levels if that is uint8.
+
+    ``output`` is ``"tanh"``, the authors' 150·tanh about mid-grey, or ``"linear"``, 0…255.
+    """
+    y = widen(F.conv2d(pad(x, padding, padding_mode), weight.to(x.dtype), bias.to(x.dtype)))
+    y = to_image_range(y, output)
+    out.copy_(to_levels(y) if out.dtype == torch.uint8 else y)
+
+
+def to_image_range(x: Tensor, output: str) -> Tensor:
+    """The last convolution's output to 0–1: the authors' 150·tanh about mid-grey, or 0…255."""
+    return 0.5 + 150 / 255 * x.tanh() if output == "tanh" else x / 255
+
+
+def to_levels(x: Tensor) -> Tensor:
+    """RGB in 0–1 → uint8: clamped, then rounded to the nearest of 256 levels."""
+    return x.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
 def reflect_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
     """``x`` [N, C, H, W] mirrored outwards about its border pixels, any number of times over.
 

@@ -7,36 +7,50 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from PIL import Image
 
 from fastperc import reference
+from fastperc.engine import Engine, unwatched
 from fastperc.errors import InputError
-from fastperc.images import SUFFIXES, Photo, check_format, find_images, read_image, to_image, write_image
+from fastperc.images import SUFFIXES, Photo, check_format, find_images, read_image, write_image
 from fastperc.models.common import MINIMUM_SIDE
 from fastperc.progress import say, track
+from fastperc.tiling import Watch
 
 
-def stylize(net: nn.Module, photo: Photo, strength: float = 1.0, keep_colors: bool = False) -> Photo:
-    """``photo`` as ``net`` paints it, with its alpha and metadata.
+def stylize(
+    engine: Engine,
+    photo: Photo,
+    strength: float = 1.0,
+    keep_colors: bool = False,
+    tile: int | str = "auto",
+    watch: Watch = unwatched,
+) -> Photo:
+    """``photo`` as ``engine`` paints it, with its alpha and metadata.
 
     Args:
-        net: takes and returns RGB in 0–1; runs where its weights are.
+        engine: a frozen style network.
+        photo: any size from 16 pixels a side up.
         strength: from 0, the photo, to 1, the painting; a blend of the two between.
         keep_colors: take only the lightness of the painting and keep the colours of the photo.
+        tile, watch: as :meth:`fastperc.engine.Engine.tiles` has them.
 
     Raises:
         FloatingPointError: the network's output is not a number.
+        InputError: there is not enough memory.
     """
-    device = next(net.parameters()).device
-    x = photo.tensor().to(device, memory_format=torch.channels_last)
-    with torch.inference_mode():
-        y = net(x).clamp(0, 1)
+    levels = photo.levels()
+    painting = torch.empty_like(levels)
+    for place, part in engine.tiles(levels, tile, torch.float32, watch):
+        rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
+        x = levels[rows, columns].permute(2, 0, 1)[None].to(part.device).float() / 255
+        y = part.clamp_(0, 1)
         if y.isnan().any():
             raise FloatingPointError("the network's output is not a number: it overflows on this photo")
         if keep_colors:
             y = x + (reference.luma(y) - reference.luma(x))
-        y = torch.lerp(x, y, strength)
-    return Photo(to_image(y[0]), photo.alpha, photo.metadata)
+        painting[rows, columns] = reference.to_levels(torch.lerp(x, y, strength))[0].permute(1, 2, 0)
+    return Photo(Image.fromarray(painting.numpy()), photo.alpha, photo.metadata)
 
 
 def read_photo(path: Path, size: int | None = None) -> Photo:
@@ -57,21 +71,22 @@ def read_photo(path: Path, size: int | None = None) -> Photo:
 
 
 def stylize_files(
-    net: nn.Module,
+    engine: Engine,
     jobs: Sequence[tuple[Path, Path]],
     size: int | None = None,
     strength: float = 1.0,
     keep_colors: bool = False,
+    tile: int | str = "auto",
 ) -> int:
     """Stylizes each input file into its output file; returns how many inputs could not be used.
 
     One that cannot be used does not keep the others from being done: it is named on stderr.
     """
     failed = 0
-    items = track(jobs, "stylizing", len(jobs)) if len(jobs) > 1 else jobs
+    items, watch = (track(jobs, "stylizing", len(jobs)), unwatched) if len(jobs) > 1 else (jobs, track)
     for source, target in items:
         try:
-            write_image(target, stylize(net, read_photo(source, size), strength, keep_colors))
+            write_image(target, stylize(engine, read_photo(source, size), strength, keep_colors, tile, watch))
         except InputError as error:
             if len(jobs) == 1:
                 raise

@@ -321,10 +321,10 @@ def test_a_failed_write_is_one_line_and_leaves_nothing_half_written(refused, her
     ids=["cpu-memory", "cuda-memory", "runtime", "arithmetic"],
 )
 def test_a_failure_of_the_network_is_one_line(refused, here, model, monkeypatch, error, says):
-    def forward(self, x):
+    def tiles(self, *arguments):
         raise error
 
-    monkeypatch.setattr(fastperc.TransformNet, "forward", forward)
+    monkeypatch.setattr("fastperc.engine.Engine.tiles", tiles)
     refused("stylize", "photo.png", "-o", "new.png", "--model", model, says=says, status=1)
 
 
@@ -337,10 +337,10 @@ def test_a_photo_too_large_for_memory_is_not_called_damaged(refused, model, monk
 
 
 def test_an_interruption_is_one_line(refused, here, model, monkeypatch):
-    def forward(self, x):
+    def tiles(self, *arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fastperc.TransformNet, "forward", forward)
+    monkeypatch.setattr("fastperc.engine.Engine.tiles", tiles)
     refused("stylize", "photo.png", "-o", "new.png", "--model", model, says="fastperc stylize: interrupted", status=130)
 
 

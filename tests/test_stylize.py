@@ -9,28 +9,29 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
-from torch import nn
 
-from fastperc import InputError, TransformNet, reference
+from fastperc import InputError, TransformNet, freeze, reference
 from fastperc.images import Photo, read_image
+from fastperc.reference import Window
 from fastperc.stylize import plan, read_photo, stylize, stylize_files
 
 
 @pytest.fixture(scope="module")
-def net():
+def engine():
     torch.manual_seed(0)
-    return TransformNet("instance", width=4).eval()
+    return freeze(TransformNet("instance", width=4))
 
 
-class Inverse(nn.Module):
-    """A network whose painting is known: the negative."""
+class Inverse:
+    """An engine whose painting is known: the negative. It paints in two parts."""
 
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(-1.0))
+    scale = -1.0
 
-    def forward(self, x):
-        return 1 + self.scale * x
+    def tiles(self, image, tile, dtype, watch):
+        height, width, _ = image.shape
+        for top, rows in ((0, 7), (7, height - 7)):
+            part = image[top : top + rows].permute(2, 0, 1)[None].to(dtype) / 255
+            yield Window(top, 0, rows, width), 1 + self.scale * part
 
 
 def pixels(image):
@@ -38,23 +39,23 @@ def pixels(image):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 23), (33, 18), (61, 47)], ids=lambda size: f"{size[0]}x{size[1]}")
-def test_the_painting_is_as_large_as_the_photo(net, size):
+def test_the_painting_is_as_large_as_the_photo(engine, size):
     photo = Photo(picture(*size))
-    painting = stylize(net, photo).rgb
+    painting = stylize(engine, photo).rgb
     assert (painting.mode, painting.size) == ("RGB", size)
     assert (pixels(painting) != pixels(photo.rgb)).mean() > 0.5
 
 
-def test_alpha_and_metadata_are_passed_on(net):
+def test_alpha_and_metadata_are_passed_on(engine):
     photo = Photo(picture(20, 18), picture(20, 18).getchannel("R"), {"dpi": (300, 300)})
-    painting = stylize(net, photo)
+    painting = stylize(engine, photo)
     assert painting.alpha is photo.alpha and painting.metadata == {"dpi": (300, 300)}
 
 
 @pytest.mark.parametrize("keep_colors", [False, True], ids=["", "keep-colors"])
-def test_strength_0_is_the_photo_itself(net, keep_colors):
+def test_strength_0_is_the_photo_itself(engine, keep_colors):
     photo = Photo(picture(33, 21))
-    assert (pixels(stylize(net, photo, 0.0, keep_colors).rgb) == pixels(photo.rgb)).all()
+    assert (pixels(stylize(engine, photo, 0.0, keep_colors).rgb) == pixels(photo.rgb)).all()
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.5, 1.0])
@@ -76,10 +77,10 @@ def test_keep_colors_takes_the_lightness_and_keeps_the_chroma():
 
 
 def test_an_output_that_is_not_a_number_is_an_error():
-    net = Inverse()
-    net.scale.data.fill_(float("nan"))
+    engine = Inverse()
+    engine.scale = float("nan")
     with pytest.raises(FloatingPointError, match="not a number"):
-        stylize(net, Photo(picture(20, 18)))
+        stylize(engine, Photo(picture(20, 18)))
 
 
 def test_read_photo_resizes(tmp_path):
@@ -99,30 +100,30 @@ def test_read_photo_refuses_sizes_that_no_network_takes(tmp_path, size, reason):
         read_photo(tmp_path / "in.png", size)
 
 
-def test_files_are_written_in_folders_that_are_made(net, tmp_path):
+def test_files_are_written_in_folders_that_are_made(engine, tmp_path):
     picture(32, 24).save(tmp_path / "a.png")
     jobs = [(tmp_path / "a.png", tmp_path / "new" / "folder" / "a.png")]
-    assert stylize_files(net, jobs) == 0
-    expected = stylize(net, Photo(picture(32, 24))).rgb
+    assert stylize_files(engine, jobs) == 0
+    expected = stylize(engine, Photo(picture(32, 24))).rgb
     assert (pixels(read_image(jobs[0][1]).rgb) == pixels(expected)).all()
 
 
-def test_one_bad_file_does_not_stop_the_rest(net, tmp_path, capsys):
+def test_one_bad_file_does_not_stop_the_rest(engine, tmp_path, capsys):
     for name in ("a.png", "c[red].png"):
         picture(32, 24).save(tmp_path / name)
     (tmp_path / "b[bold] :dog:.png").write_bytes(b"no image")
     (tmp_path / "out").mkdir()
     jobs = [(path, tmp_path / "out" / path.name) for path in sorted(tmp_path.glob("*.png"))]
-    assert stylize_files(net, jobs) == 1
+    assert stylize_files(engine, jobs) == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c[red].png"]
     err = capsys.readouterr().err
     assert f"skipped {tmp_path}/b[bold] :dog:.png: not an image" in err and "3/3" in err
 
 
-def test_the_only_file_being_bad_is_an_error(net, tmp_path):
+def test_the_only_file_being_bad_is_an_error(engine, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"a\.png: not an image"):
-        stylize_files(net, [(tmp_path / "a.png", tmp_path / "b.png")])
+        stylize_files(engine, [(tmp_path / "a.png", tmp_path / "b.png")])
     assert not (tmp_path / "b.png").exists()
 
 

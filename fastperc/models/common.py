@@ -24,11 +24,6 @@ def to_network_range(x: Tensor, output: str) -> Tensor:
     return 2 * x - 1 if output == "tanh" else 255 * x
 
 
-def to_image_range(x: Tensor, output: str) -> Tensor:
-    """The last convolution's output to 0–1: the authors' 150·tanh about mid-grey, or 0…255."""
-    return 0.5 + 150 / 255 * x.tanh() if output == "tanh" else x / 255
-
-
 def reflect_pad_to_multiple(x: Tensor, multiple: int, border: int = 0) -> Tensor:
     """``x`` with ``border`` mirrored pixels on each side, and more at the right and bottom up to the next multiple."""
     height, width = x.shape[-2:]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastperc import reference
-from fastperc.models.common import check_image, initialise_as_authors, to_image_range, to_network_range
+from fastperc.models.common import check_image, initialise_as_authors, to_network_range
 from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
 
 
@@ -39,7 +39,7 @@ class SuperResolutionNet(nn.Module):
         check_image(x)
         x = to_network_range(x, "tanh")
         x = self.head(self.up(self.blocks(self.stem(x))))
-        return to_image_range(x, "tanh")
+        return reference.to_image_range(x, "tanh")
 
 
 class SRCNN(nn.Module):

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fastperc import reference
 from fastperc.models.common import (
     check_image,
     initialise_as_authors,
     reflect_pad_to_multiple,
-    to_image_range,
     to_network_range,
 )
 from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
@@ -94,4 +94,4 @@ class TransformNet(nn.Module):
         x = reflect_pad_to_multiple(x, 4, self.border)
         x = self.up(self.blocks(self.down(self.stem(x))))
         x = self.head(x)[..., :height, :width]
-        return to_image_range(x, self.output)
+        return reference.to_image_range(x, self.output)

@@ -1,7 +1,29 @@
-"""The operations as functions; each is also a PyTorch operator in ``torch.ops.fastperc``."""
+"""The operations as functions; a loss's are also PyTorch operators in ``torch.ops.fastperc``.
 
+Those of a frozen network (``conv_bn_relu``, ``subpixel_conv_bn_relu``, ``rgb_conv_stem``, ``rgb_conv_head``,
+``instance_norm``, ``image_io``) are for inference: where a gradient is wanted, and inside ``torch.compile``, plain
+PyTorch runs.
+"""
+
+from fastperc.ops.conv_bn_relu import conv_bn_relu
 from fastperc.ops.gram_loss import gram_loss
+from fastperc.ops.image_io import image_io
+from fastperc.ops.instance_norm import channel_statistics, instance_norm
+from fastperc.ops.rgb_conv import rgb_conv_head, rgb_conv_stem
+from fastperc.ops.subpixel_conv_bn_relu import subpixel_conv_bn_relu
 from fastperc.ops.tv_loss import tv_loss
 from fastperc.ops.vgg_loss import vgg_features, vgg_loss
 
-__all__ = ["gram_loss", "tv_loss", "vgg_features", "vgg_loss"]
+__all__ = [
+    "channel_statistics",
+    "conv_bn_relu",
+    "gram_loss",
+    "image_io",
+    "instance_norm",
+    "rgb_conv_head",
+    "rgb_conv_stem",
+    "subpixel_conv_bn_relu",
+    "tv_loss",
+    "vgg_features",
+    "vgg_loss",
+]

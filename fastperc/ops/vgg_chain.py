@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastperc import _native
+from fastperc.ops.packing import packed
 from fastperc.reference import FrozenConv
 
 
@@ -32,18 +32,15 @@ class Packed(NamedTuple):
     pooled: bool
 
 
-_packed = WeakIdKeyDictionary()  # weight → {dtype: (what it was made from, Packed)}
-
-
 def pack(conv: FrozenConv, dtype: torch.dtype) -> Packed:
-    """``conv`` in ``dtype``; made once, and again when its weights have changed."""
-    state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (conv.weight, conv.bias))
-    made = _packed.setdefault(conv.weight, {})
-    if made.get(dtype, (None,))[0] != state:
+    """``conv`` in ``dtype``."""
+
+    def make() -> Packed:
         weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
         mirrored = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        made[dtype] = state, Packed(weight, conv.bias.detach().to(dtype), mirrored, conv.pooled)
-    return made[dtype][1]
+        return Packed(weight, conv.bias.detach().to(dtype), mirrored, conv.pooled)
+
+    return packed(("chain", dtype, conv.pooled), make, conv.weight, conv.bias)
 
 
 def convolve_relu(x: Tensor, conv: Packed) -> Tensor:

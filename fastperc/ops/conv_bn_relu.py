@@ -1,0 +1,160 @@
+"""A frozen network's convolution with all that follows it: a batch norm folded into its weights, or an instance norm; a
+skip; ReLU.
+
+``"triton"`` is the fused kernel; ``"native"`` is the library's convolution with what that can fuse: oneDNN's on the
+CPU, cuDNN's on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastperc import backends, reference
+from fastperc.ops import onednn
+from fastperc.ops.instance_norm import (
+    channels_last,
+    native_instance_norm,
+    native_unsupported,
+    side_by_side,
+    triton_instance_norm,
+    unsupported,
+)
+from fastperc.ops.packing import packed
+from fastperc.reference import InstanceNorm, Padding
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int = 1,
+    padding: Padding = (0, 0, 0, 0),
+    padding_mode: str = "zeros",
+    norm: InstanceNorm | None = None,
+    relu: bool = True,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """relu(norm(conv(``x``)) + ``skip``).
+
+    Args:
+        x: [N, I, H, W]; float32, float16, bfloat16 or float64; best in channels-last memory.
+        weight: [O, I, k, k], in float32 or ``x``'s dtype; a batch norm is folded into it beforehand.
+        bias: [O].
+        stride: 1 or 2.
+        padding: (left, right, top, bottom) in pixels.
+        padding_mode: ``"zeros"`` or ``"reflect"``.
+        norm: an instance norm, by weight [O], bias [O] and eps.
+        relu: whether a ReLU comes last.
+        skip: [N, O, H', W'], added before it.
+
+    Returns:
+        [N, O, H', W'] in ``x``'s dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check(x, weight, bias, weight.shape[1])
+    obstacle = unsupported(x, weight, bias, skip)
+    backend = backends.choose(
+        "conv_bn_relu",
+        x,
+        weight,
+        triton=obstacle or backends.triton_product_unsupported(x),
+        native=obstacle or library_unsupported(x, padding, padding_mode, norm, relu),
+    )
+    if backend == "triton":
+        return triton_conv_bn_relu(x, weight, bias, stride, padding, padding_mode, norm, relu, side_by_side(skip))
+    if backend == "reference":
+        return reference.conv_bn_relu(
+            x, in_dtype(weight, x.dtype), bias, stride, padding, padding_mode, norm, relu, skip
+        )
+    x = channels_last(x)
+    if x.device.type == "cuda":
+        return cudnn_conv_relu(x, weight, bias, stride, padding, skip)
+    if padding_mode == "reflect" or not symmetric(padding):
+        x, padding = channels_last(reference.pad(x, padding, padding_mode)), (0, 0, 0, 0)
+    if norm is None:
+        return onednn.convolution(x, weight, bias, stride, padding[::2], relu, skip)
+    y = onednn.convolution(x, weight, bias, stride, padding[::2])
+    return native_instance_norm(y, norm, relu, skip, y)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor, channels: int) -> None:
+    """Raises a ``ValueError`` unless ``x`` has ``channels`` channels, and ``weight`` and ``bias`` fit a convolution."""
+    if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != channels or bias.dim() != 1:
+        raise ValueError(
+            f"expected x [N, I, H, W], weight [O, I, k, k] and bias [O], "
+            f"got {list(x.shape)}, {list(weight.shape)} and {list(bias.shape)}"
+        )
+
+
+def library_unsupported(
+    x: Tensor, padding: Padding, padding_mode: str, norm: InstanceNorm | None, relu: bool
+) -> str | None:
+    """Why no library's fused convolution can take this call, or ``None`` if one can."""
+    if x.device.type == "cuda":
+        fusible = relu and norm is None and padding_mode == "zeros" and symmetric(padding)
+        if not torch.backends.cudnn.is_available() or x.dtype == torch.float64:
+            return "cuDNN is not there, or not for this dtype"
+        return None if fusible else "cuDNN fuses a bias, a skip and a ReLU, no less and no more"
+    return onednn.unsupported(x) or (norm and native_unsupported(x))
+
+
+def symmetric(padding: Padding) -> bool:
+    return padding[0] == padding[1] and padding[2] == padding[3]
+
+
+def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in ``dtype`` and channels-last memory; it stays differentiable."""
+    if (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
+        return weight.to(dtype)
+    return packed(
+        ("in", dtype), lambda: weight.detach().to(dtype, memory_format=torch.channels_last, copy=True), weight
+    )
+
+
+def cudnn_conv_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, skip: Tensor | None
+) -> Tensor:
+    """relu(conv(``x``) + ``bias`` + ``skip``) in one call."""
+    weight, bias = in_dtype(weight, x.dtype), bias.to(x.dtype)
+    geometry = [stride, stride], [padding[2], padding[0]], [1, 1], 1
+    if skip is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, channels_last(skip), 1.0, bias, *geometry)
+
+
+def triton_conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    padding_mode: str,
+    norm: InstanceNorm | None,
+    relu: bool,
+    skip: Tensor | None,
+) -> Tensor:
+    """The Triton kernel; for an instance norm it also takes each tile's statistics, and a second pass applies them."""
+    from fastperc.kernels import conv_bn_relu as kernels
+
+    n, _, height, width = x.shape
+    left, right, top, bottom = padding
+    out_channels, _, kernel, _ = weight.shape
+    shape = (
+        n,
+        out_channels,
+        (height + top + bottom - kernel) // stride + 1,
+        (width + left + right - kernel) // stride + 1,
+    )
+    x, weight = channels_last(x), in_dtype(weight, x.dtype)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    arguments = stride, padding, padding_mode
+    with backends.on_device(x):
+        if norm is None:
+            kernels.conv_bn_relu_fwd(x, weight, bias.float(), skip, out, *arguments, relu)
+            return out
+        partials = torch.empty(n, kernels.conv_bn_relu_tiles(x, weight, out, *arguments), 3, out_channels).to(x.device)
+        kernels.conv_bn_relu_fwd(x, weight, bias.float(), None, out, *arguments, False, partials)
+    return triton_instance_norm(out, partials, norm, relu, skip)

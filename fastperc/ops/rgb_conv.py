@@ -1,0 +1,141 @@
+"""The 9×9 convolutions at a network's two ends: from a picture, which is normalised on the way, and to one.
+
+The head has three filters, too few for a matrix unit; so its horizontal taps become columns of the product, 27 of them,
+and nine shifted additions make each pixel (design note in csrc/rgb_conv.cpp and kernels/rgb_conv.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastperc import _native, backends, reference
+from fastperc.ops import onednn
+from fastperc.ops.conv_bn_relu import check, conv_bn_relu, in_dtype
+from fastperc.ops.image_io import image_io
+from fastperc.ops.instance_norm import channels_last, native_unsupported, triton_instance_norm, unsupported
+from fastperc.ops.packing import packed
+from fastperc.reference import InstanceNorm, Padding, Window
+
+OUTPUTS = ("tanh", "linear")
+PIXELS_AT_ONCE = 1 << 14  # of the products on the CPU: what its cache holds
+
+
+def rgb_conv_stem(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    window: Window,
+    scale: float,
+    shift: float,
+    padding: Padding,
+    padding_mode: str = "zeros",
+    norm: InstanceNorm | None = None,
+    relu: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """:func:`~fastperc.ops.image_io` and the first convolution, [N, 3, H, W] → [N, O, H', W'] in ``dtype``.
+
+    Args:
+        image, window, scale, shift: as :func:`~fastperc.ops.image_io` has them.
+        weight, bias, padding, padding_mode, norm, relu: as :func:`~fastperc.ops.conv_bn_relu` has them; the padding is
+            that of the normalised window.
+        dtype: what is computed in.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check(image, weight, bias, 3)
+    like = torch.empty(0, dtype=dtype, device=image.device)
+    obstacle = unsupported(image, weight, bias) or backends.triton_product_unsupported(like)
+    if backends.choose("rgb_conv_stem", image, weight, triton=obstacle) != "triton":
+        x = image_io(image, window, scale, shift, dtype)
+        return conv_bn_relu(x, weight, bias, 1, padding, padding_mode, norm, relu)
+
+    from fastperc.kernels import rgb_conv as kernels
+
+    n, out_channels, kernel = len(image), len(bias), weight.shape[2]
+    height, width = (window.height + sum(padding[2:]) - kernel + 1, window.width + sum(padding[:2]) - kernel + 1)
+    shape = (n, out_channels, height, width)
+    out = torch.empty(shape, dtype=dtype, device=image.device, memory_format=torch.channels_last)
+    weights = packed(("stem", dtype), lambda: kernels.pack_stem(weight.detach().float()).to(dtype), weight)
+    arguments = (image, weights, bias.float(), out, window, padding, padding_mode, scale, shift)
+    with backends.on_device(image):
+        if norm is None:
+            kernels.rgb_conv_stem_fwd(*arguments, relu)
+            return out
+        partials = torch.empty(n, kernels.rgb_conv_stem_tiles(out), 3, out_channels, device=image.device)
+        kernels.rgb_conv_stem_fwd(*arguments, False, partials)
+    return triton_instance_norm(out, partials, norm, relu, None)
+
+
+def rgb_conv_head(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, padding_mode: str, output: str, out: Tensor
+) -> None:
+    """The last convolution and what makes a picture of it.
+
+    Args:
+        x: [N, C, H, W].
+        weight, bias: [3, C, k, k] and [3].
+        padding, padding_mode: as :func:`~fastperc.ops.conv_bn_relu` has them.
+        output: ``"tanh"``: 0.5 + 150/255 · tanh; ``"linear"``: over 255.
+        out: [N, 3, H', W'] of any strides, filled with RGB in 0–1; if it is uint8 with levels, clamped and rounded to
+            the nearest, where NaN becomes 0.
+
+    Raises:
+        ValueError: shapes that do not fit, or no such output.
+    """
+    check(x, weight, bias, weight.shape[1])
+    kernel = weight.shape[2]
+    expected = (len(x), 3, x.shape[2] + sum(padding[2:]) - kernel + 1, x.shape[3] + sum(padding[:2]) - kernel + 1)
+    if output not in OUTPUTS or out.shape != expected or len(bias) != 3:
+        raise ValueError(
+            f"expected 3 filters, an output among {', '.join(OUTPUTS)} and a picture {list(expected)}, "
+            f"got {len(bias)}, {output!r} and {list(out.shape)}"
+        )
+    obstacle = unsupported(x, weight, bias)
+    backend = backends.choose(
+        "rgb_conv_head",
+        x,
+        weight,
+        triton=obstacle or backends.triton_product_unsupported(x),
+        native=obstacle or onednn.unsupported(x) or native_unsupported(x),
+    )
+    if backend == "reference":
+        weight = in_dtype(weight, x.dtype)
+        return reference.rgb_conv_head(x, weight, bias, padding, padding_mode, output, out)
+    x = channels_last(x)
+    if backend == "native":
+        return native_head(x, weight, bias, padding, padding_mode, output, out)
+
+    from fastperc.kernels import rgb_conv as kernels
+
+    weights = packed(("head", x.dtype), lambda: kernels.pack_head(weight.detach().float()).to(x.dtype), weight)
+    with backends.on_device(x):
+        kernels.rgb_conv_head_fwd(x, weights, bias.float(), out, padding, padding_mode, output)
+
+
+def native_head(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, padding_mode: str, output: str, out: Tensor
+) -> None:
+    """oneDNN's product and a pass of C++, some rows of an image at a time, so that what passes between stays in cache.
+
+    Columns beyond the border are no part of the product: the pass leaves them out, or takes mirrored ones.
+    """
+    left, _, top, _ = padding
+    height, kernel = x.shape[2], weight.shape[2]
+    step = max(PIXELS_AT_ONCE // x.shape[3], 1)
+    shifts = bias.float()
+    for image, picture in zip(x, out):
+        for first in range(0, out.shape[2], step):
+            last = min(first + step, out.shape[2])
+            low, high = first - top, last - top + kernel - 1  # the rows of x that these rows take
+            rows = image[None, :, max(low, 0) : high]
+            rows = reference.pad(rows, (0, 0, max(-low, 0), max(high - height, 0)), padding_mode)
+            products = onednn.convolution(channels_last(rows), weight, None, arrange=columns_of)
+            _native.rgb_conv_head(products, shifts, picture[:, first:last], left, padding_mode == "reflect", output)
+
+
+def columns_of(weight: Tensor) -> Tensor:
+    """[3, C, k, k] → [k·3, C, k, 1]: a filter for each horizontal tap."""
+    return weight.permute(3, 0, 1, 2).flatten(0, 1)[..., None]
