@@ -134,9 +134,9 @@ def triton_product_unsupported(x: Tensor) -> str | None:
 
     Those in float32 run on no tensor core, and only where ``use_backend("triton")`` asks for it.
     """
-    if x.dtype == torch.float32 and _forced != "triton":
-        return "products in float32 are left to the library"
-    return triton_unsupported(x)
+    if (obstacle := triton_unsupported(x)) is None and x.dtype == torch.float32 and _forced != "triton":
+        obstacle = "products in float32 are left to the library"
+    return obstacle
 
 
 def interpreted() -> bool:

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from fastperc import __version__, _native, backends, dispatch
+from fastperc.ops import onednn
+from fastperc.ops.conv_bn_relu import library_unsupported
 from fastperc.ops.gram_loss import triton_unsupported as gram_loss_by_triton
+from fastperc.ops.instance_norm import native_unsupported
 from fastperc.ops.vgg_loss import native_unsupported as vgg_loss_by_native
 
 # Each operation's fused backends, and why one cannot take a tensor.
@@ -20,6 +23,15 @@ OPERATIONS: dict[str, dict[str, Callable[[Tensor], str | None]]] = {
     "tv_loss": {"native": _native.unsupported},
     "gram_loss": {"triton": gram_loss_by_triton, "native": lambda x: None},
     "vgg_loss": {"triton": backends.triton_unsupported, "native": vgg_loss_by_native},
+    "conv_bn_relu": {
+        "triton": backends.triton_product_unsupported,
+        "native": lambda x: library_unsupported(x, (1, 1, 1, 1), "zeros", None, relu=True),
+    },
+    "subpixel_conv_bn_relu": {"triton": backends.triton_product_unsupported, "native": onednn.unsupported},
+    "rgb_conv_stem": {"triton": backends.triton_product_unsupported, "native": lambda x: None},
+    "rgb_conv_head": {"triton": backends.triton_product_unsupported, "native": onednn.unsupported},
+    "instance_norm": {"triton": backends.triton_unsupported, "native": native_unsupported},
+    "image_io": {"native": native_unsupported},
 }
 
 
@@ -52,11 +64,11 @@ def report() -> str:
         told = f"{table.path}, {table.date}, {len(table.times)} entries" if table else "no; `fastperc tune` measures"
         lines.append(f"{f'tuned {device}':<13} {told}")
 
-    lines += ["", f"{'operation':<14}{'device':<9}{'backend':<11}reason"]
+    lines += ["", f"{'operation':<23}{'device':<9}{'backend':<11}reason"]
     for operation in OPERATIONS:
         for device in devices:
             backend, reason = _choice(operation, device)
-            lines.append(f"{operation:<14}{device!s:<9}{backend:<11}{reason}")
+            lines.append(f"{operation:<23}{device!s:<9}{backend:<11}{reason}")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from fastperc import backends, ops
 from fastperc.backends import BACKENDS, use_backend
 from fastperc.dispatch import Key, Milliseconds
 from fastperc.errors import InputError
-from fastperc.reference import FrozenConv
+from fastperc.reference import FrozenConv, InstanceNorm, Window
 
 SMALLEST = 16  # pixels a side: what the networks take
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,6 +35,8 @@ class Operation(NamedTuple):
     hands to ``backends.choose``."""
     prepare: Callable[..., Callable[[], Tensor]]
     """From those tensors: the call to be timed."""
+    frozen: bool = False
+    """Whether frozen networks alone run it: without a gradient."""
 
 
 def vgg_features(batch: int, size: int) -> Shapes:
@@ -65,10 +67,74 @@ def prepare_vgg_loss(images: Tensor) -> Callable[[], Tensor]:
     return call
 
 
+def convolution_shapes(batch: int, size: int) -> list[Shapes]:
+    """Input and weight of the style network's convolutions between its ends."""
+    half, quarter = size // 2, size // 4
+    return [
+        ((batch, 32, size, size), (64, 32, 3, 3)),
+        ((batch, 64, half, half), (128, 64, 3, 3)),
+        ((batch, 128, quarter, quarter), (128, 128, 3, 3)),
+    ]
+
+
+def prepare_conv_bn_relu(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    stride, bias = 1 if weight.shape[0] == weight.shape[1] else 2, weight.new_zeros(weight.shape[0])
+    return lambda: ops.conv_bn_relu(x, weight, bias, stride, (1, 1, 1, 1))
+
+
+def upsampling_shapes(batch: int, size: int) -> list[Shapes]:
+    """Input and weight of its ½-stride convolutions."""
+    half, quarter = size // 2, size // 4
+    return [((batch, 128, quarter, quarter), (128, 64, 3, 3)), ((batch, 64, half, half), (64, 32, 3, 3))]
+
+
+def prepare_rgb_conv_stem(image: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    window, bias = Window(0, 0, *image.shape[2:]), weight.new_zeros(weight.shape[0])
+    return lambda: ops.rgb_conv_stem(image, weight, bias, window, 2, -1, (4, 4, 4, 4), dtype=weight.dtype)
+
+
+def prepare_rgb_conv_head(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    out, bias = x.new_empty(len(x), 3, *x.shape[2:]), weight.new_zeros(3)
+
+    def call() -> Tensor:
+        ops.rgb_conv_head(x, weight, bias, (4, 4, 4, 4), "zeros", "tanh", out)
+        return out
+
+    return call
+
+
+def prepare_instance_norm(x: Tensor) -> Callable[[], Tensor]:
+    norm = InstanceNorm(x.new_ones(x.shape[1]), x.new_zeros(x.shape[1]), 1e-5)
+    return lambda: ops.instance_norm(x, norm, relu=True)
+
+
+def prepare_image_io(image: Tensor) -> Callable[[], Tensor]:
+    window = Window(0, 0, *image.shape[2:])
+    return lambda: ops.image_io(image, window, 2, -1, image.dtype)
+
+
 OPERATIONS = {
     "tv_loss": Operation(lambda batch, size: [((batch, 3, size, size),)], lambda x: lambda: ops.tv_loss(x)),
     "gram_loss": Operation(lambda batch, size: [vgg_features(batch, size)], prepare_gram_loss),
     "vgg_loss": Operation(lambda batch, size: [((batch, 3, size, size),)], prepare_vgg_loss),
+    "conv_bn_relu": Operation(convolution_shapes, prepare_conv_bn_relu, frozen=True),
+    "subpixel_conv_bn_relu": Operation(
+        upsampling_shapes,
+        lambda x, weight: lambda: ops.subpixel_conv_bn_relu(x, weight, weight.new_zeros(weight.shape[1])),
+        frozen=True,
+    ),
+    "rgb_conv_stem": Operation(
+        lambda batch, size: [((batch, 3, size, size), (32, 3, 9, 9))], prepare_rgb_conv_stem, frozen=True
+    ),
+    "rgb_conv_head": Operation(
+        lambda batch, size: [((batch, 32, size, size), (3, 32, 9, 9))], prepare_rgb_conv_head, frozen=True
+    ),
+    "instance_norm": Operation(
+        lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((32, 1), (64, 2), (128, 4))],
+        prepare_instance_norm,
+        frozen=True,
+    ),
+    "image_io": Operation(lambda batch, size: [((batch, 3, size, size),)], prepare_image_io, frozen=True),
 }
 
 
@@ -94,7 +160,8 @@ def cases(batch: int, size: int) -> Iterator[Key]:
     if size < SMALLEST:
         raise InputError(f"--size must be at least {SMALLEST}, got {size}")
     for name, operation in OPERATIONS.items():
-        for shapes, dtype, layout, grad in product(operation.calls(batch, size), DTYPES, LAYOUTS, (True, False)):
+        grads = (False,) if operation.frozen else (True, False)
+        for shapes, dtype, layout, grad in product(operation.calls(batch, size), DTYPES, LAYOUTS, grads):
             yield Key(name, dtype, layout, grad, shapes)
 
 
@@ -105,7 +172,8 @@ def tensors_of(key: Key, device: torch.device) -> list[Tensor]:
 
 
 def measure(key: Key, device: torch.device) -> Milliseconds:
-    """The median over rounds of a call's milliseconds, for each backend that can serve; nothing if only one can.
+    """The median over rounds of a call's milliseconds, for each backend that can serve; nothing if plain PyTorch alone
+    can.
 
     The backends take turns, in an order that alternates, so that a machine that slows down slows all of them.
     """
@@ -117,17 +185,17 @@ def measure(key: Key, device: torch.device) -> Milliseconds:
         if key.grad:
             torch.autograd.grad(out, tensors, torch.full_like(out, 0.5))
 
-    calls = {}  # of a round, by backend
-    for backend in BACKENDS:
+    calls: dict[str, int] = {}  # of a round, by backend
+    for backend in reversed(BACKENDS):  # plain PyTorch last: it can always serve
         if backend == "triton" and backends.interpreted():
             continue
+        if backend == "reference" and not calls:
+            return {}
         try:
             _seconds(call, backend, device, 1)  # compiles, and fills caches
         except backends.CannotServe:
             continue
         calls[backend] = max(1, round(SECONDS_A_ROUND / _seconds(call, backend, device, 1)))
-    if len(calls) == 1:
-        return {}
     rounds: dict[str, list[float]] = {backend: [] for backend in calls}
     began = time.perf_counter()
     for i in range(ROUNDS):
@@ -153,7 +221,7 @@ def _seconds(call: Callable[[], None], backend: str, device: torch.device, calls
 def report(times: Mapping[Key, Milliseconds]) -> str:
     """A line for each measurement, in milliseconds."""
     lines = [
-        f"{'operation':<14}{'dtype':<10}{'layout':<8}{'pass':<9}{'shape':<22}"
+        f"{'operation':<23}{'dtype':<10}{'layout':<8}{'pass':<9}{'shape':<22}"
         + "".join(f"{backend:>11}" for backend in BACKENDS)
         + "  fastest"
     ]
@@ -162,7 +230,7 @@ def report(times: Mapping[Key, Milliseconds]) -> str:
         columns = [f"{by_backend[backend]:11.4g}" if backend in by_backend else f"{'-':>11}" for backend in BACKENDS]
         fastest = min(by_backend, key=by_backend.__getitem__)
         lines.append(
-            f"{key.operation:<14}{key.dtype:<10}{key.layout:<8}{'fwd+bwd' if key.grad else 'fwd':<9}{shape:<22}"
+            f"{key.operation:<23}{key.dtype:<10}{key.layout:<8}{'fwd+bwd' if key.grad else 'fwd':<9}{shape:<22}"
             + "".join(columns)
             + f"  {fastest}"
         )

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from fastperc import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU, TransformNet
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -18,6 +23,7 @@ import ceilings  # noqa: E402
 import costs  # noqa: E402
 import harness  # noqa: E402
 import lab  # noqa: E402
+import networks  # noqa: E402
 import providers  # noqa: E402
 import report  # noqa: E402
 import rows  # noqa: E402
@@ -110,23 +116,42 @@ class TestRows:
         path.write_text(json.dumps({"benchmarks": [{"extra_info": row()}, {"extra_info": {}}]}))
         assert rows.read(path) == [row()]
 
-    def test_source_follows_the_kernels_files(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("changed", "affected"),
+        [
+            ("csrc/tv_loss.cu", {"tv_loss", "vgg_loss", "training"}),
+            ("fastperc/ops/rgb_conv.py", {"rgb_conv", "inference"}),
+            (
+                "kernels/instance_norm.py",
+                {"conv_bn_relu", "residual_block", "rgb_conv", "subpixel_conv_bn_relu", "inference"},
+            ),
+            ("fastperc/engine.py", {"inference"}),
+            ("fastperc/models/transform_net.py", {"vgg_loss", "training", "inference"}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_source_follows_the_files_that_an_operation_runs_on(self, tmp_path, monkeypatch, changed, affected):
         monkeypatch.setattr(rows, "ROOT", tmp_path)
-        kernel, other = tmp_path / "csrc/tv_loss.cu", tmp_path / "kernels/gram_loss.py"
-        for path in (kernel, other):
-            path.parent.mkdir(parents=True)
+        for path in (tmp_path / changed, tmp_path / "kernels/gram_loss.py"):
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("a")
 
         def hashes():
             rows.source_hash.cache_clear()
-            return [rows.source_hash(operation) for operation in ("tv_loss", "gram_loss", "training", "no_such")]
+            return {operation: rows.source_hash(operation) for operation in (*report.OPERATIONS, "no_such")}
 
         before = hashes()
-        kernel.write_text("b")
+        (tmp_path / changed).write_text("b")
         after = hashes()
         rows.source_hash.cache_clear()
-        assert [b == a for b, a in zip(before, after)] == [False, True, False, True]
-        assert before[3] is None
+        assert {operation for operation in before if before[operation] != after[operation]} == affected
+        assert before["no_such"] is None
+
+    def test_every_file_that_an_operation_runs_on_is_there(self):
+        for names in rows.OTHERS.values():
+            assert all((rows.ROOT / name).exists() for name in names)
+        for names in rows.KERNELS.values():
+            assert all(any(any((rows.ROOT / f).glob(f"{name}.*")) for f in rows.KERNEL_FOLDERS) for name in names)
 
 
 class TestReport:
@@ -140,6 +165,30 @@ class TestReport:
         text = report.render()
         assert report.NOT_MEASURED in text and "4.00" in text
         assert "0.500" not in text and "8.0×" not in text and "speedup" not in text
+
+    def test_the_best_of_all_peers_is_named_and_every_networks_peer_shown(self, results):
+        measured = [
+            row(operation="inference", direction="inference", source=rows.source_hash("inference"), **changes)
+            for changes in (
+                dict(median_ms=2.0),
+                dict(provider="reference", median_ms=8.0),
+                dict(provider="compile", median_ms=5.0),
+                dict(provider="openvino", median_ms=3.0),
+            )
+        ]
+        rows.write(results / "imaginary-g1.json", measured)
+        compared, networks = [text for text in report.render().split("\n\n") if text.startswith("| ")]
+        assert compared.splitlines()[2].split(" | ")[3:9] == ["OpenVINO", "3.00", "8.00", "**2.00**", "4.0×", "1.5×"]
+        assert networks.splitlines()[2].split(" | ")[2:] == ["8.00", "5.00", "3.00", "**2.00** |"]
+
+    def test_a_peer_that_is_faster_is_not_hidden(self, results):
+        measured = [
+            row(median_ms=2.0),
+            row(provider="reference", median_ms=4.0),
+            row(provider="compile", median_ms=1.0),
+        ]
+        rows.write(results / "imaginary-g1.json", measured)
+        assert "| `torch.compile` | 1.00 | 4.00 | **2.00** | 2.0× | 0.5× |" in report.render()
 
     def test_a_peer_stays_when_the_kernel_changes(self):
         assert rows.is_current(row(provider="compile", source="0123"))
@@ -256,6 +305,17 @@ def bench_cases(name, device, monkeypatch):
 BENCHES = sorted(path.stem for path in BENCHMARKS.glob("bench_*.py"))
 
 
+def names(case):
+    """Of the providers that run ``case``."""
+    return [parameters.values[1].name for parameters in harness.runs([case]).args[1]]
+
+
+def measured(case, name):
+    """What a provider gives for ``case``, checked but not timed."""
+    provider = next(provider for provider in providers.PROVIDERS if provider.name == name)
+    harness.measure(SimpleNamespace(disabled=True, pedantic=lambda step: step()), case, provider, 0.1, None)
+
+
 class TestHarness:
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     @pytest.mark.parametrize("name", BENCHES)
@@ -265,17 +325,30 @@ class TestHarness:
         assert ids and len(set(ids)) == len(ids)
         for case in cases:
             assert case.operation == name.removeprefix("bench_") and case.operation in report.OPERATIONS
-            assert case.dtype in harness.DTYPES and (case.direction == "inference" or case.tolerance[1] > 0)
+            assert case.dtype in harness.DTYPES and (case.infers or case.tolerance[1] > 0)
 
     def test_no_code_has_two_names(self, monkeypatch):
         for name in BENCHES:
             for case in bench_cases(name, "cpu", monkeypatch):
-                runs = [p.values[1].name for p in harness.runs([case]).args[1]]
+                runs = names(case)
                 assert len(set(runs)) == len(runs)
                 assert (case.fused is None) == (not set(runs) & set(rows.FUSED))
 
-    def test_every_provider_has_a_column(self):
-        assert [provider.name for provider in providers.PROVIDERS if provider.name not in report.PROVIDERS] == []
+    def test_peers_that_freeze_weights_run_inference_alone(self, monkeypatch):
+        monkeypatch.setattr(providers, "find_spec", lambda name: None)
+        layer, training = bench_cases("bench_conv_bn_relu", "cpu", monkeypatch)
+        assert names(layer) == ["reference", "fused", "folded", "compile", "compile-freezing"]
+        assert names(training) == ["reference", "compile"]
+
+    def test_libraries_run_whole_networks_where_they_are_installed(self, monkeypatch):
+        network = bench_cases("bench_inference", "cpu", monkeypatch)[0]
+        libraries = {"onnxruntime", "openvino"}
+        for found in (None, "found"):
+            monkeypatch.setattr(providers, "find_spec", lambda name, found=found: found)
+            assert libraries & set(names(network)) == (libraries if found else set())
+
+    def test_every_provider_has_a_name_in_the_report(self):
+        assert {provider.name for provider in providers.PROVIDERS} == set(report.PROVIDERS)
 
     def test_every_bench_is_a_stage_of_the_lab(self):
         assert {f"bench_{stage.name}" for stage in lab.STAGES} >= set(BENCHES)
@@ -298,20 +371,142 @@ class TestHarness:
             fused=lambda x: x.detach().square().sum() + (2.02 * x.detach() * (x - x.detach())).sum(),
             tolerance=(1e-6, 1e-6),
         )
-        fused = next(provider for provider in providers.PROVIDERS if provider.name == "fused")
         with pytest.raises(AssertionError, match=r"fused: gradient off by 1\.0e-02"):
-            harness.measure(None, case, fused, 0.1, None)
+            measured(case, "fused")
+
+    @pytest.mark.parametrize("provider", ["reference", "folded", "fused"])
+    def test_video(self, provider, monkeypatch):
+        bench_cases("bench_inference", "cpu", monkeypatch)  # bench files find their neighbours
+        from bench_inference import video
+
+        case = video("great_wave", 24, 32, "fp32", frames=3)
+        measured(replace(case, tolerance=(1e-3, 0)), provider)  # levels that rounding switches
+
+    def test_a_videos_row_is_of_one_frame(self, monkeypatch):
+        monkeypatch.setattr(harness, "rate", lambda dtype: 1e12)
+        monkeypatch.setattr(harness, "bandwidth", lambda: 1e12)
+        from bench_inference import video
+
+        provider, stats = providers.PROVIDERS[0], SimpleNamespace(median=6.0, iqr=0.6, rounds=5)
+        case = video("paper", 24, 32, "fp32", frames=60)
+        described = harness.describe(case, provider, [costs.Cost(1e9, 1e9)], stats, 0.0, None)
+        assert (described["median_ms"], described["iqr_ms"], described["gb_per_s"]) == (100, 10, 10)
+
+    def test_who_has_nothing_to_offer_is_skipped(self):
+        case = harness.Case(
+            "inference",
+            "inference",
+            "8",
+            "fp32",
+            module=lambda: nn.Linear(8, 8),
+            inputs=lambda: (torch.rand(8),),
+            reference=networks.forward,
+            fused=networks.forward,
+            freeze=lambda module, x: None,
+            tolerance=(1e-5, 0),
+        )
+        with pytest.raises(pytest.skip.Exception, match="fused has nothing to offer"):
+            measured(case, "fused")
 
     def test_ceilings(self):
         if ceilings.device_type() == "cpu":
             assert 1e8 < ceilings.bandwidth() < 1e13 and 1e8 < ceilings.rate(torch.float32) < 1e15
 
 
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return networks.trained(TransformNet("paper", width=4)).eval()
+
+
+class TestPeers:
+    """What the peers make of a module before they are timed."""
+
+    x = torch.rand(1, 3, 20, 24)
+
+    @staticmethod
+    def difference(module, peer, *inputs):
+        with torch.inference_mode():
+            expected = module(*inputs).double()
+            return ((peer(*inputs) - expected).norm() / expected.norm()).item()
+
+    def test_training_leaves_statistics_that_a_wrong_folding_would_show(self, net):
+        for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+            assert norm.running_mean.abs().max() > 1e-2 and norm.bias.abs().max() > 1e-2
+        with torch.no_grad():
+            assert net(self.x).std() > 0.05
+
+    def test_folded(self, net):
+        folded = providers.folded(net, self.x)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+        assert any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+        assert self.difference(net, folded, self.x) < 1e-6
+
+    @pytest.mark.parametrize("library", ["onnxruntime", "openvino"])
+    def test_libraries(self, net, library):
+        for needed in ("onnx", "onnxscript", library):
+            pytest.importorskip(needed)
+        assert self.difference(net, getattr(providers, library)(net, self.x), self.x) < 1e-5
+
+    def test_onnxruntime_has_no_bfloat16(self, net):
+        assert providers.onnxruntime(net, self.x.bfloat16()) is None
+
+    def test_cudnns_fused_convolutions(self, net, monkeypatch):
+        """By what cuDNN computes in one call, in two."""
+
+        def conv_relu(x, weight, bias, stride, padding, dilation, groups):
+            return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+
+        def conv_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+            return (F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z).relu()
+
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", conv_relu)
+        monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
+        assert self.difference(net, providers.cudnn_fused(net, self.x), self.x) < 1e-6
+        block = networks.trained(ResidualBlock(4, residual="he")).eval()
+        x = networks.features(2, 4, 9, 7)
+        assert self.difference(block, providers.cudnn_fused(block, x), x) < 1e-6
+        assert providers.cudnn_fused(ResidualBlock(4, norm="instance").eval(), x) is None
+        assert providers.cudnn_fused(ResidualBlock(4, padding=0).eval(), x) is None
+
+    @pytest.mark.parametrize(
+        ("make", "x"),
+        [
+            (lambda: ConvBNReLU(3, 8, 9, padding=4), networks.image(2, 12, 10)),
+            (lambda: networks.FromLevels(ConvBNReLU(3, 8, 9, padding=4)), networks.levels(2, 12, 10)),
+            (lambda: ConvBNReLU(4, 8, 3, stride=2, padding=1), networks.features(1, 4, 12, 10)),
+            (lambda: ResidualBlock(4), networks.features(2, 4, 9, 7)),
+            (lambda: SubpixelConvBNReLU(8, 4), networks.features(1, 8, 5, 6)),
+            (lambda: nn.Conv2d(8, 3, 9, padding=4), networks.features(2, 8, 12, 10)),
+            (lambda: networks.ToLevels(nn.Conv2d(8, 3, 9, padding=4)), networks.features(2, 8, 12, 10)),
+        ],
+        ids=["stem", "stem-levels", "conv", "block", "subpixel", "head", "head-levels"],
+    )
+    def test_a_layer_as_the_engine_runs_it(self, make, x):
+        module = networks.trained(make()).eval()
+        frozen = networks.frozen(module, x)
+        levels = isinstance(module, networks.ToLevels)
+        assert self.difference(module, frozen, x) < (1e-3 if levels else 1e-6)
+        with torch.inference_mode():
+            assert (frozen(x).dtype == torch.uint8) == levels
+
+
 class TestLab:
     def test_list(self):
         listed = subprocess.run([sys.executable, BENCHMARKS / "lab.py", "--list"], capture_output=True, text=True)
         assert listed.returncode == 0
-        assert [line.split()[0] for line in listed.stdout.splitlines()][:2] == ["tests", "tv_loss"]
+        assert [line.split()[0] for line in listed.stdout.splitlines()][:2] == ["tests_inference", "inference"]
+
+    def test_every_test_of_a_kernel_is_in_a_stage_and_under_the_sanitizers(self):
+        kernels = {path.stem for path in (lab.ROOT / "fastperc/ops").glob("*.py")}
+        tested = {path for path in (lab.ROOT / "tests").glob("test_*.py") if path.stem[5:] in kernels}
+        for stages in (lab.STAGES, lab.SANITIZERS[:1], lab.SANITIZERS[1:]):
+            assert {str(path) for path in tested} <= {argument for stage in stages for argument in stage.arguments}
+
+    @pytest.mark.parametrize("name", ["inference", *lab.LAYERS])
+    def test_what_takes_minutes_to_compile_comes_later(self, name):
+        stages = [stage for stage in lab.STAGES if any(f"bench_{name}.py" in part for part in stage.arguments)]
+        assert [stage.arguments[-1] for stage in stages] == [lab.OTHERS, lab.COMPILED]
 
     def test_refuses_an_unknown_stage(self):
         with pytest.raises(ValueError, match="no stage nonesuch"):

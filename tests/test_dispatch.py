@@ -105,7 +105,8 @@ def test_operations_ask_for_what_is_tuned(name, monkeypatch):
     for case in tuning.cases(batch=2, size=16):
         if case.operation == name:
             tuning.OPERATIONS[name].prepare(*tuning.tensors_of(case, CPU))()
-            assert asked.pop(0) == case and not asked
+            assert [key for key in asked if key.operation == name] == [case]
+            asked.clear()
 
 
 def test_under_autocast_the_loss_network_is_looked_up_in_the_dtype_it_computes_in(monkeypatch):
@@ -307,7 +308,7 @@ def test_measures_every_backend_that_can_serve(fake_operation, monkeypatch):
         assert set(times) == {"reference", "native"}
         assert times["native"] >= 3 and times["native"] > times["reference"] > 0
     turns = fake_operation[-2 * tuning.ROUNDS :]
-    assert turns[:4] == ["reference", "native", "native", "reference"], "in an order that alternates"
+    assert turns[:4] == ["native", "reference", "reference", "native"], "in an order that alternates"
 
 
 def test_where_nothing_can_be_chosen_no_table_is_written(run, fake_operation, monkeypatch):
@@ -337,7 +338,7 @@ def test_tune(run, hasty):
     x = torch.rand(1, 3, 16, 16)
     by_backend = table.times[Key("tv_loss", "float32", "NCHW", False, ((1, 3, 16, 16),))]
     fastest = min(by_backend, key=by_backend.get)
-    assert next(row for row in rows if row.startswith("tv_loss       float32   NCHW    fwd ")).endswith(f"  {fastest}")
+    assert next(row for row in rows if row.startswith("tv_loss                float32   NCHW    fwd ")).endswith(f"  {fastest}")
     assert backends.choose("tv_loss", x, native=None) == fastest
     assert ops.tv_loss(x) > 0
 

@@ -155,6 +155,8 @@ def triton_conv_bn_relu(
         if norm is None:
             kernels.conv_bn_relu_fwd(x, weight, bias.float(), skip, out, *arguments, relu)
             return out
-        partials = torch.empty(n, kernels.conv_bn_relu_tiles(x, weight, out, *arguments), 3, out_channels).to(x.device)
+        partials = torch.empty(n, kernels.conv_bn_relu_tiles(out.shape, x.shape[1], x.dtype), 3, out_channels).to(
+            x.device
+        )
         kernels.conv_bn_relu_fwd(x, weight, bias.float(), None, out, *arguments, False, partials)
     return triton_instance_norm(out, partials, norm, relu, skip)

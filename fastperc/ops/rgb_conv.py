@@ -48,7 +48,8 @@ def rgb_conv_stem(
     check(image, weight, bias, 3)
     like = torch.empty(0, dtype=dtype, device=image.device)
     obstacle = unsupported(image, weight, bias) or backends.triton_product_unsupported(like)
-    if backends.choose("rgb_conv_stem", image, weight, triton=obstacle) != "triton":
+    if backends.choose("rgb_conv_stem", image, weight, triton=obstacle, native=None) != "triton":
+        # In two steps, each of which chooses for itself.
         x = image_io(image, window, scale, shift, dtype)
         return conv_bn_relu(x, weight, bias, 1, padding, padding_mode, norm, relu)
 

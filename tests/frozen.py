@@ -1,0 +1,78 @@
+"""How the operations of a frozen network are tested: each backend against float64, beside plain PyTorch's own error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import GPU, RUNS, dtype_id, no_worse
+from torch import Tensor
+
+from fastperc import use_backend
+from fastperc.ops import onednn
+from fastperc.reference import InstanceNorm
+
+
+def runs_here(device: str, backend: str, dtype: torch.dtype) -> bool:
+    if backend == "triton":
+        return dtype != torch.bfloat16 or GPU  # the interpreter's products of bfloat16 are wrong
+    return device == "cuda" or onednn.unsupported(torch.empty(0, dtype=dtype)) is None
+
+
+# Where each backend runs, and in what. On a GPU the native one is cuDNN's, which knows few fusions: tested apart.
+FROZEN_RUNS = [
+    pytest.param(device, backend, dtype, id=f"{device}-{backend}-{dtype_id(dtype)}")
+    for device, backend in RUNS
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if device == "cpu" or backend == "triton"
+    if runs_here(device, backend, dtype)
+]
+
+
+@pytest.fixture
+def _poisoned():
+    """Memory that nobody wrote to holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def widened(value: Any) -> Any:
+    """``value`` in float64 if it is a floating-point tensor or a norm of such."""
+    if isinstance(value, InstanceNorm):
+        return InstanceNorm(value.weight.double(), value.bias.double(), value.eps)
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def check(backend: str, operation: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    """Runs ``operation`` on ``backend``; asserts that it repeats to the bit, and is no further from float64 than plain
+    PyTorch is, or half as far again."""
+    with use_backend("reference"):
+        wide = {key: widened(value) for key, value in options.items()}
+        exact = operation(*map(widened, arguments), **wide)
+        stock = operation(*arguments, **options)
+    with use_backend(backend):
+        ours = operation(*arguments, **options)
+        assert torch.equal(ours, operation(*arguments, **options))
+    assert ours.shape == exact.shape and ours.dtype == stock.dtype
+    no_worse(ours, stock, exact)
+    return ours
+
+
+def features(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
+    """Activations [N, C, H, W], channels-last."""
+    return torch.randn(shape).to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def filters(*shape: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that keeps activations level: float32, exact in ``dtype``."""
+    fan_in = shape[1] * shape[2] * shape[3]
+    weight, bias = torch.randn(shape) / fan_in**0.5, torch.randn(shape[0])
+    return weight.to(dtype).float().to(device), bias.to(dtype).float().to(device)
+
+
+def instance_norm(channels: int, device: str) -> InstanceNorm:
+    return InstanceNorm(torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device), 1e-5)

@@ -1,0 +1,128 @@
+"""The frozen convolution and what follows it, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEVICES, GPU, error
+from frozen import FROZEN_RUNS, _poisoned, check, features, filters, instance_norm  # noqa: F401
+
+from fastperc import ops, reference, use_backend
+
+ONES, NONE, UNEVEN = (1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 2, 1)
+
+# batch, in, out, height, width, kernel, stride, padding, mode, what follows
+CASES = {
+    "B1-I16-O16-H9-W13": (1, 16, 16, 9, 13, 3, 1, ONES, "zeros", "relu"),
+    "B2-I12-O20-H7-W11-skip": (2, 12, 20, 7, 11, 3, 1, ONES, "zeros", "skip"),
+    "B1-I128-O128-H8-W18-skip-relu": (1, 128, 128, 8, 18, 3, 1, ONES, "zeros", "skip relu"),
+    "B1-I70-O5-H6-W17-stride2": (1, 70, 5, 6, 17, 3, 2, ONES, "zeros", "relu"),
+    "B3-I3-O32-H33-W9-stride2-norm": (3, 3, 32, 33, 9, 3, 2, ONES, "zeros", "norm relu"),
+    "B1-I32-O16-H17-W20-reflect": (1, 32, 16, 17, 20, 3, 1, ONES, "reflect", "relu"),
+    "B2-I16-O24-H12-W7-reflect-norm-skip": (2, 16, 24, 12, 7, 3, 1, ONES, "reflect", "norm skip"),
+    "B1-I24-O40-H19-W35-norm-relu": (1, 24, 40, 19, 35, 3, 1, ONES, "zeros", "norm relu"),
+    "B1-I16-O16-H9-W8-valid-cropped": (1, 16, 16, 9, 8, 3, 1, NONE, "zeros", "cropped skip"),
+    "B1-I16-O8-H9-W8-uneven": (1, 16, 8, 9, 8, 3, 1, UNEVEN, "zeros", "relu"),
+    "B2-I8-O8-H9-W8-uneven-reflect": (2, 8, 8, 9, 8, 3, 1, UNEVEN, "reflect", "plain"),
+    "B1-I16-O16-H7-W9-kernel5": (1, 16, 16, 7, 9, 5, 1, (2, 2, 2, 2), "zeros", "relu"),
+    "B1-I16-O4-H1-W9-kernel1": (1, 16, 4, 1, 9, 1, 1, NONE, "zeros", "norm relu"),
+}
+
+
+def arguments(case, device, dtype):
+    n, c_in, c_out, height, width, kernel, stride, padding, mode, follows = CASES[case]
+    x = features(n, c_in, height, width, device=device, dtype=dtype)
+    weight, bias = filters(c_out, c_in, kernel, kernel, device=device, dtype=dtype)
+    options = dict(relu="relu" in follows)
+    if "norm" in follows:
+        options["norm"] = instance_norm(c_out, device)
+    if "skip" in follows:
+        shape = reference.conv_bn_relu(x.float(), weight, bias, stride, padding, mode).shape
+        margin = 2 if "cropped" in follows else 0
+        skip = features(n, c_out, shape[2] + 2 * margin, shape[3] + 2 * margin, device=device, dtype=dtype)
+        options["skip"] = skip[:, :, margin : margin + shape[2], margin : margin + shape[3]]
+    return (x, weight, bias, stride, padding, mode), options
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
+def test_matches_the_formula(device, backend, dtype, case):
+    positional, options = arguments(case, device, dtype)
+    check(backend, ops.conv_bn_relu, *positional, **options)
+
+
+@pytest.mark.skipif(not GPU, reason="cuDNN is a GPU's")
+@pytest.mark.parametrize("case", [case for case in CASES if case.endswith(("W13", "skip-relu", "stride2"))])
+def test_cudnn_matches_the_formula(case):
+    positional, options = arguments(case, "cuda", torch.bfloat16)
+    check("native", ops.conv_bn_relu, *positional, **options)
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
+def test_any_layout_gives_the_same(device, backend, dtype):
+    (x, *rest), options = arguments("B2-I12-O20-H7-W11-skip", device, dtype)
+    wider = torch.nn.functional.pad(x, (2, 1, 1, 2))[:, :, 1:-2, 2:-1]
+    skip = options["skip"].contiguous()
+    with use_backend(backend):
+        expected = ops.conv_bn_relu(x, *rest, **options)
+        for y in (x.contiguous(), wider):
+            assert torch.equal(ops.conv_bn_relu(y, *rest, relu=False, skip=skip), expected)
+
+
+def test_packed_weights_follow_the_weight():
+    x = features(1, 4, 5, 5, device="cpu", dtype=torch.float32)
+    weight, bias = filters(4, 4, 3, 3, device="cpu", dtype=torch.float32)
+    before = ops.conv_bn_relu(x, weight, bias, padding=ONES)
+    weight.mul_(2)
+    bias.mul_(2)
+    assert error(ops.conv_bn_relu(x, weight, bias, padding=ONES), 2 * before) < 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_where_a_gradient_is_wanted_there_is_one(device):
+    x = features(1, 4, 5, 5, device=device, dtype=torch.float32)
+    weight, bias = (t.requires_grad_() for t in filters(4, 4, 3, 3, device=device, dtype=torch.float32))
+    ops.conv_bn_relu(x, weight, bias, padding=ONES).sum().backward()
+    assert weight.grad.any() and bias.grad.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_without_a_graph_break(device):
+    torch.compiler.reset()
+    positional, options = arguments("B1-I24-O40-H19-W35-norm-relu", device, torch.float32)
+    with torch.no_grad():
+        compiled = torch.compile(ops.conv_bn_relu, fullgraph=True, backend="aot_eager")(*positional, **options)
+        assert error(compiled, ops.conv_bn_relu(*positional, **options)) < 1e-5
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), [run for run in FROZEN_RUNS if run.values[1] == "triton"])
+def test_not_finite_stays_visible(device, backend, dtype):
+    (x, *rest), options = arguments("B1-I16-O16-H9-W13", device, dtype)
+    x[0, 3, 4, 5] = float("nan")
+    with use_backend(backend):
+        y = ops.conv_bn_relu(x, *rest, **options)
+    assert y[0, :, 3:6, 4:7].isnan().all() and y[0, :, :2].isfinite().all()
+
+
+@pytest.mark.skipif(not GPU, reason="streams are a GPU's")
+def test_on_the_current_cuda_stream():
+    positional, options = arguments("B1-I24-O40-H19-W35-norm-relu", "cuda", torch.bfloat16)
+    expected = ops.conv_bn_relu(*positional, **options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = ops.conv_bn_relu(*positional, **options)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_an_empty_batch_stays_empty():
+    weight, bias = filters(4, 4, 3, 3, device="cpu", dtype=torch.float32)
+    assert ops.conv_bn_relu(torch.rand(0, 4, 5, 6), weight, bias, padding=ONES).shape == (0, 4, 5, 6)
+
+
+def test_refuses_what_does_not_fit():
+    weight, bias = filters(4, 4, 3, 3, device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"\[N, I, H, W\].*got \[1, 3, 5, 6\]"):
+        ops.conv_bn_relu(torch.rand(1, 3, 5, 6), weight, bias)

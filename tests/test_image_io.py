@@ -1,0 +1,51 @@
+"""Windows of images, mirrored and normalised, against numpy's padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import DEVICES
+
+from fastperc import ops, use_backend
+from fastperc.reference import Window
+
+IMAGES = {
+    "levels-hwc": lambda: torch.randint(0, 256, (2, 13, 17, 3), dtype=torch.uint8).permute(0, 3, 1, 2),
+    "levels-chw": lambda: torch.randint(0, 256, (1, 3, 13, 17), dtype=torch.uint8),
+    "fp32": lambda: torch.rand(2, 3, 13, 17),
+    "fp16-channels-last": lambda: torch.rand(2, 3, 13, 17).half().contiguous(memory_format=torch.channels_last),
+    "fp64": lambda: torch.rand(1, 3, 13, 17, dtype=torch.float64),
+    "slice": lambda: torch.rand(3, 5, 20, 20)[::2, 1:4, 3:16, 2:19],
+}
+WINDOWS = [Window(0, 0, 13, 17), Window(-40, -3, 100, 40), Window(4, 5, 3, 2), Window(-100, 30, 50, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("window", WINDOWS, ids=lambda window: "_".join(map(str, window)))
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_is_a_window_of_the_mirrored_image(backend, image, window, dtype):
+    if backend == "native" and dtype == torch.float64:
+        pytest.skip("left to PyTorch")
+    x = IMAGES[image]()
+    margin = 120
+    exact = x.double().numpy() / (255 if x.dtype == torch.uint8 else 1)
+    mirrored = np.pad(exact, ((0, 0), (0, 0), (margin, margin), (margin, margin)), mode="reflect")
+    top, left = window.top + margin, window.left + margin
+    expected = mirrored[:, :, top : top + window.height, left : left + window.width] * 2 - 1
+    with use_backend(backend):
+        y = ops.image_io(x, window, 2, -1, dtype)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    assert np.abs(y.double().numpy() - expected).max() <= torch.finfo(dtype).eps / 2 + 2.4e-7
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_single_pixel_is_everywhere(device):
+    x = torch.rand(1, 3, 1, 1, device=device)
+    assert torch.equal(ops.image_io(x, Window(-5, -6, 9, 11), 1, 0, torch.float32), x.expand(1, 3, 9, 11))
+
+
+def test_refuses_what_is_no_image():
+    with pytest.raises(ValueError, match=r"\[N, 3, H, W\], got \[1, 4, 8, 8\]"):
+        ops.image_io(torch.rand(1, 4, 8, 8), Window(0, 0, 8, 8), 1, 0, torch.float32)

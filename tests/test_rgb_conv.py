@@ -1,0 +1,137 @@
+"""The convolutions at the two ends, against float64: pictures in, pictures out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import GPU, error, no_worse
+from frozen import FROZEN_RUNS, _poisoned, features, filters, instance_norm  # noqa: F401
+
+from fastperc import ops, reference, use_backend
+from fastperc.reference import Window
+
+FOURS = (4, 4, 4, 4)
+ENDS = {"tanh": ((2.0, -1.0), 1.0), "linear": ((255.0, 0.0), 60.0)}  # input range, size of what the head gives
+
+# image, window, filters, kernel, padding, mode, norm
+STEMS = {
+    "levels": ("uint8", Window(0, 0, 20, 23), 32, 9, FOURS, "zeros", False),
+    "float-norm": ("fp32", Window(0, 0, 17, 12), 16, 9, FOURS, "zeros", True),
+    "float-mirrored": ("fp32", Window(-40, -40, 100, 96), 16, 9, FOURS, "zeros", False),
+    "levels-reflect-norm": ("uint8", Window(0, 0, 20, 24), 16, 9, FOURS, "reflect", True),
+    "half-part": ("fp16", Window(5, 3, 12, 14), 32, 9, (4, 0, 0, 2), "reflect", False),
+    "small-kernel": ("fp32", Window(0, 0, 9, 8), 12, 3, (1, 1, 1, 1), "zeros", False),
+}
+
+
+def image_of(kind, device):
+    """Two images of 20×23, or their part that a case wants."""
+    if kind == "uint8":
+        return torch.randint(0, 256, (2, 20, 23, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    return torch.rand(2, 3, 20, 23, device=device).to({"fp16": torch.float16, "fp32": torch.float32}[kind])
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("output", ENDS)
+@pytest.mark.parametrize("case", STEMS)
+@pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
+def test_stem_matches_the_formula(device, backend, dtype, case, output):
+    if backend == "native":
+        backend = None  # image_io and conv_bn_relu, which choose for themselves
+    kind, window, out, kernel, padding, mode, with_norm = STEMS[case]
+    image, (scale, shift) = image_of(kind, device), ENDS[output][0]
+    weight, bias = filters(out, 3, kernel, kernel, device=device, dtype=dtype)
+    norm = instance_norm(out, device) if with_norm else None
+
+    def run(backend, dtype, exactly=lambda value: value):
+        tensors = exactly(weight), exactly(bias)
+        given = norm and norm._replace(weight=exactly(norm.weight), bias=exactly(norm.bias))
+        with use_backend(backend) if backend else torch.no_grad():
+            return ops.rgb_conv_stem(image, *tensors, window, scale, shift, padding, mode, given, True, dtype)
+
+    exact, stock = run("reference", torch.float64, torch.Tensor.double), run("reference", dtype)
+    ours = run(backend, dtype)
+    assert ours.dtype == dtype and torch.equal(ours, run(backend, dtype))
+    no_worse(ours, stock, exact)
+
+
+# batch, in, height, width, kernel, padding, mode
+HEADS = {
+    "B1-I32-H12-W21": (1, 32, 12, 21, 9, FOURS, "zeros"),
+    "B3-I16-H9-W70": (3, 16, 9, 70, 9, FOURS, "zeros"),
+    "B2-I12-H20-W16-reflect": (2, 12, 20, 16, 9, FOURS, "reflect"),
+    "B1-I64-H13-W12-uneven": (1, 64, 13, 12, 9, (4, 2, 0, 3), "zeros"),
+    "B1-I32-H14-W13-valid": (1, 32, 14, 13, 9, (0, 0, 0, 0), "reflect"),
+    "B1-I70-H4-W5-kernel3": (1, 70, 4, 5, 3, (1, 1, 1, 1), "reflect"),
+}
+PICTURES = {
+    "fp32": lambda n, h, w: torch.full((n, 3, h, w), torch.nan),
+    "fp16-nhwc": lambda n, h, w: torch.full((n, h, w, 3), torch.nan).half().permute(0, 3, 1, 2),
+    "window": lambda n, h, w: torch.full((n, 3, h + 3, w + 2), torch.nan)[:, :, 1 : h + 1, 2:],
+    "levels": lambda n, h, w: torch.full((n, h, w, 3), 77, dtype=torch.uint8).permute(0, 3, 1, 2),
+    "levels-chw": lambda n, h, w: torch.full((n, 3, h, w), 77, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize("output", ENDS)
+@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
+def test_head_matches_the_formula(device, backend, dtype, case, output, picture):
+    n, c, height, width, kernel, padding, mode = HEADS[case]
+    x = features(n, c, height, width, device=device, dtype=dtype)
+    weight, bias = filters(3, c, kernel, kernel, device=device, dtype=dtype)
+    size = ENDS[output][1]
+    weight, bias = size * weight, size * bias
+    height, width = height + sum(padding[2:]) - kernel + 1, width + sum(padding[:2]) - kernel + 1
+    exact = torch.empty(n, 3, height, width, dtype=torch.float64, device=device)
+    ours = PICTURES[picture](n, height, width).to(device)
+    with use_backend("reference"):
+        ops.rgb_conv_head(x.double(), weight.double(), bias.double(), padding, mode, output, exact)
+    with use_backend(backend):
+        ops.rgb_conv_head(x, weight, bias, padding, mode, output, ours)
+    if ours.dtype == torch.uint8:
+        tolerated = {torch.float32: 0.503, torch.float16: 1, torch.bfloat16: 2.5}[dtype]
+        assert (ours.double() - exact.clamp(0, 1) * 255).abs().max() <= tolerated
+    else:  # what a stock network makes in its own dtype
+        stock = torch.nn.functional.conv2d(reference.pad(x, padding, mode), weight.to(dtype), bias.to(dtype))
+        no_worse(ours, reference.to_image_range(stock, output).to(ours.dtype), exact)
+
+
+@pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
+def test_head_saturates_and_rounds(device, backend, dtype):
+    """From far below to far above, through a kernel that passes one channel on: every level, ends included."""
+    values = torch.linspace(-2, 2, 1021)
+    x = values.to(device, dtype).view(1, 1, 1, -1).expand(1, 16, 1, 1021).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(3, 16, 1, 1, device=device)
+    weight[:, 0] = 1
+    out = torch.empty(1, 3, 1, 1021, dtype=torch.uint8, device=device)
+    with use_backend(backend):
+        ops.rgb_conv_head(x, weight, torch.zeros(3, device=device), (0, 0, 0, 0), "zeros", "tanh", out)
+    expected = reference.to_levels(0.5 + 150 / 255 * x[:, :1].double().tanh())
+    assert (out.int() - expected.int()).abs().max() <= 1
+    assert out[0, 0, 0, 0] == 0 and out[0, 0, 0, -1] == 255
+    assert (out.int() == expected.int()).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", *["triton"] * GPU])
+def test_large_and_not_finite(backend):
+    device = "cuda" if backend == "triton" else "cpu"
+    x = torch.tensor([-1e30, -50.0, 0.0, 50.0, 1e30, torch.nan], device=device).view(1, 1, 1, 6).repeat(1, 16, 1, 1)
+    weight = torch.zeros(3, 16, 1, 1, device=device)
+    weight[:, 0] = 1
+    out = torch.empty(1, 3, 1, 6, device=device)
+    with use_backend(backend):
+        ops.rgb_conv_head(x, weight, torch.zeros(3, device=device), (0, 0, 0, 0), "zeros", "tanh", out)
+    assert error(out[0, 0, 0, :5].cpu(), 0.5 + 150 / 255 * torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0])) < 1e-6
+    assert out[0, 0, 0, 5].isnan()
+
+
+def test_refuses_what_does_not_fit():
+    x, weight, bias = torch.rand(1, 8, 12, 12), torch.rand(3, 8, 9, 9), torch.zeros(3)
+    for kwargs, told in (
+        (dict(output="tanh", out=torch.empty(1, 3, 11, 12)), r"a picture \[1, 3, 12, 12\].*got 3, 'tanh' and"),
+        (dict(output="sigmoid", out=torch.empty(1, 3, 12, 12)), "among tanh, linear"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ops.rgb_conv_head(x, weight, bias, FOURS, "zeros", **kwargs)
