@@ -16,6 +16,9 @@ from fastperc.presets import CONVENTIONS, PRESETS
 from fastperc.weights import STYLES
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from fastperc.training import Recipe
 
 DEFAULT_STYLE = "great_wave"
@@ -69,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_optimize(commands)
     add_tune(commands)
+    add_bench(commands)
     doctor = commands.add_parser("doctor", help="show versions and which backend runs each operation here")
     doctor.set_defaults(run=run_doctor)
     return parser
@@ -90,16 +94,7 @@ def add_stylize(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "-o", "--out", type=path, help="a file for one photo, a folder for several; default: beside INPUT"
     )
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument(
-        "--style", default=DEFAULT_STYLE, metavar="NAME", help=f"one of {', '.join(STYLES)}; default: %(default)s"
-    )
-    model.add_argument(
-        "--model",
-        type=path,
-        metavar="FILE",
-        help="a trained network: fastperc's .safetensors, or a state_dict of PyTorch's fast_neural_style example",
-    )
+    add_model(parser)
     parser.add_argument(
         "--size", type=positive, metavar="N", help="resize so that the longer side has N pixels; default: as it is"
     )
@@ -126,26 +121,52 @@ def add_stylize(commands: argparse._SubParsersAction[Parser]) -> None:
 def run_stylize(arguments: argparse.Namespace) -> int:
     from fastperc.stylize import plan
 
-    if arguments.model is None and arguments.style not in STYLES:
-        raise InputError(f"no style {arguments.style!r}; there are {', '.join(STYLES)} (or give a --model FILE)")
-    source = arguments.model or STYLES[arguments.style]
+    source = model_file(arguments)
     jobs = plan(arguments.inputs, arguments.out, source.stem)
 
-    from fastperc import checkpoints
     from fastperc.devices import find_device
     from fastperc.engine import freeze
     from fastperc.files import check_writable
-    from fastperc.models import TransformNet
     from fastperc.stylize import stylize_files
 
-    net = checkpoints.load(source, find_device(arguments.device))
-    if not isinstance(net, TransformNet):
-        raise InputError(f"{source}: holds a {type(net).__name__}, which is no style network")
+    net = load_style(source, find_device(arguments.device))
     for _, target in jobs:
         check_writable(target)
     given = arguments.size, arguments.strength, arguments.keep_colors, arguments.tile
     failed = stylize_files(freeze(net), jobs, *given)
     return BAD_INPUT if failed else 0
+
+
+def add_model(parser: Parser) -> None:
+    """Options that name a style network."""
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--style", default=DEFAULT_STYLE, metavar="NAME", help=f"one of {', '.join(STYLES)}; default: %(default)s"
+    )
+    model.add_argument(
+        "--model",
+        type=path,
+        metavar="FILE",
+        help="a trained network: fastperc's .safetensors, or a state_dict of PyTorch's fast_neural_style example",
+    )
+
+
+def model_file(arguments: argparse.Namespace) -> Path:
+    """The file of the network that :func:`add_model`'s options name."""
+    if arguments.model is None and arguments.style not in STYLES:
+        raise InputError(f"no style {arguments.style!r}; there are {', '.join(STYLES)} (or give a --model FILE)")
+    return arguments.model or STYLES[arguments.style]
+
+
+def load_style(source: Path, device: torch.device) -> nn.Module:
+    """The style network in the file ``source``."""
+    from fastperc import checkpoints
+    from fastperc.models import TransformNet
+
+    net = checkpoints.load(source, device)
+    if not isinstance(net, TransformNet):
+        raise InputError(f"{source}: holds a {type(net).__name__}, which is no style network")
+    return net
 
 
 def add_train(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -357,6 +378,33 @@ def run_tune(arguments: argparse.Namespace) -> int:
         return 0
     dispatch.save(device, times)
     print(f"{tuning.report(times)}\n{path}")
+    return 0
+
+
+def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time pictures on this machine",
+        description="Times a style network on this machine: in plain PyTorch, and as `fastperc stylize` runs it.",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--sizes",
+        type=names,
+        default="256,512,1280x720",
+        metavar="A,B,...",
+        help="of the images, N pixels a side or WIDTHxHEIGHT; default: %(default)s",
+    )
+    add_device(parser)
+    parser.set_defaults(run=run_bench)
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    from fastperc.bench import parse_sizes, report
+    from fastperc.devices import find_device
+
+    sizes, device = parse_sizes(arguments.sizes), find_device(arguments.device)
+    print(report(load_style(model_file(arguments), device), sizes, device))
     return 0
 
 

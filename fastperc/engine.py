@@ -21,6 +21,7 @@ from fastperc.tiling import Canvas, Watch, grid
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WHOLE_BYTES = 2 << 30  # on a CPU, a pass that holds less is not cut in parts
 PART_BYTES = 320 << 20  # what a pass over a part may hold
+CARELESS_BYTES = 512 << 20  # up to so much, nobody asks what is free: that takes a while itself
 GPU_SHARE = 0.7  # on a GPU, of its free memory, for either
 SMALLEST_TILE = 16  # pixels a side
 GRAPHS = 8  # shapes whose CUDA graphs are kept
@@ -163,6 +164,8 @@ class Engine:
         frame = math.prod(self.plan.sizes(height, width)[0])
         needed = n * frame * self.plan.bytes_per_pixel
         result = n * 3 * height * width * self.scale**2 * image.element_size()
+        if tile in ("auto", "off") and needed + result <= CARELESS_BYTES:
+            return None
         free = free_memory(self.device)
         if result > free:
             raise InputError(
@@ -265,34 +268,38 @@ class Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     image: Tensor
     picture: Tensor
-    free: torch.cuda.Event  # when both may be used again
 
 
 class Graphs:
-    """The CUDA graphs of an engine's passes, one for each shape, the least recently used given up first."""
+    """The CUDA graphs of an engine's passes, one for each shape, the least recently used given up first.
+
+    They take turns, whatever streams and threads ask for them, and so share what memory they need on the way.
+    """
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Graph] = OrderedDict()
         self._lock = threading.Lock()
+        self._done: torch.cuda.Event | None = None  # with the last turn
+        self._pool: Any = None
 
     def run(self, key: Hashable, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Tensor:
         """``paint(image)``, of which there is or will be a graph called ``key``."""
         with self._lock, torch.cuda.device(image.device):
+            stream = torch.cuda.current_stream()
+            if self._done is not None:
+                stream.wait_event(self._done)
             kept = self._kept.pop(key, None) or self._record(image, paint)
             self._kept[key] = kept
-            stream = torch.cuda.current_stream()
-            stream.wait_event(kept.free)
             kept.image.copy_(image)
             kept.graph.replay()
             picture = kept.picture.clone()
-            kept.free.record(stream)
+            self._done = stream.record_event()
             if len(self._kept) > GRAPHS:
-                _, oldest = self._kept.popitem(last=False)
-                oldest.free.synchronize()
+                self._done.synchronize()
+                self._kept.popitem(last=False)
         return picture
 
-    @staticmethod
-    def _record(image: Tensor, paint: Callable[[Tensor], Tensor]) -> Graph:
+    def _record(self, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Graph:
         static = torch.empty_like(image).copy_(image)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -300,12 +307,11 @@ class Graphs:
             for _ in range(2):  # kernels are compiled, weights packed and libraries choose before the recording
                 paint(static)
         torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             picture = paint(static)
-        free = torch.cuda.Event()
-        free.record()
-        return Graph(graph, static, picture, free)
+        return Graph(graph, static, picture)
 
 
 class Pipeline:

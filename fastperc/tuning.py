@@ -207,14 +207,18 @@ def measure(key: Key, device: torch.device) -> Milliseconds:
 
 
 def _seconds(call: Callable[[], None], backend: str, device: torch.device, calls: int) -> float:
+    with use_backend(backend):
+        return seconds(call, device, calls)
+
+
+def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
     """Seconds a call, of ``calls`` in a row."""
     synchronize = torch.get_device_module(device).synchronize
-    with use_backend(backend):
-        synchronize()
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        synchronize()
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize()
     return (time.perf_counter() - began) / calls
 
 

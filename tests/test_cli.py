@@ -102,7 +102,7 @@ def test_help_takes_less_than_a_second():
     assert min(seconds() for _ in range(3)) < 1
 
 
-@pytest.mark.parametrize("command", ["stylize", "train", "optimize", "tune", "doctor"])
+@pytest.mark.parametrize("command", ["stylize", "train", "optimize", "tune", "bench", "doctor"])
 def test_help_of_each_command(run, command):
     status, out, err = run(command, "--help")
     assert (status, err) == (0, "") and out.startswith(f"usage: fastperc {command}")
@@ -112,3 +112,18 @@ def test_help_of_each_command(run, command):
 
 def test_version(run):
     assert run("--version") == (0, f"fastperc {fastperc.__version__}\n", "")
+
+
+def test_bench_times_each_size(run, model):
+    status, out, err = run("bench", "--model", model, "--sizes", "16,33x24", "--device", "cpu")
+    assert status == 0, err
+    head, *lines = out.splitlines()[1:]
+    assert head.split() == ["image", "PyTorch", "fastperc", "in", "bfloat16", "pictures/s"]
+    assert [line.split()[0] for line in lines] == ["16×16", "33×24"]
+    assert all(float(number) > 0 for line in lines for number in line.split()[1:])
+
+
+@pytest.mark.parametrize("sizes", ["15", "16x", "16x16x16", "large", "-20"])
+def test_bench_refuses_sizes_that_are_none(run, model, sizes):
+    status, _, err = run("bench", "--model", model, f"--sizes={sizes}")
+    assert status == 2 and err == f"fastperc bench: --sizes are like 512 or 1920x1080, 16 and more, got {sizes!r}\n"

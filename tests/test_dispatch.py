@@ -338,7 +338,9 @@ def test_tune(run, hasty):
     x = torch.rand(1, 3, 16, 16)
     by_backend = table.times[Key("tv_loss", "float32", "NCHW", False, ((1, 3, 16, 16),))]
     fastest = min(by_backend, key=by_backend.get)
-    assert next(row for row in rows if row.startswith("tv_loss                float32   NCHW    fwd ")).endswith(f"  {fastest}")
+    assert next(row for row in rows if row.startswith("tv_loss                float32   NCHW    fwd ")).endswith(
+        f"  {fastest}"
+    )
     assert backends.choose("tv_loss", x, native=None) == fastest
     assert ops.tv_loss(x) > 0
 
