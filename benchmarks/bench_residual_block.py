@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from harness import DEVICE, runs
-from networks import features, layer_cases
+from networks import BOTH, INFERENCE, features, layer_cases, trained
 
 from fastperc import ResidualBlock
 
-# (batch, channels, side)
-SHAPES = {"cpu": [(1, 128, 64)], "cuda": [(4, 128, 64), (1, 128, 270)]}
+# (batch, channels, height, width, directions): in inference those of images of 512² and 1080p
+SHAPES = {
+    "cpu": [(1, 128, 64, 64, BOTH)],
+    "cuda": [
+        (4, 128, 64, 64, BOTH),
+        (1, 128, 270, 270, BOTH),
+        (1, 128, 128, 128, INFERENCE),
+        (1, 128, 270, 480, INFERENCE),
+    ],
+}
 
 CASES = [
     case
-    for n, c, side in SHAPES[DEVICE]
+    for n, c, h, w, directions in SHAPES[DEVICE]
     for case in layer_cases(
         "residual_block",
-        f"{n}x{c}x{side}x{side}",
-        module=lambda c=c: ResidualBlock(c),
-        inputs=lambda n=n, c=c, side=side: (features(n, c, side, side, requires_grad=True),),
+        f"{n}x{c}x{h}x{w}",
+        module=lambda c=c: trained(ResidualBlock(c)),
+        inputs=lambda n=n, c=c, h=h, w=w: (features(n, c, h, w, requires_grad=True),),
+        directions=directions,
     )
 ]
 

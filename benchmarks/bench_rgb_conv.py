@@ -1,35 +1,51 @@
-"""The 9×9 convolutions at the style network's two ends: from an image, which needs no gradient, and to an image."""
+"""The 9×9 convolutions at the style network's two ends: from an image, which needs no gradient, and to an image.
+
+Between levels (uint8) and features they stand with all that a network does there; else bare.
+"""
 
 from __future__ import annotations
 
 from harness import DEVICE, runs
-from networks import features, image, layer_cases
-from torch import nn
+from networks import BOTH, INFERENCE, FromLevels, ToLevels, features, image, layer_cases, levels, trained
+from torch import Tensor, nn
 
 from fastperc import ConvBNReLU
 
-# (batch, side)
-SHAPES = {"cpu": [(1, 128)], "cuda": [(4, 256), (1, 1024)]}
-ENDS = {
-    "stem, 3 to 32": (
-        lambda: ConvBNReLU(3, 32, 9, padding=4),
-        lambda n, side: (image(n, side, side),),
-    ),
-    "head, 32 to 3": (
-        lambda: nn.Conv2d(32, 3, 9, padding=4),
-        lambda n, side: (features(n, 32, side, side, requires_grad=True),),
-    ),
+# (batch, height, width)
+SHAPES = {"cpu": [(1, 128, 128)], "cuda": [(4, 256, 256), (1, 1024, 1024), (1, 512, 512), (1, 1080, 1920)]}
+TRAINED = {"cpu": SHAPES["cpu"], "cuda": SHAPES["cuda"][:2]}
+
+
+def stem() -> nn.Module:
+    return trained(ConvBNReLU(3, 32, 9, padding=4))
+
+
+def head() -> nn.Module:
+    return nn.Conv2d(32, 3, 9, padding=4)
+
+
+def maps(n: int, height: int, width: int) -> Tensor:
+    return features(n, 32, height, width, requires_grad=True)
+
+
+ENDS = {  # module, inputs, directions
+    "stem, 3 to 32": (stem, image, BOTH),
+    "stem from levels, 3 to 32": (lambda: FromLevels(stem()), levels, INFERENCE),
+    "head, 32 to 3": (head, maps, BOTH),
+    "head to levels, 32 to 3": (lambda: ToLevels(head()), maps, INFERENCE),
 }
 
 CASES = [
     case
-    for n, side in SHAPES[DEVICE]
-    for end, (module, inputs) in ENDS.items()
+    for size in SHAPES[DEVICE]
+    for end, (module, inputs, directions) in ENDS.items()
     for case in layer_cases(
         "rgb_conv",
-        f"{end}, {n}x{side}x{side}",
+        f"{end}, {'x'.join(map(str, size))}",
         module=module,
-        inputs=lambda inputs=inputs, n=n, side=side: inputs(n, side),
+        inputs=lambda inputs=inputs, size=size: (inputs(*size),),
+        directions=directions if size in TRAINED[DEVICE] else INFERENCE,
+        rounding=1e-3 if end.startswith("head to levels") else 0.0,
     )
 ]
 

@@ -34,21 +34,29 @@ PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.bfloat16
 class Case:
     """What is timed: one operation in one direction on inputs of one shape.
 
-    ``reference`` and ``fused`` take the inputs, after the module if there is one, and return a tensor.
+    ``reference`` and ``fused`` take the inputs, after the module if there is one, and return a tensor; ``fused`` has
+    what ``freeze`` makes of the module and the inputs, if that is given.
     """
 
     operation: str  # bench_<operation>.py
-    direction: str  # "forward", "forward+backward", "inference" (in eval mode), "training step" (with Adam)
+    direction: str  # "forward", "forward+backward", "training step" (with Adam); in eval mode "inference", "video"
     shape: str
     dtype: str  # of DTYPES
-    inputs: Callable[[], tuple[Tensor, ...]]  # float32, on the CPU; those that require gradients get them
+    inputs: Callable[[], tuple[Tensor, ...]]  # float32 or uint8, on the CPU; those that require gradients get them
     reference: Step
     tolerance: tuple[float, float]  # largest relative error against float64 of the output, of any gradient
     fused: Step | None = None  # None: there is no such kernel yet
     module: Callable[[], nn.Module] | None = None
+    freeze: Callable[..., Step] | None = None  # not timed
     costs: Callable[[], Sequence[Cost]] = list  # of what is no convolution
     channels_last: bool = False
     track_memory: bool = False
+    frames: int = 1  # of a video, an input each; the row is of one, and the last picture is checked
+
+    @property
+    def infers(self) -> bool:
+        """Whether its weights stay what they are."""
+        return self.direction in ("inference", "video")
 
     @property
     def id(self) -> str:
@@ -68,7 +76,7 @@ def runs(cases: Iterable[Case]) -> Any:
             )
             for case in cases
             for provider in PROVIDERS
-            if DEVICE in provider.devices and not (provider.fused and case.fused is None)
+            if provider.is_for(case, DEVICE)
         ],
     )
 
@@ -85,17 +93,19 @@ class Problem:
         dtype = torch.float64 if exact else rounded
         self.module = case.module() if case.module else None
         if self.module is not None:
-            self.module.to(rounded).to(DEVICE, dtype).train(case.direction != "inference")
+            self.module.to(rounded).to(DEVICE, dtype).train(not case.infers)
             self.module.to(memory_format=layout)  # type: ignore[call-overload]
         self.inputs = []
-        for x in case.inputs():
-            if x.dim() == 4:  # images and features; the rest is float32 whatever those are
+        for x in case.inputs()[-1:] if exact and case.frames > 1 else case.inputs():
+            if x.dtype == torch.uint8:  # levels; the frames of a video [H, W, 3] stay where they are
+                y = x.to(DEVICE, memory_format=layout) if x.dim() == 4 else x
+            elif x.dim() == 4:  # images and features; the rest is float32 whatever those are
                 y = x.detach().to(rounded).to(DEVICE, dtype, memory_format=layout)
             else:
                 y = x.detach().to(DEVICE, torch.promote_types(dtype, torch.float32))
             self.inputs.append(y.requires_grad_(x.requires_grad))
         parameters = [] if self.module is None else list(self.module.parameters())
-        self.leaves = [x for x in (*self.inputs, *parameters) if x.requires_grad and case.direction != "inference"]
+        self.leaves = [x for x in (*self.inputs, *parameters) if x.requires_grad and not case.infers]
         self.gradient: Tensor | None = None
         self.output: Tensor = torch.empty(0)
 
@@ -119,7 +129,7 @@ class Problem:
                 output.backward(self.incoming(output) if output.dim() else None)
             self.output = output.detach()
 
-        return infer if self.case.direction == "inference" else run
+        return infer if self.case.infers else run
 
     def incoming(self, output: Tensor) -> Tensor:
         """The gradient that comes to ``output``: random, the same in every step."""
@@ -225,8 +235,18 @@ def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows
     """
     with nullcontext() if provider.fused else fastperc.use_backend("reference"):
         problem = Problem(case)
+        prepare = case.freeze if provider.fused else provider.prepare
+        if prepare is not None and case.infers:
+            problem.module = prepare(problem.module, *problem.inputs)
+            if problem.module is None:
+                pytest.skip(f"{provider.name} has nothing to offer here")
         run = problem.step(provider.call(problem.call(case.fused if provider.fused else case.reference)))
         step = provider.step(run)
+        peak = None
+        if case.track_memory and provider.name in ("reference", "fused") and not benchmark.disabled:
+            if not case.infers:
+                step()
+            peak = peak_bytes(step, DEVICE)  # an engine takes its memory in the first call, and keeps it
         step()
         expected = oracle(case)
         error = errors(*problem.results(), expected)
@@ -241,7 +261,6 @@ def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows
         rounds = min(200, max(5, int(seconds / seconds_of(step))))
         benchmark.group = f"{case.operation} {case.direction} {case.shape} {case.dtype}"
         benchmark.pedantic(step, setup=before_each_round, rounds=rounds, warmup_rounds=1)
-        peak = peak_bytes(step, DEVICE) if case.track_memory and provider.name in ("reference", "fused") else None
     row = describe(case, provider, expected.costs, benchmark.stats.stats, max(error), peak)
     benchmark.extra_info.update(row)
     if rows_file is not None:
@@ -253,6 +272,7 @@ def describe(
 ) -> rows.Row:
     """The row of one measurement; ``stats`` are pytest-benchmark's, in seconds."""
     total = Cost(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+    median, iqr = stats.median / case.frames, stats.iqr / case.frames
     ceilings = bandwidth(), rate(PRODUCTS[case.dtype])
     floor = sum(part.floor(*ceilings) for part in parts)
     try:
@@ -273,17 +293,17 @@ def describe(
             torch=torch.__version__,
             triton=triton,
             cuda=torch.version.cuda if DEVICE == "cuda" else None,
-            median_ms=significant(stats.median * 1e3),
-            iqr_ms=significant(stats.iqr * 1e3),
+            median_ms=significant(median * 1e3),
+            iqr_ms=significant(iqr * 1e3),
             rounds=stats.rounds,
             bytes=round(total.bytes),
             flops=round(total.flops),
-            gb_per_s=significant(total.bytes / stats.median / 1e9),
-            tflop_per_s=significant(total.flops / stats.median / 1e12),
+            gb_per_s=significant(total.bytes / median / 1e9),
+            tflop_per_s=significant(total.flops / median / 1e12),
             bandwidth_gb_per_s=significant(ceilings[0] / 1e9),
             rate_tflop_per_s=significant(ceilings[1] / 1e12),
             floor_ms=significant(floor * 1e3),
-            share_of_floor=significant(floor / stats.median),
+            share_of_floor=significant(floor / median),
             error=significant(error),
             peak_bytes=peak,
         )

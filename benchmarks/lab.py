@@ -32,10 +32,9 @@ ROOT = rows.ROOT
 PYTEST = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
 BENCHMARK = ("--benchmark-only", "--benchmark-columns=median,iqr,rounds")
 NEEDED = ("torch", "numpy", "pytest", "pytest_benchmark")
-GPU_TESTS = "cuda"  # tests name their device
-KERNEL_TESTS = (
-    f"{GPU_TESTS} and (formula or layout or exact or mask or pool)"  # a few, for tools that slow them a hundredfold
-)
+GPU_TESTS = "cuda or cudnn or triton or graphs"  # tests name their device, or what only a GPU has
+# A few, for tools that slow them a hundredfold; those of the head come with the engine's.
+KERNEL_TESTS = "on_triton or (cuda and (layout or exact or mask or pool or (formula and bf16 and not head)))"
 
 TUNE = """
 import torch
@@ -61,36 +60,50 @@ class Stage:
     allowed: tuple[int, ...] = (0,)  # exit statuses of success
 
 
-def bench(operation: str, seconds: float, what: str) -> Stage:
-    path = str(ROOT / "benchmarks" / f"bench_{operation}.py")
-    return Stage(operation, seconds, what, (*PYTEST, path, *BENCHMARK, "--rows={rows}"))
+FROZEN = ("conv_bn_relu", "subpixel_conv_bn_relu", "rgb_conv", "instance_norm", "image_io", "engine")
+LOSSES = ("tv_loss", "gram_loss", "vgg_loss")
+LAYERS = ("rgb_conv", "subpixel_conv_bn_relu", "conv_bn_relu", "residual_block")
+COMPILED = "compile or autotune"  # providers that take minutes before anything is timed
+OTHERS = f"not ({COMPILED})"
 
 
-def tests(name: str, seconds: float, what: str, selection: str, prefix: Sequence[str] = ()) -> Stage:
+def bench(name: str, seconds: float, what: str, selection: str = "", of: Sequence[str] = ()) -> Stage:
+    files = [str(ROOT / "benchmarks" / f"bench_{operation}.py") for operation in of or (name,)]
+    arguments = (*PYTEST, *files, *BENCHMARK, "--rows={rows}", *(("-k", selection) if selection else ()))
+    return Stage(name, seconds, what, arguments)
+
+
+def tests(
+    name: str, seconds: float, what: str, of: Sequence[str], selection: str = GPU_TESTS, prefix: Sequence[str] = ()
+) -> Stage:
     # Memory checkers see into PyTorch's own allocator only if it keeps nothing.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if prefix else {}
-    files = [ROOT / "tests" / f"test_{path.name}" for path in sorted(ROOT.glob("fastperc/ops/*.py"))]
+    files = [ROOT / "tests" / f"test_{tested}.py" for tested in of]
     arguments = (*PYTEST, *(str(file) for file in files if file.exists()), "-k", selection)
     return Stage(name, seconds, what, arguments, prefix, environment, gpu=True, allowed=(0, 5))  # 5: none selected
 
 
 def sanitizer(tool: str) -> Stage:
     prefix = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
-    return tests(tool, 90, f"compute-sanitizer's {tool} over a few kernel tests", KERNEL_TESTS, prefix)
+    what = f"compute-sanitizer's {tool} over a few kernel tests"
+    return tests(tool, 180, what, (*FROZEN, *LOSSES), KERNEL_TESTS, prefix)
 
 
 STAGES = (
-    tests("tests", 90, "the tests on the GPU", GPU_TESTS),
+    tests("tests_inference", 120, "the engine's tests on the GPU, and those of its kernels", FROZEN),
+    bench("inference", 150, "whole networks in eval mode, 4K and video", OTHERS),
+    bench("rgb_conv", 60, "the 9×9 convolutions", OTHERS),
+    bench("subpixel_conv_bn_relu", 60, "the ½-stride convolutions", OTHERS),
+    bench("conv_bn_relu", 60, "the stride-2 convolutions", OTHERS),
+    bench("residual_block", 60, "the residual block", OTHERS),
+    Stage("tune", 180, "the backends against each other, as fastperc tune has them", ("-c", TUNE)),
+    bench("inference_compiled", 400, "whole networks by torch.compile and max-autotune", COMPILED, ("inference",)),
+    tests("tests_losses", 90, "the losses' tests on the GPU", LOSSES),
     bench("tv_loss", 45, "total variation"),
     bench("gram_loss", 45, "Gram loss"),
     bench("vgg_loss", 90, "the whole loss network, and its memory"),
     bench("training", 120, "a training step"),
-    Stage("tune", 60, "the backends against each other, as fastperc tune has them", ("-c", TUNE)),
-    bench("inference", 120, "whole networks in eval mode"),
-    bench("rgb_conv", 60, "the 9×9 convolutions"),
-    bench("subpixel_conv_bn_relu", 60, "the ½-stride convolutions"),
-    bench("conv_bn_relu", 60, "the stride-2 convolutions"),
-    bench("residual_block", 60, "the residual block"),
+    bench("layers_compiled", 600, "layers by torch.compile and max-autotune", COMPILED, LAYERS),
 )
 SANITIZERS = (sanitizer("memcheck"), sanitizer("racecheck"))
 

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
 from costs import Cost, gram_loss
-from harness import DTYPE, PRODUCTS, Case, Step
+from harness import DTYPE, PRODUCTS, Case
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
-from fastperc import PerceptualLoss, VGG16Features
+from fastperc import PerceptualLoss, VGG16Features, reference
+from fastperc.models.common import to_network_range
 from fastperc.models.vgg16 import CONVOLUTIONS, TORCHVISION_INDEX
+from fastperc.plan import Plan, parts, steps_of
+from fastperc.plan import forward as run_plan
+from fastperc.reference import Window
 
+INFERENCE = ("inference",)
+BOTH = (*INFERENCE, "forward+backward")
 VGG_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
 
 
 def image(n: int, height: int, width: int, requires_grad: bool = False) -> Tensor:
     """RGB in 0–1."""
     return torch.rand(n, 3, height, width, requires_grad=requires_grad)
+
+
+def levels(n: int, height: int, width: int) -> Tensor:
+    """The same as uint8."""
+    return torch.randint(256, (n, 3, height, width), dtype=torch.uint8)
 
 
 def features(*shape: int, requires_grad: bool = False) -> Tensor:
@@ -33,14 +45,74 @@ def forward(module: nn.Module, *inputs: Tensor) -> Tensor:
     return module(*inputs)
 
 
+def trained(module: nn.Module) -> nn.Module:
+    """``module`` with batch norms as training leaves them: a mistake in folding them must show."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.bias, std=0.1)
+    first = next(layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)))
+    update_bn([torch.rand(1, first.in_channels, 64, 64)], module)
+    return module
+
+
+class FromLevels(nn.Module):
+    """A network's first layer, with what makes levels of its input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layer(to_network_range(image.to(next(self.parameters()).dtype) / 255, "tanh"))
+
+
+class ToLevels(nn.Module):
+    """A network's last layer, with what makes levels of its output."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.to_levels(reference.to_image_range(self.layer(x), "tanh"))
+
+
+def frozen(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A layer as the engine runs it, on inputs like ``x``."""
+    in_levels = isinstance(module, (FromLevels, ToLevels))
+    unit = 1 if in_levels else 255  # a "linear" network works in levels; a bare convolution does not
+    steps = [step.to(x.device, torch.float32) for step in steps_of(module.layer if in_levels else module)]
+    first, last = steps[0], steps[-1]
+    if first.weight.shape[1] == 3:
+        steps[0] = first._replace(end="first", weight=first.weight / unit)
+    if last.channels == 3:
+        steps[-1] = last._replace(end="last", weight=last.weight * unit, bias=last.bias * unit)
+    dtype = next(module.parameters()).dtype
+    plan = Plan(tuple(steps), 1, 0, 1, "tanh" if in_levels else "linear", dtype)
+    sizes = plan.sizes(*x.shape[2:])
+    doing = parts(steps, sizes, Window(0, 0, *sizes[-1]))
+    shape = (len(x), 3, *sizes[-1])
+
+    def run(x: Tensor) -> Tensor:
+        picture = None
+        if last.channels == 3:
+            kind = torch.uint8 if in_levels else dtype
+            picture = torch.empty(shape, dtype=kind, device=x.device, memory_format=torch.channels_last)
+        return run_plan(plan, steps, doing, x, picture)
+
+    return run
+
+
 def layer_cases(
     operation: str,
     shape: str,
     module: Callable[[], nn.Module],
     inputs: Callable[[], tuple[Tensor, ...]],
-    fused: Step | None = None,
+    directions: Sequence[str] = BOTH,
+    rounding: float = 0.0,
 ) -> list[Case]:
-    """A layer of a network, in inference and in training."""
+    """A layer of a network, in inference and in training; ``rounding`` is what its output's own may cost."""
+    output, gradient = {"fp32": (1e-5, 1e-3), "bf16": (1e-2, 0.2)}[DTYPE]
     return [
         Case(
             operation,
@@ -50,11 +122,12 @@ def layer_cases(
             module=module,
             inputs=inputs,
             reference=forward,
-            fused=fused,
+            fused=forward if direction == "inference" else None,
+            freeze=frozen,
             channels_last=True,
-            tolerance={"fp32": (1e-5, 1e-3), "bf16": (1e-2, 0.2)}[DTYPE],
+            tolerance=(max(output, rounding), gradient),
         )
-        for direction in ("inference", "forward+backward")
+        for direction in directions
     ]
 
 

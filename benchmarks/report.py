@@ -37,8 +37,14 @@ OPERATIONS = {  # in the order of the tables
 PROVIDERS = {  # in the order of the columns
     "reference": "eager PyTorch",
     "graph": "eager, CUDA graph",
+    "folded": "norm folded",
+    "folded-graph": "norm folded, CUDA graph",
+    "cudnn-fused": "cuDNN's fused conv",
     "compile": "`torch.compile`",
+    "compile-freezing": "`torch.compile`, freezing",
     "max-autotune": "`max-autotune`",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
     "fused": "fastperc",
     "fused-graph": "fastperc, CUDA graph",
 }
@@ -110,28 +116,38 @@ def markdown(lines: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
 
 
+def cell(row: Row | None, best: bool = False) -> str:
+    """Milliseconds."""
+    return "" if row is None else f"**{number(row['median_ms'])}**" if best else number(row["median_ms"])
+
+
 def table(comparisons: Sequence[Comparison]) -> str:
-    """Milliseconds of each provider, and what fastperc gains."""
-    columns = [name for name in PROVIDERS if any(name in c.rows for c in comparisons)]
-    if any(c.stale for c in comparisons) and "fused" not in columns:
-        columns.append("fused")
+    """Milliseconds of eager PyTorch, of its best rival and of fastperc, and what that gains."""
     on_gpu = rows.is_gpu(comparisons[0].case)
-    head = ["operation", "input", "dtype", *(PROVIDERS[name] for name in columns), "over eager", "over best peer"]
-    lines = [head + ["share of floor"] * on_gpu]
+    head = ["operation", "input", "dtype", "best peer", "its ms", "eager PyTorch", "fastperc", "over eager"]
+    lines = [[*head, "over best peer"] + ["share of floor"] * on_gpu]
     for c in comparisons:
-        ours = c.fastest(ours=True)
-        cells = [describe(c.case), shape(c.case), c.case["dtype"]]
-        for name in columns:
-            if name in c.rows:
-                text = number(c.rows[name]["median_ms"])
-                cells.append(f"**{text}**" if c.rows[name] is ours else text)
-            else:
-                cells.append(NOT_MEASURED if name in FUSED and c.stale else "")
-        cells += [times(c.ratio(c.rows.get("reference"))), times(c.ratio(c.fastest(ours=False)))]
+        ours, eager, peer = c.fastest(ours=True), c.rows.get("reference"), c.fastest(ours=False)
+        cells = [describe(c.case), shape(c.case), c.case["dtype"], PROVIDERS[peer["provider"]] if peer else ""]
+        cells += [cell(peer), cell(eager), cell(ours, best=True) or NOT_MEASURED]
+        cells += [times(c.ratio(eager)), times(c.ratio(peer))]
         if on_gpu:
             cells.append(f"{ours['share_of_floor']:.0%}" if ours and ours["share_of_floor"] is not None else "")
         lines.append(cells)
-    return markdown(lines, left=3)
+    return markdown(lines, left=4)
+
+
+def networks(comparisons: Sequence[Comparison]) -> str:
+    """Every provider's milliseconds for the whole networks in eval mode, or nothing."""
+    chosen = [c for c in comparisons if c.case["operation"] == "inference"]
+    columns = [name for name in PROVIDERS if any(name in c.rows for c in chosen)]
+    lines = [["a network's ms by", "dtype", *(PROVIDERS[name] for name in columns)]]
+    for c in chosen:
+        fastest = min(c.rows.values(), key=lambda row: row["median_ms"])
+        values = [cell(c.rows.get(name), c.rows.get(name) is fastest) for name in columns]
+        video = f", {c.case['direction']}" * (c.case["direction"] != "inference")
+        lines.append([shape(c.case) + video, c.case["dtype"], *values])
+    return markdown(lines, left=2) if chosen else ""
 
 
 def memory(comparisons: Sequence[Comparison]) -> str:
@@ -172,7 +188,7 @@ def render() -> str:
             f"**{latest['device']}**, {stack}, {latest['date'][:10]}: medians in milliseconds "
             f"([the rows](benchmarks/results/{path.name}))."
         )
-        parts.append(table(comparisons))
+        parts += [table(comparisons), networks(comparisons)]
         if any(c.fastest(ours=True) for c in comparisons):
             parts.append(f"![How many times faster than eager PyTorch](benchmarks/results/{speedup_file(path).name})")
             if rows.is_gpu(latest):

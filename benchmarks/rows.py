@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 FIELDS = {
     "operation": "its name, as in bench_<operation>.py",
-    "direction": "forward, forward+backward, inference or training step",
+    "direction": "forward, forward+backward, inference, video or training step",
     "shape": "as people write it: 4x3x256x256",
     "dtype": "fp32, bf16, or amp: float32 under autocast to bfloat16",
     "provider": "who computed it; see providers.py",
@@ -35,7 +35,7 @@ FIELDS = {
     "torch": "version",
     "triton": "version, or null",
     "cuda": "version that torch was built with, or null",
-    "median_ms": "of the rounds",
+    "median_ms": "of the rounds; of a video, for a frame",
     "iqr_ms": "spread: between the first and the third quartile",
     "rounds": "how many",
     "bytes": "the fewest to move, each input read and each output written once",
@@ -64,10 +64,26 @@ ADDED = {
     "error",
 }
 
-# What a whole network runs on; an operation alone has its own files, by its name.
-NETWORKS = {"vgg_loss", "inference", "training"}
+# What an operation runs on. In the kernels' folders, files of these names; of an operation not listed, its own name.
 KERNEL_FOLDERS = ("csrc", "kernels", "fastperc/ops")
-NETWORK_FOLDERS = (*KERNEL_FOLDERS, "fastperc/modules", "fastperc/models", "fastperc/losses.py")
+CONVOLUTION = ("conv_bn_relu", "configs", "image_io", "instance_norm", "onednn", "packing")
+LOSS = ("vgg_loss", "configs", "gram_loss", "packing", "tv_loss", "vgg_chain")
+KERNELS = {
+    "conv_bn_relu": CONVOLUTION,
+    "residual_block": CONVOLUTION,
+    "rgb_conv": (*CONVOLUTION, "rgb_conv"),
+    "subpixel_conv_bn_relu": (*CONVOLUTION, "subpixel_conv_bn_relu"),
+    "inference": (*CONVOLUTION, "rgb_conv", "subpixel_conv_bn_relu"),
+    "vgg_loss": LOSS,
+    "training": LOSS,
+}
+# Besides, these files, and the Python files in these folders.
+MODULES = ("fastperc/models", "fastperc/modules")
+OTHERS = {
+    "inference": ("fastperc/engine.py", "fastperc/plan.py", "fastperc/tiling.py", *MODULES),
+    "vgg_loss": ("fastperc/losses.py", *MODULES),
+    "training": ("fastperc/losses.py", *MODULES),
+}
 FUSED = ("fused", "fused-graph")
 
 
@@ -143,14 +159,12 @@ def is_gpu(row: Row) -> bool:
 
 def sources(operation: str) -> Iterator[Path]:
     """The files that decide how fast ``operation`` is."""
-    for folder in NETWORK_FOLDERS if operation in NETWORKS else KERNEL_FOLDERS:
-        path = ROOT / folder
-        if path.is_file():
-            yield path
-        elif operation in NETWORKS:
-            yield from sorted(p for p in path.glob("*") if p.suffix in (".py", ".cu", ".cuh", ".cpp", ".h"))
-        else:
-            yield from sorted(p for p in path.glob(f"{operation}.*") if p.is_file())
+    for folder in KERNEL_FOLDERS:
+        for name in KERNELS.get(operation, (operation,)):
+            yield from sorted(p for p in (ROOT / folder).glob(f"{name}.*") if p.is_file())
+    for name in OTHERS.get(operation, ()):
+        path = ROOT / name
+        yield from [path] if path.is_file() else sorted(path.glob("*.py"))
 
 
 @cache

@@ -164,7 +164,8 @@ class Engine:
         frame = math.prod(self.plan.sizes(height, width)[0])
         needed = n * frame * self.plan.bytes_per_pixel
         result = n * 3 * height * width * self.scale**2 * image.element_size()
-        if tile in ("auto", "off") and needed + result <= CARELESS_BYTES:
+        recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # by the caller
+        if tile in ("auto", "off") and (recording or needed + result <= CARELESS_BYTES):
             return None
         free = free_memory(self.device)
         if result > free:

@@ -451,6 +451,24 @@ class TestPeers:
     def test_onnxruntime_has_no_bfloat16(self, net):
         assert providers.onnxruntime(net, self.x.bfloat16()) is None
 
+    def test_freezing_takes_the_weights_as_constants(self):
+        from torch._inductor.utils import run_and_get_code
+
+        case = harness.Case(
+            "conv_bn_relu",
+            "inference",
+            "1x4x5x5",
+            "fp32",
+            module=lambda: networks.trained(ConvBNReLU(4, 8, 3, padding=1)),
+            inputs=lambda: (torch.rand(1, 4, 5, 5),),
+            reference=networks.forward,
+            tolerance=(1e-5, 0),
+            channels_last=True,
+        )
+        for name, constant in (("compile", False), ("compile-freezing", True)):
+            _, code = run_and_get_code(lambda name=name: measured(case, name))
+            assert ("_frozen_param" in "".join(code)) == constant
+
     def test_cudnns_fused_convolutions(self, net, monkeypatch):
         """By what cuDNN computes in one call, in two."""
 
