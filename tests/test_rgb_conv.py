@@ -17,7 +17,7 @@ ENDS = {"tanh": ((2.0, -1.0), 1.0), "linear": ((255.0, 0.0), 60.0)}  # input ran
 STEMS = {
     "levels": ("uint8", Window(0, 0, 20, 23), 32, 9, FOURS, "zeros", False),
     "float-norm": ("fp32", Window(0, 0, 17, 12), 16, 9, FOURS, "zeros", True),
-    "float-mirrored": ("fp32", Window(-40, -40, 100, 96), 16, 9, FOURS, "zeros", False),
+    "float-mirrored": ("fp32", Window(-40, -23, 62, 48), 16, 9, FOURS, "zeros", False),
     "levels-reflect-norm": ("uint8", Window(0, 0, 20, 24), 16, 9, FOURS, "reflect", True),
     "half-part": ("fp16", Window(5, 3, 12, 14), 32, 9, (4, 0, 0, 2), "reflect", False),
     "small-kernel": ("fp32", Window(0, 0, 9, 8), 12, 3, (1, 1, 1, 1), "zeros", False),

@@ -33,5 +33,10 @@ def image_io(image: Tensor, window: Window, scale: float, shift: float, dtype: t
         return reference.image_io(image, window, scale, shift, dtype)
     shape = (len(image), 3, window.height, window.width)
     out = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-    _native.image_io(image, window, scale / 255 if image.dtype == torch.uint8 else scale, shift, out)
+    _native.image_io(image, window, scale_of(image, scale), shift, out)
     return out
+
+
+def scale_of(image: Tensor, scale: float) -> float:
+    """What the numbers of ``image`` are multiplied by for RGB in 0–1 times ``scale``."""
+    return scale / 255 if image.dtype == torch.uint8 else scale

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastperc import _native, backends, reference
 from fastperc.ops import onednn
 from fastperc.ops.conv_bn_relu import check, conv_bn_relu, in_dtype
-from fastperc.ops.image_io import image_io
+from fastperc.ops.image_io import image_io, scale_of
 from fastperc.ops.instance_norm import channels_last, native_unsupported, triton_instance_norm, unsupported
 from fastperc.ops.packing import packed
 from fastperc.reference import InstanceNorm, Padding, Window
@@ -60,7 +60,8 @@ def rgb_conv_stem(
     shape = (n, out_channels, height, width)
     out = torch.empty(shape, dtype=dtype, device=image.device, memory_format=torch.channels_last)
     weights = packed(("stem", dtype), lambda: kernels.pack_stem(weight.detach().float()).to(dtype), weight)
-    arguments = (image, weights, bias.float(), out, window, padding, padding_mode, scale, shift)
+    pixels = window, padding, padding_mode, scale_of(image, scale), shift
+    arguments = (image, weights, bias.float(), out, *pixels)
     with backends.on_device(image):
         if norm is None:
             kernels.rgb_conv_stem_fwd(*arguments, relu)
