@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from fastperc import dispatch
 
 BACKENDS = ("reference", "native", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WITH_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 1), (10, 3))  # 160 KiB and more to a block
 _forced: str | None = None
 _has_triton = find_spec("triton") is not None  # it is imported with the first kernel: that takes a while
 
@@ -126,7 +128,17 @@ def triton_unsupported(x: Tensor) -> str | None:
         return None if _forced == "triton" else "Triton runs interpreted, which is slow"
     if x.device.type != "cuda":
         return f"Triton compiles for GPUs, not for {x.device.type} tensors"
-    return "Triton kernels are tuned for NVIDIA GPUs" if torch.version.hip else None
+    return "Triton kernels are tuned for NVIDIA GPUs" if torch.version.hip else _gpu_unsupported(x.device)
+
+
+@cache
+def _gpu_unsupported(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability in WITH_SHARED_MEMORY:
+        return None
+    return "the kernels want 160 KiB of shared memory to a block, as on sm_{}{}, and this is sm_{}{}".format(
+        *WITH_SHARED_MEMORY[0], *capability
+    )
 
 
 def triton_product_unsupported(x: Tensor) -> str | None:

@@ -133,7 +133,8 @@ def triton_jobs(archs: Iterable[int], only: str) -> list[Job]:
         operation = importlib.import_module(f"fastperc.kernels.{module.name}")
         for variant in operation.variants() if hasattr(operation, "variants") else ():
             if only in f"{module.name} {variant.kernel.__name__}":
-                jobs += [lambda variant=variant, arch=arch: compile_variant(variant, arch) for arch in archs]
+                launched = [arch for arch in archs if arch >= variant.first_arch]
+                jobs += [lambda variant=variant, arch=arch: compile_variant(variant, arch) for arch in launched]
     return jobs
 
 

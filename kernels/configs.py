@@ -16,3 +16,34 @@ class Variant(NamedTuple):
     num_stages: int
     aligned: tuple[str, ...] = ()  # run-time parameters that are multiples of 16 (bytes, for pointers)
     matrix: bool = False  # whether its products belong on the tensor cores
+    first_arch: int = 80  # that it is launched on
+
+
+class ConvTile(NamedTuple):
+    """What a program of a convolution makes at a time, and what it is compiled with."""
+
+    height: int  # pixels
+    width: int
+    channels_out: int
+    channels_in: int  # of one step of the sum
+    num_warps: int
+    num_stages: int
+
+
+PROGRAMS = 128  # that a convolution should have at least: GPUs have 108 to 148 multiprocessors
+
+
+def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -> ConvTile:
+    """The largest tile that leaves enough programs for the ``pixels`` of a batch; not measured yet."""
+    step = min((64, 32, 16), key=lambda step: -(-channels_in // step) * step)  # the least of it beyond the channels
+    block = min(128, max(16, 1 << (channels_out - 1).bit_length()))
+    programs = -(-pixels // 128) * -(-channels_out // block)  # of 128 pixels
+    if itemsize == 4:
+        return ConvTile(8, 8, min(block, 64), 16, 4, 2)
+    if programs < PROGRAMS:
+        return ConvTile(8, 8, min(block, 64), step, 4, 4)
+    if block < 128:
+        return ConvTile(8, 16, block, step, 4, 3)
+    if programs < 6 * PROGRAMS:
+        return ConvTile(8, 16, block, step, 8, 4)
+    return ConvTile(16, 16, block, step, 8, 4)

@@ -69,3 +69,14 @@ def test_the_interpreter_serves_only_where_triton_is_asked_for(monkeypatch):
         assert "float64" in str(backends.triton_unsupported(torch.rand(1).double()))
     with use_backend("native"):
         assert "interpreted" in str(backends.triton_unsupported(torch.rand(1)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "why_not"),
+    [((8, 0), None), ((9, 0), None), ((10, 0), None), ((8, 6), "sm_80, and this is sm_86"), ((12, 0), "sm_120")],
+    ids=str,
+)
+def test_a_gpu_with_little_shared_memory_gets_no_triton_kernel(monkeypatch, capability, why_not):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    told = backends._gpu_unsupported.__wrapped__(torch.device("cuda"))
+    assert told is None if why_not is None else why_not in told
