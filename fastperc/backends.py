@@ -133,6 +133,8 @@ def triton_unsupported(x: Tensor) -> str | None:
 
 @cache
 def _gpu_unsupported(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():  # a made-up tensor, of a graph traced here for a GPU elsewhere
+        return None
     capability = torch.cuda.get_device_capability(device)
     if capability in WITH_SHARED_MEMORY:
         return None

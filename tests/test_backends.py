@@ -77,6 +77,7 @@ def test_the_interpreter_serves_only_where_triton_is_asked_for(monkeypatch):
     ids=str,
 )
 def test_a_gpu_with_little_shared_memory_gets_no_triton_kernel(monkeypatch, capability, why_not):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     told = backends._gpu_unsupported.__wrapped__(torch.device("cuda"))
     assert told is None if why_not is None else why_not in told
