@@ -94,11 +94,11 @@ def test_super_resolution():
     assert (freeze(net)(x, tile=16) - y).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("tile", [16, 17, 40])
+@pytest.mark.parametrize("tile", [17, 40])
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 def test_parts_equal_the_whole(variant, tile):
     frozen = freeze(build_variant(*variant).eval())
-    image = torch.randint(0, 256, (59, 102, 3), dtype=torch.uint8)
+    image = torch.randint(0, 256, (51, 82, 3), dtype=torch.uint8)
     x = image.permute(2, 0, 1)[None] / 255
     assert (frozen(x, tile=tile) - frozen(x, tile="off")).abs().max() < 2e-4
     assert (frozen(image, tile=tile).int() - frozen(image).int()).abs().max() <= 1

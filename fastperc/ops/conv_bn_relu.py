@@ -72,11 +72,10 @@ def conv_bn_relu(
     x = channels_last(x)
     if x.device.type == "cuda":
         return cudnn_conv_relu(x, weight, bias, stride, padding, skip)
-    if padding_mode == "reflect" or not symmetric(padding):
-        x, padding = channels_last(reference.pad(x, padding, padding_mode)), (0, 0, 0, 0)
+    x, around = padded_symmetrically(x, padding, padding_mode, weight.shape[2], stride)
     if norm is None:
-        return onednn.convolution(x, weight, bias, stride, padding[::2], relu, skip)
-    y = onednn.convolution(x, weight, bias, stride, padding[::2])
+        return onednn.convolution(x, weight, bias, stride, around, relu, skip)
+    y = onednn.convolution(x, weight, bias, stride, around)
     return native_instance_norm(y, norm, relu, skip, y)
 
 
@@ -103,6 +102,23 @@ def library_unsupported(
 
 def symmetric(padding: Padding) -> bool:
     return padding[0] == padding[1] and padding[2] == padding[3]
+
+
+def padded_symmetrically(
+    x: Tensor, padding: Padding, mode: str, kernel: int, stride: int
+) -> tuple[Tensor, tuple[int, int]]:
+    """``x`` and the zeros (left and right, above and below) that a library is to add for ``padding``: a copy with all of
+    it and none, where that is not zeros, or not as many on both sides.
+
+    What a stride of 2 leaves unread on the far side need not be there.
+    """
+    left, right, top, bottom = padding
+    sizes = [(x.shape[3], left, right), (x.shape[2], top, bottom)]
+    if mode == "zeros" and all(
+        (size + 2 * near - kernel) // stride == (size + near + far - kernel) // stride for size, near, far in sizes
+    ):
+        return x, (left, top)
+    return channels_last(reference.pad(x, padding, mode)), (0, 0)
 
 
 def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
