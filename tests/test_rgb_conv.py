@@ -98,6 +98,19 @@ def test_head_matches_the_formula(device, backend, dtype, case, output, picture)
         no_worse(ours, reference.to_image_range(stock, output).to(ours.dtype), exact)
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_head_some_rows_at_a_time(mode, monkeypatch):
+    x = features(2, 8, 23, 14, device="cpu", dtype=torch.float32)
+    weight, bias = filters(3, 8, 9, 9, device="cpu", dtype=torch.float32)
+    pictures = []
+    for pixels in (1 << 20, 14 * 5):
+        monkeypatch.setattr("fastperc.ops.rgb_conv.PIXELS_AT_ONCE", pixels)
+        pictures.append(torch.full((2, 3, 23, 14), torch.nan))
+        with use_backend("native"):
+            ops.rgb_conv_head(x, weight, bias, FOURS, mode, "tanh", pictures[-1])
+    assert error(*pictures) < 1e-6
+
+
 @pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
 def test_head_saturates_and_rounds(device, backend, dtype):
     """From far below to far above, through a kernel that passes one channel on: every level, ends included."""

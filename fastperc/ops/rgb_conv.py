@@ -120,7 +120,7 @@ def rgb_conv_head(
 def native_head(
     x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, padding_mode: str, output: str, out: Tensor
 ) -> None:
-    """oneDNN's product and a pass of C++, some rows of an image at a time: what passes between takes three times as much as they.
+    """oneDNN's product, and a pass of C++; some rows of an image at a time, for the product is nine times the picture.
 
     Columns beyond the border are no part of the product: the pass leaves them out, or takes mirrored ones.
     """
