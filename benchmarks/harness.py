@@ -231,7 +231,8 @@ def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows
     """Checks ``provider`` on ``case`` against float64, times it for about ``seconds`` and writes its row.
 
     Raises:
-        AssertionError: a result or gradient is further from float64 than the case tolerates; nothing was timed.
+        AssertionError: a result or gradient is further from float64 than the case tolerates; nothing was timed. A
+            peer's is told and left out.
     """
     with nullcontext() if provider.fused else fastperc.use_backend("reference"):
         problem = Problem(case)
@@ -251,7 +252,11 @@ def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows
         expected = oracle(case)
         error = errors(*problem.results(), expected)
         for what, off, tolerated in zip(("output", "gradient"), error, case.tolerance):
-            assert off <= tolerated, f"{provider.name}: {what} off by {off:.1e}, more than {tolerated:.0e}"
+            if off > tolerated:
+                told = f"{provider.name}: {what} off by {off:.1e}, more than {tolerated:.0e}"
+                if provider.peer:  # its mistakes are not ours to mend
+                    pytest.skip(told)
+                raise AssertionError(told)
         if case.direction == "training step":
             step = provider.step(problem.with_optimizer(run))
         if benchmark.disabled:

@@ -188,6 +188,11 @@ class Provider(NamedTuple):
     serves: Callable[[Any], bool] = one_call  # which cases
     needs: tuple[str, ...] = ()  # packages; where one is missing this is left out
 
+    @property
+    def peer(self) -> bool:
+        """Whether it is somebody else's: neither ours nor plain PyTorch."""
+        return not self.fused and self.name != "reference"
+
     def is_for(self, case: Any, device: str) -> bool:
         """Whether it is to run ``case`` here."""
         if device not in self.devices or not self.serves(case) or (self.fused and case.fused is None):

@@ -374,6 +374,21 @@ class TestHarness:
         with pytest.raises(AssertionError, match=r"fused: gradient off by 1\.0e-02"):
             measured(case, "fused")
 
+    def test_a_wrong_peer_is_left_out(self):
+        case = harness.Case(
+            "tv_loss",
+            "inference",
+            "8",
+            "fp32",
+            inputs=lambda: (torch.rand(8),),
+            reference=lambda x: x.square().sum() * (1 if x.dtype == torch.float64 else 2),
+            tolerance=(1e-6, 1e-6),
+        )
+        with pytest.raises(pytest.skip.Exception, match=r"compile: output off by 1\.0e\+00"):
+            measured(case, "compile")
+        with pytest.raises(AssertionError, match="reference: output off by"):
+            measured(case, "reference")
+
     @pytest.mark.parametrize("provider", ["reference", "folded", "fused"])
     def test_video(self, provider, monkeypatch):
         bench_cases("bench_inference", "cpu", monkeypatch)  # bench files find their neighbours

@@ -107,8 +107,8 @@ def symmetric(padding: Padding) -> bool:
 def padded_symmetrically(
     x: Tensor, padding: Padding, mode: str, kernel: int, stride: int
 ) -> tuple[Tensor, tuple[int, int]]:
-    """``x`` and how many zeros a library is to add for ``padding`` (left and right, above and below): none, and ``x`` is
-    a copy with all of it, where it is not zeros, or not as many on both sides.
+    """``x`` and how many zeros a library is to add for ``padding`` (left and right, above and below): none, where it is
+    not zeros, or not as many on both sides, and ``x`` is a copy with all of it.
 
     What a stride of 2 leaves unread on the far side need not be there.
     """
