@@ -107,7 +107,7 @@ def number(x: float) -> str:
 
 
 def times(x: float | None) -> str:
-    return "" if x is None else f"{x:.1f}×" if x < 20 else f"{x:.0f}×"
+    return "" if x is None else f"{x:.2f}×" if x < 2 else f"{x:.1f}×" if x < 20 else f"{x:.0f}×"
 
 
 def markdown(lines: Sequence[Sequence[str]], left: int) -> str:
