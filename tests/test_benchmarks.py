@@ -178,7 +178,7 @@ class TestReport:
         ]
         rows.write(results / "imaginary-g1.json", measured)
         compared, networks = [text for text in report.render().split("\n\n") if text.startswith("| ")]
-        assert compared.splitlines()[2].split(" | ")[3:9] == ["OpenVINO", "3.00", "8.00", "**2.00**", "4.0×", "1.5×"]
+        assert compared.splitlines()[2].split(" | ")[3:9] == ["OpenVINO", "3.00", "8.00", "**2.00**", "4.0×", "1.50×"]
         assert networks.splitlines()[2].split(" | ")[2:] == ["8.00", "5.00", "3.00", "**2.00** |"]
 
     def test_a_peer_that_is_faster_is_not_hidden(self, results):
@@ -188,7 +188,7 @@ class TestReport:
             row(provider="compile", median_ms=1.0),
         ]
         rows.write(results / "imaginary-g1.json", measured)
-        assert "| `torch.compile` | 1.00 | 4.00 | **2.00** | 2.0× | 0.5× |" in report.render()
+        assert "| `torch.compile` | 1.00 | 4.00 | **2.00** | 2.0× | 0.50× |" in report.render()
 
     def test_a_peer_stays_when_the_kernel_changes(self):
         assert rows.is_current(row(provider="compile", source="0123"))
