@@ -211,8 +211,8 @@ def forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor,
         x: the first one's source; of the network's first step the image, [N, 3, H, W].
         picture: what the network's last step fills, [N, 3, H', W'] of the dtype and strides that are wanted.
     """
-    before = None
-    for step, part in zip(steps, doing):
+    before = None  # the input of the step before, and which part of its map that is, where the next one adds it
+    for step, part, after in zip(steps, doing, (*steps[1:], None)):
         backends.at_layer(step.name)
         if step.end == "last":
             assert picture is not None
@@ -224,9 +224,13 @@ def forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor,
             pixels = window, *plan.input_range, part.padding, step.padding_mode
             y = ops.rgb_conv_stem(x, step.weight, step.bias, *pixels, step.norm, step.relu, plan.dtype)
         else:
-            skip = cut(before[0], before[1], step.added(part.region)) if step.skip and before else None
+            skip = None
+            if step.skip:
+                assert before is not None
+                skip = cut(*before, step.added(part.region))
             y = inner(step, part, x, skip)
-        before, x = (x, part.source), y
+        before = (x, part.source) if after is not None and after.skip else None
+        x = y
     return x
 
 

@@ -9,7 +9,7 @@ first that doubles it, are kept in a file once they are known.
 from __future__ import annotations
 
 import math
-import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 
@@ -115,21 +115,22 @@ class Map:
     def __init__(self, channels: int, height: int, width: int, dtype: torch.dtype) -> None:
         self.channels, self.width, self.dtype = channels, width, dtype
         self.pixel = channels * dtype.itemsize  # bytes
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the map
-        size = height * width * self.pixel
-        try:
-            os.posix_fallocate(self._file.fileno(), 0, size)
-        except OSError as error:
+        folder, size = tempfile.gettempdir(), height * width * self.pixel
+        free = shutil.disk_usage(folder).free
+        if size > free:
             raise InputError(
-                f"{tempfile.gettempdir()}: no room for {size / 1e9:.1f} GB of a picture under way ({error.strerror}); "
+                f"{folder}: no room for {size / 1e9:.1f} GB of a picture under way, {free / 1e9:.1f} GB are free; "
                 f"name a folder with more in TMPDIR"
-            ) from None
+            )
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the map
+        self._file.truncate(size)
 
     def read(self, region: Window) -> Tensor:
         """[1, C, height, width], channels-last."""
         content = np.empty((region.height, region.width * self.pixel), dtype=np.uint8)
         for row, offset in zip(content, self._offsets(region)):
-            os.preadv(self._file.fileno(), [row.data], offset)
+            self._file.seek(offset)
+            self._file.readinto(row.data)
         pixels = torch.from_numpy(content).view(self.dtype).view(region.height, region.width, self.channels)
         return pixels.permute(2, 0, 1)[None]
 
@@ -137,7 +138,8 @@ class Map:
         """``x`` as :meth:`read` gives it."""
         rows = x[0].permute(1, 2, 0).flatten(1).contiguous().cpu().view(torch.uint8).numpy()
         for row, offset in zip(rows, self._offsets(region)):
-            os.pwrite(self._file.fileno(), row, offset)
+            self._file.seek(offset)
+            self._file.write(row.data)
 
     def _offsets(self, region: Window) -> list[int]:
         """Where in the file each row of the region begins."""

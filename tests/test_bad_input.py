@@ -373,6 +373,8 @@ BAD_OPTIONS = {
     "stylize photo.png --strength 1.1": "argument --strength: 1.1 is not between 0 and 1",
     "stylize photo.png --strength -0.1": "argument --strength: -0.1 is not between 0 and 1",
     "stylize photo.png --strength nan": "argument --strength: nan is not between 0 and 1",
+    "stylize photo.png --tile 15": "argument --tile: 15 is none of auto, off and the numbers from 16 up",
+    "stylize photo.png --tile small": "argument --tile: invalid tile value: 'small'",
     "stylize photo.png --strength much": "argument --strength: invalid fraction value: 'much'",
     "stylize photo.png --style a --model b": "not allowed with argument",
     "stylize photo.png --model": "argument --model: expected one argument",

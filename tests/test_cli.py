@@ -27,6 +27,14 @@ def test_stylize_one(run, here, model):
     assert sorted(path.name for path in here.iterdir()) == ["photo-wave.png", "photo.png"]
 
 
+def test_stylize_in_parts(run, here, model):
+    picture(70, 53).save("large.png")
+    for tile in ("off", "auto", "24"):
+        assert run("stylize", "large.png", "-o", f"{tile}.png", "--model", model, "--tile", tile).status == 0
+    assert (pixels("auto.png") == pixels("off.png")).all()
+    assert np.abs(pixels("24.png") - pixels("off.png")).max() <= 1
+
+
 def test_stylize_options(run, here, model):
     assert run("stylize", "photo.png", "-o", "new/out.jpg", "--model", model, "--size", 64, "--keep-colors").status == 0
     assert read_image("new/out.jpg").rgb.size == (64, 48)
