@@ -95,6 +95,14 @@ def pad(x: Tensor, padding: Padding, mode: str) -> Tensor:
     return F.pad(x, padding, mode="constant" if mode == "zeros" else mode) if any(padding) else x
 
 
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, mode: str) -> Tensor:
+    """The convolution of ``x``, padded."""
+    left, right, top, bottom = padding
+    if mode == "zeros" and left == right and top == bottom:  # which needs no copy
+        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, (top, left))
+    return F.conv2d(pad(x, padding, mode), weight.to(x.dtype), bias.to(x.dtype), stride)
+
+
 def instance_norm(x: Tensor, norm: InstanceNorm) -> Tensor:
     """``x`` [N, C, H, W] normalised."""
     return F.instance_norm(x, weight=norm.weight.to(x.dtype), bias=norm.bias.to(x.dtype), eps=norm.eps)
@@ -121,8 +129,7 @@ def conv_bn_relu(
     skip: Tensor | None = None,
 ) -> Tensor:
     """relu(norm(conv(``x``)) + ``skip``), a batch norm being folded into ``weight`` [O, I, k, k] and ``bias`` [O]."""
-    y = F.conv2d(pad(x, padding, padding_mode), weight.to(x.dtype), bias.to(x.dtype), stride)
-    return finish(y, norm, relu, skip)
+    return finish(convolve(x, weight, bias, stride, padding, padding_mode), norm, relu, skip)
 
 
 def subpixel_conv_bn_relu(
@@ -204,8 +211,7 @@ def rgb_conv_head(
 
     ``output`` is ``"tanh"``, the authors' 150·tanh about mid-grey, or ``"linear"``, 0…255.
     """
-    y = widen(F.conv2d(pad(x, padding, padding_mode), weight.to(x.dtype), bias.to(x.dtype)))
-    y = to_image_range(y, output)
+    y = to_image_range(widen(convolve(x, weight, bias, 1, padding, padding_mode)), output)
     out.copy_(to_levels(y) if out.dtype == torch.uint8 else y)
 
 

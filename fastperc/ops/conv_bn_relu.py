@@ -55,6 +55,8 @@ def conv_bn_relu(
         ValueError: shapes that do not fit.
     """
     check(x, weight, bias, weight.shape[1])
+    if padding_mode == "zeros":
+        padding = evened(padding, x, weight.shape[2], stride)
     obstacle = unsupported(x, weight, bias, skip)
     backend = backends.choose(
         "conv_bn_relu",
@@ -72,7 +74,7 @@ def conv_bn_relu(
     x = channels_last(x)
     if x.device.type == "cuda":
         return cudnn_conv_relu(x, weight, bias, stride, padding, skip)
-    x, around = padded_symmetrically(x, padding, padding_mode, weight.shape[2], stride)
+    x, around = padded(x, padding, padding_mode)
     if norm is None:
         return onednn.convolution(x, weight, bias, stride, around, relu, skip)
     y = onednn.convolution(x, weight, bias, stride, around)
@@ -104,20 +106,20 @@ def symmetric(padding: Padding) -> bool:
     return padding[0] == padding[1] and padding[2] == padding[3]
 
 
-def padded_symmetrically(
-    x: Tensor, padding: Padding, mode: str, kernel: int, stride: int
-) -> tuple[Tensor, tuple[int, int]]:
-    """``x`` and how many zeros a library is to add for ``padding`` (left and right, above and below): none, where it is
-    not zeros, or not as many on both sides, and ``x`` is a copy with all of it.
-
-    What a stride of 2 leaves unread on the far side need not be there.
-    """
+def evened(padding: Padding, x: Tensor, kernel: int, stride: int) -> Padding:
+    """``padding`` of zeros with as many on either side, where a stride of 2 leaves what that adds unread."""
     left, right, top, bottom = padding
-    sizes = [(x.shape[3], left, right), (x.shape[2], top, bottom)]
-    if mode == "zeros" and all(
-        (size + 2 * near - kernel) // stride == (size + near + far - kernel) // stride for size, near, far in sizes
-    ):
-        return x, (left, top)
+    height, width = x.shape[2:]
+    same_width = (width + 2 * left - kernel) // stride == (width + left + right - kernel) // stride
+    same_height = (height + 2 * top - kernel) // stride == (height + top + bottom - kernel) // stride
+    return (left, left, top, top) if same_width and same_height else padding
+
+
+def padded(x: Tensor, padding: Padding, mode: str) -> tuple[Tensor, tuple[int, int]]:
+    """``x``, and how many zeros a library is to add to it (left and right, above and below); for other paddings a copy
+    with all of it."""
+    if mode == "zeros" and symmetric(padding):
+        return x, (padding[0], padding[2])
     return channels_last(reference.pad(x, padding, mode)), (0, 0)
 
 

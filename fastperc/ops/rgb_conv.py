@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastperc import _native, backends, reference
 from fastperc.ops import onednn
-from fastperc.ops.conv_bn_relu import check, conv_bn_relu, in_dtype, padded_symmetrically
+from fastperc.ops.conv_bn_relu import check, conv_bn_relu, in_dtype, padded
 from fastperc.ops.image_io import image_io, scale_of
 from fastperc.ops.instance_norm import channels_last, native_unsupported, triton_instance_norm, unsupported
 from fastperc.ops.packing import packed
@@ -134,7 +134,7 @@ def native_head(
             low, high = first - top, last - top + kernel - 1  # the rows of x that these rows take
             rows = image[None, :, max(low, 0) : high]
             beyond = (0, 0, max(-low, 0), max(high - height, 0))
-            rows, around = padded_symmetrically(channels_last(rows), beyond, padding_mode, kernel, 1)
+            rows, around = padded(channels_last(rows), beyond, padding_mode)
             products = onednn.convolution(rows, weight, None, 1, around, arrange=columns_of)
             _native.rgb_conv_head(products, shifts, picture[:, first:last], left, padding_mode == "reflect", output)
 
