@@ -16,7 +16,7 @@ from fastperc.errors import InputError
 from fastperc.models.common import MINIMUM_SIDE
 from fastperc.plan import Plan, cut, forward, parts, plan_of
 from fastperc.reference import Window
-from fastperc.tiling import Canvas, Watch, grid
+from fastperc.tiling import Canvas, grid
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WHOLE_BYTES = 2 << 30  # on a CPU, a pass that holds less is not cut in parts
@@ -47,8 +47,11 @@ def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch
         return Engine(plan_of(net, dtype, torch.device(first.device if device is None else device)))
 
 
-def unwatched(items: Iterable[Window], title: str, total: int) -> Iterable[Window]:
-    """A loop that nobody watches."""
+Watch = Callable[[Iterable[int], str, int], Iterable[int]]  # shows how work gets on: items, title, total
+
+
+def unwatched(items: Iterable[int], title: str, total: int) -> Iterable[int]:
+    """For work that nobody watches."""
     return items
 
 
@@ -106,7 +109,8 @@ class Engine:
             image: one, as for a call.
             tile: as for a call.
             dtype: of the parts, [1, 3, h, w]: uint8 levels, or RGB in 0–1. Default: as the image's.
-            watch: what is looped over passes through it, with a title and its length: ``fastperc.progress.track``.
+            watch: shows how the work gets on, as ``fastperc.progress.track`` does; an item passes through it for each
+                part, and for each that is measured first.
 
         Raises:
             ValueError, InputError: as a call does.
@@ -122,12 +126,17 @@ class Engine:
             yield from self._tiles(image, side, dtype, watch)
 
     def _tiles(self, image: Tensor, side: int, dtype: torch.dtype, watch: Watch) -> Iterator[tuple[Window, Tensor]]:
-        canvas = Canvas(self.plan, image, side, watch)
+        canvas = Canvas(self.plan, image, side)
         regions = grid(image.shape[2] * self.scale, image.shape[3] * self.scale, side * self.scale)
-        for region in watch(regions, "painting", len(regions)):
+        total = sum(map(len, canvas.to_measure.values())) + len(regions)
+        ticks = iter(watch(range(total), "painting", total))
+        canvas.measure(ticks)
+        for region in regions:
+            next(ticks)
             part = torch.empty(1, 3, region.height, region.width, dtype=dtype, device=self.device)
             canvas.paint(region, part)
             yield region, part
+        next(ticks, None)  # the last is done
 
     def _whole(self, image: Tensor, dtype: torch.dtype) -> Tensor:
         """The pictures in one pass; on a GPU the replay of a CUDA graph."""

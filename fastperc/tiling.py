@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -22,8 +22,6 @@ from fastperc import ops
 from fastperc.errors import InputError
 from fastperc.plan import Plan, Step, forward, parts
 from fastperc.reference import Window
-
-Watch = Callable[[Iterable[Window], str, int], Iterable[Window]]  # shows how a loop gets on: items, title, total
 
 
 def grid(height: int, width: int, side: int, multiple: int = 4) -> list[Window]:
@@ -39,17 +37,25 @@ def grid(height: int, width: int, side: int, multiple: int = 4) -> list[Window]:
 
 
 class Canvas:
-    """One image [1, 3, H, W] on its way through a plan, whose instance norms are measured when it is made."""
+    """One image [1, 3, H, W] on its way through a plan, part by part; instance norms are to be measured first."""
 
-    def __init__(self, plan: Plan, image: Tensor, side: int, watch: Watch) -> None:
+    def __init__(self, plan: Plan, image: Tensor, side: int) -> None:
         self.plan, self.image = plan, image
         self.sizes = plan.sizes(*image.shape[2:])
         self.steps = list(plan.steps)
         self.start = 0  # the first step whose input is not at hand
         self.maps: dict[int, Map] = {}  # those kept, by number: map i is the input of step i
-        for i, step in enumerate(self.steps):
-            if step.norm is not None:
-                self._measure(i, max(side * self.sizes[i + 1][1] // self.sizes[0][1], 1), watch)
+        # The steps with an instance norm, and the parts of what they give, about as much of the image as a part is.
+        self.to_measure = {
+            i: grid(*self.sizes[i + 1], max(side * self.sizes[i + 1][1] // self.sizes[0][1], 1))
+            for i, step in enumerate(self.steps)
+            if step.norm is not None
+        }
+
+    def measure(self, ticks: Iterator[object]) -> None:
+        """Folds each instance norm into its step; takes one of ``ticks`` for each part of ``to_measure``."""
+        for i, regions in self.to_measure.items():
+            self._measure(i, regions, ticks)
 
     def paint(self, region: Window, picture: Tensor) -> None:
         """Fills ``picture`` with the ``region`` of the result."""
@@ -61,14 +67,14 @@ class Canvas:
         x = self.maps[self.start].read(doing[0].source).to(self.image.device) if self.start else self.image
         return forward(self.plan, steps, doing, x, picture)
 
-    def _measure(self, i: int, side: int, watch: Watch) -> None:
+    def _measure(self, i: int, regions: list[Window], ticks: Iterator[object]) -> None:
         """Folds the instance norm of step ``i`` into it, and keeps its output if that is small."""
-        step, size = self.steps[i], self.sizes[i + 1]
+        step = self.steps[i]
         bare = step._replace(norm=None, relu=False, skip=False)
-        regions = grid(*size, side)
-        kept = Map(step.channels, *size, self.plan.dtype) if self._is_small(i + 1) else None
+        kept = Map(step.channels, *self.sizes[i + 1], self.plan.dtype) if self._is_small(i + 1) else None
         count, mean, m2 = 0, torch.zeros(()), torch.zeros(())
-        for region in watch(regions, f"measuring {step.name}", len(regions)):
+        for region in regions:
+            next(ticks)
             y = self._run([*self.steps[self.start : i], bare], region)
             if kept is not None:
                 kept.write(region, y)

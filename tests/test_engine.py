@@ -144,16 +144,18 @@ def test_a_full_disk_is_told(monkeypatch):
 def test_parts_one_by_one():
     frozen, image = freeze(build("instance")), torch.randint(0, 256, (50, 70, 3), dtype=torch.uint8)
     whole = frozen(image.permute(2, 0, 1)[None] / 255)
-    loops, canvas = [], torch.full((1, 3, 50, 70), torch.nan)
+    loops, ticks, canvas = [], [], torch.full((1, 3, 50, 70), torch.nan)
 
     def watch(items, title, total):
         loops.append((title, total))
-        return items
+        for item in items:
+            yield item
+            ticks.append(item)
 
     for place, part in frozen.tiles(image, 32, torch.float32, watch):
         canvas[..., place.top : place.top + place.height, place.left : place.left + place.width] = part
     assert (canvas - whole).abs().max() < 2e-4
-    assert loops[0][0] == "measuring stem.conv" and loops[-1] == ("painting", 6) and len(loops) == 16
+    assert loops == [("painting", len(ticks))] and len(ticks) > 15 * 9 + 6, "15 norms measured, then the picture"
 
 
 def test_a_batch_of_none():
