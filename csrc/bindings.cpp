@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -50,6 +54,18 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   });
+
+  // Blocks of up to `block` bytes come from memory that was freed before, of which up to `kept` bytes stay with the
+  // process; glibc would ask the system for the larger ones, page by page, each time anew. Elsewhere nothing is done.
+  m.def(
+      "reuse_freed_memory",
+      []([[maybe_unused]] int block, [[maybe_unused]] int kept) {
+#ifdef __GLIBC__
+        mallopt(M_MMAP_THRESHOLD, block);
+        mallopt(M_TRIM_THRESHOLD, kept);
+#endif
+      },
+      py::arg("block"), py::arg("kept"));
 
   m.def(
       "tv_loss_fwd_cpu",

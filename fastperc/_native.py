@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,13 @@ def unsupported(x: Tensor) -> str | None:
 def build_info() -> dict[str, Any]:
     """What the module was built with, or why there is none."""
     return {"missing": _missing} if _missing else {**_C.build_info()}
+
+
+def reuse_freed_memory(block: int, kept: int) -> None:
+    """Has the process take memory for up to ``block`` bytes from what it freed before, and keep up to ``kept`` bytes of
+    that; unless somebody has told its allocator otherwise."""
+    if not _missing and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        _C.reuse_freed_memory(block, kept)
 
 
 class _Rows(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastperc import backends
+from fastperc import _native, backends
 from fastperc.errors import InputError
 from fastperc.models.common import MINIMUM_SIDE
 from fastperc.plan import Plan, cut, forward, parts, plan_of
@@ -23,6 +23,9 @@ WHOLE_BYTES = 2 << 30  # on a CPU, a pass that holds less is not cut in parts
 PART_BYTES = 320 << 20  # what a pass over a part may hold
 CARELESS_BYTES = 512 << 20  # up to so much, nobody asks what is free: that takes a while itself
 GPU_SHARE = 0.7  # on a GPU, of its free memory, for either
+REUSED_BYTES, KEPT_BYTES = 64 << 20, 128 << 20  # memory that a CPU's passes take again and again: a block, in all
+BAND_BYTES = 48 << 20  # a map so large is not made as a whole, where that can be spared
+BAND_PIXELS = 1 << 15  # of the picture, to a band of rows
 SMALLEST_TILE = 16  # pixels a side
 GRAPHS = 8  # shapes whose CUDA graphs are kept
 
@@ -34,6 +37,8 @@ def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch
         net: a :class:`~fastperc.TransformNet` or a :class:`~fastperc.SuperResolutionNet`.
         dtype: what is computed in: float32, bfloat16, float16 or float64. Default: what ``net``'s weights are in.
         device: where. Default: where ``net`` is.
+
+    On a CPU the process keeps, from then on, up to 128 MiB of what it frees: passes take the same memory time and again.
 
     Raises:
         TypeError: another kind of network.
@@ -69,6 +74,8 @@ class Engine:
         self.plan = plan
         self.scale, self.dtype, self.device = plan.scale, plan.dtype, plan.steps[0].weight.device
         self._graphs = Graphs()
+        if self.device.type == "cpu":
+            _native.reuse_freed_memory(REUSED_BYTES, KEPT_BYTES)
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles begin without graphs
         return Engine, (self.plan,)
@@ -149,10 +156,30 @@ class Engine:
         return self._pass(image, dtype)
 
     def _pass(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        picture = self._empty(image, dtype)
+        picture, steps = self._empty(image, dtype), self.plan.steps
         sizes = self.plan.sizes(*image.shape[2:])
-        doing = parts(self.plan.steps, sizes, Window(0, 0, *picture.shape[2:]))
-        return forward(self.plan, self.plan.steps, doing, image, picture)
+        whole = Window(0, 0, *picture.shape[2:])
+        if not self._in_bands(sizes):
+            return forward(self.plan, steps, parts(steps, sizes, whole), image, picture)
+
+        # The widest map, between the last two steps, is never there as a whole.
+        inside, last, size = steps[:-2], steps[-2:], sizes[-3]
+        x = forward(self.plan, inside, parts(inside, sizes, Window(0, 0, *size)), image, None)
+        for one, result in zip(x.split(1), picture.split(1)):
+            for top in range(0, whole.height, rows := max(BAND_PIXELS // whole.width, SMALLEST_TILE)):
+                band = Window(top, 0, min(rows, whole.height - top), whole.width)
+                doing = parts(last, sizes[-3:], band)
+                forward(
+                    self.plan, last, doing, cut(one, Window(0, 0, *size), doing[0].source), cut(result, whole, band)
+                )
+        return picture
+
+    def _in_bands(self, sizes: list[tuple[int, int]]) -> bool:
+        """Whether the last two steps make the picture some rows at a time: on a CPU, where the map between them is
+        large and no norm wants all of it."""
+        step = self.plan.steps[-2]
+        taken = math.prod(sizes[-2]) * step.channels * self.dtype.itemsize
+        return self.device.type == "cpu" and step.norm is None and taken >= BAND_BYTES
 
     def _empty(self, image: Tensor, dtype: torch.dtype) -> Tensor:
         """Memory for the picture, laid out as ``image`` is."""

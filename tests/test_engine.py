@@ -105,6 +105,21 @@ def test_parts_equal_the_whole(variant, tile):
     assert (frozen(image, tile=tile).int() - frozen(image).int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[0] in ("paper", "eccv16")], ids=variant_id)
+def test_bands_equal_the_whole(variant, monkeypatch):
+    frozen = freeze(build_variant(*variant).eval())
+    x = torch.rand(2, 3, 75, 42)
+    expected = frozen(x)
+    monkeypatch.setattr(engine, "BAND_BYTES", 0)
+    monkeypatch.setattr(engine, "BAND_PIXELS", 0)
+    assert (frozen(x) - expected).abs().max() < 1e-6
+    image = torch.randint(0, 256, (50, 42, 3), dtype=torch.uint8)
+    assert (
+        frozen(image).int()
+        - (frozen(image.permute(2, 0, 1)[None] / 255)[0] * 255).clamp(0, 255).round().int().permute(1, 2, 0)
+    ).abs().max() <= 1
+
+
 def test_parts_in_a_batch_are_of_their_own_image():
     """An instance norm's statistics are not those of the neighbour."""
     frozen = freeze(build("instance"))
