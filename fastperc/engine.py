@@ -38,7 +38,7 @@ def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch
         dtype: what is computed in: float32, bfloat16, float16 or float64. Default: what ``net``'s weights are in.
         device: where. Default: where ``net`` is.
 
-    On a CPU the process keeps, from then on, up to 128 MiB of what it frees: passes take the same memory time and again.
+    On a CPU the process keeps, from then on, up to 128 MiB of what it frees: passes take the same memory again.
 
     Raises:
         TypeError: another kind of network.
