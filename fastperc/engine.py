@@ -38,7 +38,7 @@ def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch
         dtype: what is computed in: float32, bfloat16, float16 or float64. Default: what ``net``'s weights are in.
         device: where. Default: where ``net`` is.
 
-    On a CPU the process keeps, from then on, up to 128 MiB of what it frees: passes take the same memory again.
+    On a CPU the process keeps some of the memory that a picture took, for the next one takes it again.
 
     Raises:
         TypeError: another kind of network.
@@ -74,8 +74,6 @@ class Engine:
         self.plan = plan
         self.scale, self.dtype, self.device = plan.scale, plan.dtype, plan.steps[0].weight.device
         self._graphs = Graphs()
-        if self.device.type == "cpu":
-            _native.reuse_freed_memory(REUSED_BYTES, KEPT_BYTES)
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles begin without graphs
         return Engine, (self.plan,)
@@ -153,6 +151,10 @@ class Engine:
             return self._graphs.run(
                 (image.shape, image.stride(), image.dtype, dtype), image, lambda x: self._pass(x, dtype)
             )
+        if (
+            self.device.type == "cpu"
+        ):  # parts do without: they are painted to need little memory, and this may take more
+            _native.reuse_freed_memory(REUSED_BYTES, KEPT_BYTES)
         return self._pass(image, dtype)
 
     def _pass(self, image: Tensor, dtype: torch.dtype) -> Tensor:
