@@ -66,14 +66,15 @@ ADDED = {
 
 # What an operation runs on. In the kernels' folders, files of these names; of an operation not listed, its own name.
 KERNEL_FOLDERS = ("csrc", "kernels", "fastperc/ops")
-CONVOLUTION = ("conv_bn_relu", "configs", "image_io", "instance_norm", "onednn", "packing")
-LOSS = ("vgg_loss", "configs", "gram_loss", "packing", "tv_loss", "vgg_chain")
+CONVOLUTION = ("conv_bn_relu", "configs", "frozen", "image_io", "instance_norm", "onednn", "packing")
+RGB = ("rgb_conv", "rgb_conv_head", "rgb_conv_stem")
+LOSS = ("vgg_loss", "configs", "frozen", "gram_loss", "packing", "tv_loss", "vgg_chain")
 KERNELS = {
     "conv_bn_relu": CONVOLUTION,
     "residual_block": CONVOLUTION,
-    "rgb_conv": (*CONVOLUTION, "rgb_conv"),
+    "rgb_conv": (*CONVOLUTION, *RGB),
     "subpixel_conv_bn_relu": (*CONVOLUTION, "subpixel_conv_bn_relu"),
-    "inference": (*CONVOLUTION, "rgb_conv", "subpixel_conv_bn_relu"),
+    "inference": (*CONVOLUTION, *RGB, "subpixel_conv_bn_relu"),
     "vgg_loss": LOSS,
     "training": LOSS,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from statistics import median
 
 import torch
@@ -10,8 +10,6 @@ from torch import nn
 
 from fastperc import dispatch
 from fastperc.engine import freeze
-from fastperc.errors import InputError
-from fastperc.models.common import MINIMUM_SIDE
 from fastperc.tuning import seconds
 
 ROUNDS = 5
@@ -48,18 +46,3 @@ def measure(paint: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, 
     with torch.inference_mode():
         seconds(lambda: paint(image), device)  # compiles, and fills caches
         return median(seconds(lambda: paint(image), device) for _ in range(ROUNDS))
-
-
-def parse_sizes(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Widths and heights of sizes such as ``512`` and ``1920x1080``.
-
-    Raises:
-        InputError: one is neither, or smaller than what networks take.
-    """
-    sizes = []
-    for text in texts:
-        sides = text.lower().replace("×", "x").split("x")
-        if len(sides) > 2 or not all(side.isdecimal() and int(side) >= MINIMUM_SIDE for side in sides):
-            raise InputError(f"--sizes are like 512 or 1920x1080, {MINIMUM_SIDE} and more, got {text!r}")
-        sizes.append((int(sides[0]), int(sides[-1])))
-    return sizes

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fastperc import __version__
 from fastperc.errors import InputError
+from fastperc.options import fraction, names, natural, path, positive, positive_float, sizes, tile, weight
 from fastperc.presets import CONVENTIONS, PRESETS
 from fastperc.weights import STYLES
 
@@ -390,7 +391,7 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     add_model(parser)
     parser.add_argument(
         "--sizes",
-        type=names,
+        type=sizes,
         default="256,512,1280x720",
         metavar="A,B,...",
         help="of the images, N pixels a side or WIDTHxHEIGHT; default: %(default)s",
@@ -400,11 +401,11 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    from fastperc.bench import parse_sizes, report
+    from fastperc.bench import report
     from fastperc.devices import find_device
 
-    sizes, device = parse_sizes(arguments.sizes), find_device(arguments.device)
-    print(report(load_style(model_file(arguments), device), sizes, device))
+    device = find_device(arguments.device)
+    print(report(load_style(model_file(arguments), device), arguments.sizes, device))
     return 0
 
 
@@ -417,68 +418,3 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-
-
-def path(text: str) -> Path:
-    """A path; an empty one, of a shell variable never set, is not taken for the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("an empty name")
-    return Path(text)
-
-
-def natural(text: str) -> int:
-    """A whole number from 0 up, as large as a machine's integer."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^63")
-    return value
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 up."""
-    value = natural(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def weight(text: str) -> float:
-    """A finite number from 0 up."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number from 0 up")
-    return value
-
-
-def tile(text: str) -> int | str:
-    """``auto``, ``off``, or a number of pixels that a network can paint."""
-    if text in ("auto", "off"):
-        return text
-    side = int(text)
-    if side < 16:
-        raise argparse.ArgumentTypeError(f"{text} is none of auto, off and the numbers from 16 up")
-    return side
-
-
-def fraction(text: str) -> float:
-    """A number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Names between commas, at least one."""
-    found = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not found:
-        raise argparse.ArgumentTypeError("no name given")
-    return found

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastperc import __version__, _native, backends, dispatch
 from fastperc.ops import onednn
 from fastperc.ops.conv_bn_relu import library_unsupported
+from fastperc.ops.frozen import native_unsupported
 from fastperc.ops.gram_loss import triton_unsupported as gram_loss_by_triton
-from fastperc.ops.instance_norm import native_unsupported
 from fastperc.ops.vgg_loss import native_unsupported as vgg_loss_by_native
 
 # Each operation's fused backends, and why one cannot take a tensor.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastperc import _native, backends
 from fastperc.errors import InputError
-from fastperc.models.common import MINIMUM_SIDE
 from fastperc.plan import Plan, cut, forward, parts, plan_of
+from fastperc.presets import MINIMUM_SIDE
 from fastperc.reference import Window
 from fastperc.tiling import Canvas, grid
 
@@ -26,8 +26,14 @@ GPU_SHARE = 0.7  # on a GPU, of its free memory, for either
 REUSED_BYTES, KEPT_BYTES = 64 << 20, 128 << 20  # memory that a CPU's passes take again and again: a block, in all
 BAND_BYTES = 48 << 20  # a map so large is not made as a whole, where that can be spared
 BAND_PIXELS = 1 << 15  # of the picture, to a band of rows
-SMALLEST_TILE = 16  # pixels a side
 GRAPHS = 8  # shapes whose CUDA graphs are kept
+
+Watch = Callable[[Iterable[int], str, int], Iterable[int]]  # shows how work gets on: items, title, total
+
+
+def unwatched(items: Iterable[int], title: str, total: int) -> Iterable[int]:
+    """For work that nobody watches."""
+    return items
 
 
 def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Engine:
@@ -50,14 +56,6 @@ def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     with torch.no_grad():
         return Engine(plan_of(net, dtype, torch.device(first.device if device is None else device)))
-
-
-Watch = Callable[[Iterable[int], str, int], Iterable[int]]  # shows how work gets on: items, title, total
-
-
-def unwatched(items: Iterable[int], title: str, total: int) -> Iterable[int]:
-    """For work that nobody watches."""
-    return items
 
 
 class Engine:
@@ -151,9 +149,7 @@ class Engine:
             return self._graphs.run(
                 (image.shape, image.stride(), image.dtype, dtype), image, lambda x: self._pass(x, dtype)
             )
-        if (
-            self.device.type == "cpu"
-        ):  # parts do without: they are painted to need little memory, and this may take more
+        if self.device.type == "cpu":  # not for parts, which are to take little memory: this may take more
             _native.reuse_freed_memory(REUSED_BYTES, KEPT_BYTES)
         return self._pass(image, dtype)
 
@@ -165,15 +161,14 @@ class Engine:
             return forward(self.plan, steps, parts(steps, sizes, whole), image, picture)
 
         # The widest map, between the last two steps, is never there as a whole.
-        inside, last, size = steps[:-2], steps[-2:], sizes[-3]
-        x = forward(self.plan, inside, parts(inside, sizes, Window(0, 0, *size)), image, None)
+        inside, last, source = steps[:-2], steps[-2:], Window(0, 0, *sizes[-3])
+        x = forward(self.plan, inside, parts(inside, sizes, source), image, None)
+        rows = max(BAND_PIXELS // whole.width // 2 * 2, MINIMUM_SIDE)
+        bands = [Window(top, 0, min(rows, whole.height - top), whole.width) for top in range(0, whole.height, rows)]
         for one, result in zip(x.split(1), picture.split(1)):
-            for top in range(0, whole.height, rows := max(BAND_PIXELS // whole.width, SMALLEST_TILE)):
-                band = Window(top, 0, min(rows, whole.height - top), whole.width)
+            for band in bands:
                 doing = parts(last, sizes[-3:], band)
-                forward(
-                    self.plan, last, doing, cut(one, Window(0, 0, *size), doing[0].source), cut(result, whole, band)
-                )
+                forward(self.plan, last, doing, cut(one, source, doing[0].source), cut(result, whole, band))
         return picture
 
     def _in_bands(self, sizes: list[tuple[int, int]]) -> bool:
@@ -223,9 +218,9 @@ class Engine:
             if needed <= (GPU_SHARE * free if on_gpu else min(WHOLE_BYTES, free / 2)):
                 return None
             held = GPU_SHARE * free if on_gpu else min(PART_BYTES, free / 4)
-            return max(int((held / self.plan.bytes_per_pixel) ** 0.5), 4 * SMALLEST_TILE)
-        if not isinstance(tile, int) or tile < SMALLEST_TILE:
-            raise ValueError(f"tile must be 'auto', 'off' or a number of pixels from {SMALLEST_TILE} up, got {tile!r}")
+            return max(int((held / self.plan.bytes_per_pixel) ** 0.5), 4 * MINIMUM_SIDE)
+        if not isinstance(tile, int) or tile < MINIMUM_SIDE:
+            raise ValueError(f"tile must be 'auto', 'off' or a number of pixels from {MINIMUM_SIDE} up, got {tile!r}")
         return tile if tile < max(height, width) else None
 
     def explain(self, height: int = 256, width: int = 256) -> str:

@@ -210,7 +210,14 @@ def forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor,
         doing: their parts.
         x: the first one's source; of the network's first step the image, [N, 3, H, W].
         picture: what the network's last step fills, [N, 3, H', W'] of the dtype and strides that are wanted.
+
+    Whatever autocast says, what is computed in is the plan's dtype.
     """
+    with torch.autocast(x.device.type, enabled=False):
+        return _forward(plan, steps, doing, x, picture)
+
+
+def _forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor, picture: Tensor | None) -> Tensor:
     before = None  # the input of the step before, and which part of its map that is, where the next one adds it
     for step, part, after in zip(steps, doing, (*steps[1:], None)):
         backends.at_layer(step.name)

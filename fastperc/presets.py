@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+MINIMUM_SIDE = 16  # pixels: what a network takes
+
 # What each published family of networks is; a keyword of TransformNet replaces one entry.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(width=32, norm="batch", padding="zero", upsample="transposed", output="tanh"),

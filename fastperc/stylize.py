@@ -13,7 +13,7 @@ from fastperc import reference
 from fastperc.engine import Engine, Watch, unwatched
 from fastperc.errors import InputError
 from fastperc.images import SUFFIXES, Photo, check_format, find_images, read_image, write_image
-from fastperc.models.common import MINIMUM_SIDE
+from fastperc.presets import MINIMUM_SIDE
 from fastperc.progress import say, track
 
 

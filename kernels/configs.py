@@ -29,13 +29,28 @@ class ConvTile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """As a kernel's constexpr parameters."""
+        return dict(TILE_H=self.height, TILE_W=self.width, BLOCK_O=self.channels_out, BLOCK_I=self.channels_in)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told beside."""
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages)
+
 
 PROGRAMS = 128  # that a convolution should have at least: GPUs have 108 to 148 multiprocessors
 
 
+def channel_step(channels: int) -> int:
+    """How many channels a sum takes at a time: the least beyond them, and of those the most."""
+    return min((64, 32, 16), key=lambda step: -(-channels // step) * step)
+
+
 def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -> ConvTile:
     """The largest tile that leaves enough programs for the ``pixels`` of a batch; not measured yet."""
-    step = min((64, 32, 16), key=lambda step: -(-channels_in // step) * step)  # the least of it beyond the channels
+    step = channel_step(channels_in)
     block = min(128, max(16, 1 << (channels_out - 1).bit_length()))
     programs = -(-pixels // 128) * -(-channels_out // block)  # of 128 pixels
     if itemsize == 4:

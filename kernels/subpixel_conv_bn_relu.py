@@ -16,12 +16,11 @@ accumulator for each phase would spare them all, and makes narrow products that 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from fastperc.kernels.configs import PROGRAMS, Variant
+from fastperc.kernels.configs import PROGRAMS, ConvTile, Variant, channel_step
 from fastperc.kernels.conv_bn_relu import store_partials
 from torch import Tensor
 
@@ -31,27 +30,16 @@ TAPS = {  # how much of which weight [k] a pixel of the patch [2] has for a phas
 }
 
 
-class Tile(NamedTuple):
-    """What a program makes at a time, and what it is compiled with."""
-
-    height: int  # patches
-    width: int
-    phases: int  # 2 or 4
-    channels_out: int
-    channels_in: int  # of one step of the sum
-    num_warps: int
-    num_stages: int
-
-
-def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> Tile:
-    """The largest tile that leaves enough programs for the ``patches`` of a batch; not measured yet."""
+def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> tuple[ConvTile, int]:
+    """The largest tile of patches that leaves enough programs for those of a batch, and how many of the four phases a
+    program makes; not measured yet."""
     block = max(16, triton.next_power_of_2(channels_out))
     if itemsize == 4:
-        return Tile(8, 8, 2, min(block, 32), 16, 4, 2)
-    step = min((64, 32, 16), key=lambda step: -(-channels_in // step) * step)  # the least of it beyond the channels
-    phases = 4 if block <= 32 else 2
+        return ConvTile(8, 8, min(block, 32), 16, 4, 2), 2
     height = 8 if patches * block * 4 >= 128 * 128 * PROGRAMS else 4
-    return Tile(height, 16, phases, min(block, 64), step, 8 if height == 8 and block > 16 else 4, 3)
+    num_warps = 8 if height == 8 and block > 16 else 4
+    tile = ConvTile(height, 16, min(block, 64), channel_step(channels_in), num_warps, 3)
+    return tile, 4 if block <= 32 else 2
 
 
 @triton.jit
@@ -142,15 +130,15 @@ def pack(weight: Tensor, upsample: str) -> Tensor:
     return packed.to(weight.dtype).flatten(2, 3).contiguous()
 
 
-def _tile_of(x: Tensor, out: Tensor) -> Tile:
+def _tile_of(x: Tensor, out: Tensor) -> tuple[ConvTile, int]:
     images, channels_in, height, width = x.shape
     return _tile(x.element_size(), channels_in, out.shape[1], images * height * width)
 
 
-def subpixel_conv_bn_relu_tiles(x: Tensor, packed: Tensor, out: Tensor, upsample: str, padding_mode: str) -> int:
+def subpixel_conv_bn_relu_tiles(x: Tensor, out: Tensor, upsample: str) -> int:
     """How many tiles an image is made of: the second size of ``partials``."""
-    tile = _tile_of(x, out)
-    groups, back = 4 // tile.phases, int(upsample == "nearest")
+    tile, phases = _tile_of(x, out)
+    groups, back = 4 // phases, int(upsample == "nearest")
     height, width = x.shape[2] + back // groups, x.shape[3] + back
     return triton.cdiv(height, tile.height) * triton.cdiv(width, tile.width) * groups
 
@@ -171,8 +159,8 @@ def subpixel_conv_bn_relu_fwd(
     """
     images, channels_in, height, width = x.shape
     channels_out = out.shape[1]
-    tile = _tile_of(x, out)
-    programs = images * subpixel_conv_bn_relu_tiles(x, packed, out, upsample, padding_mode)
+    tile, phases = _tile_of(x, out)
+    programs = images * subpixel_conv_bn_relu_tiles(x, out, upsample)
     subpixel_conv_bn_relu_kernel[(programs * triton.cdiv(channels_out, tile.channels_out),)](
         x,
         packed,
@@ -186,13 +174,9 @@ def subpixel_conv_bn_relu_fwd(
         NEAREST=upsample == "nearest",
         REFLECT=padding_mode == "reflect",
         RELU=relu,
-        TILE_H=tile.height,
-        TILE_W=tile.width,
-        PHASES=tile.phases,
-        BLOCK_O=tile.channels_out,
-        BLOCK_I=tile.channels_in,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        PHASES=phases,
+        **tile.constants,
+        **tile.options,
     )
 
 
@@ -216,7 +200,7 @@ def _variant(
     end: str,
     reflect: bool = False,
 ) -> Variant:
-    tile = _tile(4 if dtype == "fp32" else 2, channels_in, channels_out, patches)
+    tile, phases = _tile(4 if dtype == "fp32" else 2, channels_in, channels_out, patches)
     kind = f"{upsample} reflect" if reflect else upsample
     pointers = dict(x_ptr=f"*{dtype}", weight_ptr=f"*{dtype}", bias_ptr="*fp32", out_ptr=f"*{dtype}")
     absent = {}
@@ -234,15 +218,11 @@ def _variant(
             NEAREST=upsample == "nearest",
             REFLECT=reflect,
             RELU=end == "relu",
-            TILE_H=tile.height,
-            TILE_W=tile.width,
-            PHASES=tile.phases,
-            BLOCK_O=tile.channels_out,
-            BLOCK_I=tile.channels_in,
+            PHASES=phases,
+            **tile.constants,
             **absent,
         ),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options,
         aligned=tuple(pointers),
         matrix=dtype != "fp32",
     )

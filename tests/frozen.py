@@ -15,20 +15,26 @@ from fastperc.ops import onednn
 from fastperc.reference import InstanceNorm
 
 
-def runs_here(device: str, backend: str, dtype: torch.dtype) -> bool:
-    if backend == "triton":
-        return dtype != torch.bfloat16 or GPU  # the interpreter's products of bfloat16 are wrong
-    return device == "cuda" or onednn.unsupported(torch.empty(0, dtype=dtype)) is None
+def runs(native: Callable[[torch.Tensor], str | None]) -> list[Any]:
+    """Where each backend runs, and in what; ``native`` tells why the native one cannot take a tensor.
+
+    On a GPU that is cuDNN's, which knows few fusions: it is tested apart.
+    """
+
+    def can(backend: str, dtype: torch.dtype) -> bool:
+        if backend == "triton":
+            return dtype != torch.bfloat16 or GPU  # the interpreter's products of bfloat16 are wrong
+        return native(torch.empty(0, dtype=dtype)) is None
+
+    return [
+        pytest.param(device, backend, dtype, id=f"{device}-{backend}-{dtype_id(dtype)}")
+        for device, backend in RUNS
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if (device == "cpu" or backend == "triton") and can(backend, dtype)
+    ]
 
 
-# Where each backend runs, and in what. On a GPU the native one is cuDNN's, which knows few fusions: tested apart.
-FROZEN_RUNS = [
-    pytest.param(device, backend, dtype, id=f"{device}-{backend}-{dtype_id(dtype)}")
-    for device, backend in RUNS
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if device == "cpu" or backend == "triton"
-    if runs_here(device, backend, dtype)
-]
+FROZEN_RUNS = runs(onednn.unsupported)
 
 
 @pytest.fixture

@@ -134,4 +134,5 @@ def test_bench_times_each_size(run, model):
 @pytest.mark.parametrize("sizes", ["15", "16x", "16x16x16", "large", "-20"])
 def test_bench_refuses_sizes_that_are_none(run, model, sizes):
     status, _, err = run("bench", "--model", model, f"--sizes={sizes}")
-    assert status == 2 and err == f"fastperc bench: --sizes are like 512 or 1920x1080, 16 and more, got {sizes!r}\n"
+    told = f"argument --sizes: {sizes} is no size like 512 or 1920x1080, 16 pixels and more"
+    assert status == 2 and err == f"fastperc bench: {told} (see fastperc bench --help)\n"

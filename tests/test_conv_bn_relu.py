@@ -88,6 +88,21 @@ def test_where_a_gradient_is_wanted_there_is_one(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_wanted_by_the_norm_alone_is_there_too(device):
+    x = features(1, 4, 5, 5, device=device, dtype=torch.float32)
+    weight, bias = filters(4, 4, 3, 3, device=device, dtype=torch.float32)
+    norm = instance_norm(4, device)
+    norm.weight.requires_grad_()
+    for y in (
+        ops.conv_bn_relu(x, weight, bias, norm=norm),
+        ops.subpixel_conv_bn_relu(x, weight, bias, norm=norm),
+        ops.instance_norm(x, norm),
+    ):
+        (gradient,) = torch.autograd.grad(y.square().sum(), norm.weight)
+        assert gradient.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_compiles_without_a_graph_break(device):
     torch.compiler.reset()
     positional, options = arguments("B1-I24-O40-H19-W35-norm-relu", device, torch.float32)

@@ -15,8 +15,7 @@ from cases import DEVICES, GPU, error
 from test_transform_net import VARIANTS, variant_id
 from test_transform_net import build as build_variant
 
-import fastperc
-from fastperc import InputError, SuperResolutionNet, TransformNet, engine, freeze, ops, reference, use_backend
+from fastperc import InputError, SuperResolutionNet, TransformNet, engine, freeze, reference, use_backend
 from fastperc.presets import PRESETS
 
 SIZES = [(1, 16, 16), (2, 17, 31), (5, 37, 53), (1, 101, 64), (3, 64, 19)]
@@ -80,19 +79,22 @@ def test_levels_in_levels_out(preset, dtype, levels):
     picture = frozen(image)
     assert picture.dtype == torch.uint8 and picture.shape == image.shape
     off = (picture.permute(0, 3, 1, 2).int() - exact).abs().max()
-    stock_off = (reference.to_levels(stock.float()).int() - exact).abs().max()
-    assert off <= max(levels, stock_off)  # bfloat16's eight bits are stock's limit too, where instance norm amplifies
+    if preset == "instance" and dtype == torch.bfloat16:  # whose eight bits are too few for anybody here
+        levels = (reference.to_levels(stock.float()).int() - exact).abs().max()
+    assert off <= levels
     assert torch.equal(frozen(image[1]), picture[1])
     assert torch.equal(frozen(image.permute(0, 3, 1, 2)), picture.permute(0, 3, 1, 2))
 
 
-def test_super_resolution():
+def test_super_resolution(monkeypatch):
     net = SuperResolutionNet(4, width=16).eval()
     x = torch.rand(2, 3, 21, 34)
     exact, stock = outputs(net, x)
     y = freeze(net)(x)
     assert y.shape == (2, 3, 84, 136) and error(y, exact) <= 1.5 * error(stock, exact) + 1e-7
     assert (freeze(net)(x, tile=16) - y).abs().max() < 1e-6
+    monkeypatch.setattr(engine, "BAND_BYTES", 0)
+    assert (freeze(net)(x) - y).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("tile", [17, 40])
@@ -109,15 +111,21 @@ def test_parts_equal_the_whole(variant, tile):
 def test_bands_equal_the_whole(variant, monkeypatch):
     frozen = freeze(build_variant(*variant).eval())
     x = torch.rand(2, 3, 75, 42)
-    expected = frozen(x)
-    monkeypatch.setattr(engine, "BAND_BYTES", 0)
-    monkeypatch.setattr(engine, "BAND_PIXELS", 0)
-    assert (frozen(x) - expected).abs().max() < 1e-6
     image = torch.randint(0, 256, (50, 42, 3), dtype=torch.uint8)
-    assert (
-        frozen(image).int()
-        - (frozen(image.permute(2, 0, 1)[None] / 255)[0] * 255).clamp(0, 255).round().int().permute(1, 2, 0)
-    ).abs().max() <= 1
+    expected, painted = frozen(x), frozen(image)
+    monkeypatch.setattr(engine, "BAND_BYTES", 0)
+    monkeypatch.setattr(engine, "BAND_PIXELS", 42 * 19)
+    assert (frozen(x) - expected).abs().max() < 1e-6
+    assert (frozen(image).int() - painted.int()).abs().max() <= 1
+
+
+def test_autocast_changes_nothing():
+    frozen, x = freeze(build("instance")), torch.rand(1, 3, 32, 40)
+    for backend in ("reference", "native"):
+        with use_backend(backend):
+            expected = frozen(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(frozen(x), expected)
 
 
 def test_parts_in_a_batch_are_of_their_own_image():
@@ -238,8 +246,7 @@ def test_explain_names_each_layer_its_kernel_and_the_reason():
         assert "use_backend asks for it" in freeze(net).explain(32, 32)
 
 
-def test_oned_nns_absence_is_no_obstacle(monkeypatch):
-    """On a machine whose PyTorch lacks it, plain PyTorch runs."""
+def test_plain_pytorch_runs_where_there_is_no_onednn(monkeypatch):
     net, x = build("examples"), torch.rand(1, 3, 30, 31)
     monkeypatch.setattr("fastperc.ops.onednn.unsupported", lambda x: "this PyTorch has no oneDNN")
     told = freeze(net).explain(32, 32)
@@ -294,8 +301,7 @@ def test_on_triton(preset):
     if GPU:
         y = freeze(net, dtype)(x.to(device))
     else:
-        with use_backend("triton"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fastperc.ops.rgb_conv, "image_io", ops.image_io)
+        with use_backend("triton"):
             y = freeze(net, dtype)(x)
     assert error(y, exact) <= 1.5 * error(stock, exact) + 1e-6
 

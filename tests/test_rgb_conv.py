@@ -91,7 +91,7 @@ def test_head_matches_the_formula(device, backend, dtype, case, output, picture)
     with use_backend(backend):
         ops.rgb_conv_head(x, weight, bias, padding, mode, output, ours)
     if ours.dtype == torch.uint8:
-        tolerated = {torch.float32: 0.503, torch.float16: 1, torch.bfloat16: 2.5}[dtype]
+        tolerated = {torch.float32: 0.503, torch.float16: 0.75, torch.bfloat16: 1.5}[dtype]
         assert (ours.double() - exact.clamp(0, 1) * 255).abs().max() <= tolerated
     else:  # what a stock network makes in its own dtype
         stock = torch.nn.functional.conv2d(reference.pad(x, padding, mode), weight.to(dtype), bias.to(dtype))

@@ -7,8 +7,7 @@ import math
 from torch import Tensor, nn
 
 from fastperc import reference
-
-MINIMUM_SIDE = 16
+from fastperc.presets import MINIMUM_SIDE
 
 
 def check_image(x: Tensor) -> None:

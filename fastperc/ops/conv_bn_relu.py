@@ -12,15 +12,16 @@ from torch import Tensor
 
 from fastperc import backends, reference
 from fastperc.ops import onednn
-from fastperc.ops.instance_norm import (
+from fastperc.ops.frozen import (
     channels_last,
-    native_instance_norm,
+    check,
+    empty_like,
+    in_dtype,
     native_unsupported,
     side_by_side,
-    triton_instance_norm,
     unsupported,
 )
-from fastperc.ops.packing import packed
+from fastperc.ops.instance_norm import native_instance_norm, triton_finish
 from fastperc.reference import InstanceNorm, Padding
 
 
@@ -57,7 +58,7 @@ def conv_bn_relu(
     check(x, weight, bias, weight.shape[1])
     if padding_mode == "zeros":
         padding = evened(padding, x, weight.shape[2], stride)
-    obstacle = unsupported(x, weight, bias, skip)
+    obstacle = unsupported(x, weight, bias, norm, skip)
     backend = backends.choose(
         "conv_bn_relu",
         x,
@@ -79,15 +80,6 @@ def conv_bn_relu(
         return onednn.convolution(x, weight, bias, stride, around, relu, skip)
     y = onednn.convolution(x, weight, bias, stride, around)
     return native_instance_norm(y, norm, relu, skip, y)
-
-
-def check(x: Tensor, weight: Tensor, bias: Tensor, channels: int) -> None:
-    """Raises a ``ValueError`` unless ``x`` has ``channels`` channels, and ``weight`` and ``bias`` fit a convolution."""
-    if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != channels or bias.dim() != 1:
-        raise ValueError(
-            f"expected x [N, I, H, W], weight [O, I, k, k] and bias [O], "
-            f"got {list(x.shape)}, {list(weight.shape)} and {list(bias.shape)}"
-        )
 
 
 def library_unsupported(
@@ -123,15 +115,6 @@ def padded(x: Tensor, padding: Padding, mode: str) -> tuple[Tensor, tuple[int, i
     return channels_last(reference.pad(x, padding, mode)), (0, 0)
 
 
-def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` in ``dtype`` and channels-last memory; it stays differentiable."""
-    if (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
-        return weight.to(dtype)
-    return packed(
-        ("in", dtype), lambda: weight.detach().to(dtype, memory_format=torch.channels_last, copy=True), weight
-    )
-
-
 def cudnn_conv_relu(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, skip: Tensor | None
 ) -> Tensor:
@@ -154,27 +137,21 @@ def triton_conv_bn_relu(
     relu: bool,
     skip: Tensor | None,
 ) -> Tensor:
-    """The Triton kernel; for an instance norm it also takes each tile's statistics, and a second pass applies them."""
     from fastperc.kernels import conv_bn_relu as kernels
 
     n, _, height, width = x.shape
     left, right, top, bottom = padding
     out_channels, _, kernel, _ = weight.shape
-    shape = (
-        n,
-        out_channels,
-        (height + top + bottom - kernel) // stride + 1,
-        (width + left + right - kernel) // stride + 1,
-    )
+    rows, columns = ((size - kernel) // stride + 1 for size in (height + top + bottom, width + left + right))
     x, weight = channels_last(x), in_dtype(weight, x.dtype)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    arguments = stride, padding, padding_mode
-    with backends.on_device(x):
-        if norm is None:
-            kernels.conv_bn_relu_fwd(x, weight, bias.float(), skip, out, *arguments, relu)
-            return out
-        partials = torch.empty(n, kernels.conv_bn_relu_tiles(out.shape, x.shape[1], x.dtype), 3, out_channels).to(
-            x.device
-        )
-        kernels.conv_bn_relu_fwd(x, weight, bias.float(), None, out, *arguments, False, partials)
-    return triton_instance_norm(out, partials, norm, relu, skip)
+    out = empty_like(x, (n, out_channels, rows, columns))
+
+    def fill(relu: bool, partials: Tensor | None) -> None:
+        added = skip if partials is None else None  # else after the norm
+        arguments = stride, padding, padding_mode, relu, partials
+        kernels.conv_bn_relu_fwd(x, weight, bias.float(), added, out, *arguments)
+
+    def tiles() -> int:
+        return kernels.conv_bn_relu_tiles(out.shape, x.shape[1], x.dtype)
+
+    return triton_finish(out, tiles, fill, norm, relu, skip)

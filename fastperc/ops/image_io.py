@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastperc import _native, backends, reference
-from fastperc.ops.instance_norm import native_unsupported, unsupported
+from fastperc.ops.frozen import empty_like, native_unsupported, unsupported
 from fastperc.reference import Window
 
 
@@ -31,8 +31,7 @@ def image_io(image: Tensor, window: Window, scale: float, shift: float, dtype: t
     obstacle = unsupported(image) or native_unsupported(out)
     if backends.choose("image_io", image, native=obstacle) == "reference":
         return reference.image_io(image, window, scale, shift, dtype)
-    shape = (len(image), 3, window.height, window.width)
-    out = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    out = empty_like(out, (len(image), 3, window.height, window.width))
     _native.image_io(image, window, scale_of(image, scale), shift, out)
     return out
 

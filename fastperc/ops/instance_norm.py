@@ -3,10 +3,13 @@ statistics, one that applies them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastperc import _native, backends, reference
+from fastperc.ops.frozen import channels_last, native_unsupported, side_by_side, unsupported
 from fastperc.reference import InstanceNorm
 
 
@@ -22,7 +25,7 @@ def instance_norm(x: Tensor, norm: InstanceNorm, relu: bool = False, skip: Tenso
     Returns:
         [N, C, H, W], channels-last unless plain PyTorch computed it.
     """
-    obstacle = unsupported(x, norm.weight, norm.bias, skip)
+    obstacle = unsupported(x, norm, skip)
     backend = backends.choose(
         "instance_norm",
         x,
@@ -33,37 +36,8 @@ def instance_norm(x: Tensor, norm: InstanceNorm, relu: bool = False, skip: Tenso
         return reference.finish(x, norm, relu, skip)
     x = channels_last(x)
     if backend == "triton":
-        return triton_instance_norm(x, None, norm, relu, skip)
+        return triton_instance_norm(x, norm, relu, skip)
     return native_instance_norm(x, norm, relu, skip, torch.empty_like(x))
-
-
-def unsupported(*tensors: Tensor | None) -> str | None:
-    """Why only plain PyTorch can take these, or ``None``: what a frozen network's kernels have in common."""
-    given = [t for t in tensors if t is not None]
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses plain PyTorch itself"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return "these kernels give no gradients"
-    if given[0].numel() == 0:
-        return "the tensor is empty"
-    return None
-
-
-def native_unsupported(x: Tensor) -> str | None:
-    """Why the C++ kernel cannot take ``x``, or ``None`` if it can."""
-    if x.device.type != "cpu" or x.dtype == torch.float64:
-        return f"no C++ kernel for {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
-    return _native.unsupported(x)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` [N, C, H, W] dense in NHWC, copied if it is not."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def side_by_side(skip: Tensor | None) -> Tensor | None:
-    """``skip``, copied unless the channels of a pixel lie together."""
-    return skip if skip is None or skip.stride(1) == 1 else channels_last(skip)
 
 
 def native_instance_norm(x: Tensor, norm: InstanceNorm, relu: bool, skip: Tensor | None, out: Tensor) -> Tensor:
@@ -75,20 +49,44 @@ def native_instance_norm(x: Tensor, norm: InstanceNorm, relu: bool, skip: Tensor
     return out
 
 
-def triton_instance_norm(
-    x: Tensor, partials: Tensor | None, norm: InstanceNorm, relu: bool, skip: Tensor | None
-) -> Tensor:
-    """In place, with the ``partials`` that the convolution that made ``x`` left, or those taken here."""
+def triton_instance_norm(x: Tensor, norm: InstanceNorm, relu: bool, skip: Tensor | None) -> Tensor:
     from fastperc.kernels import instance_norm as kernels
 
     with backends.on_device(x):
-        if partials is None:
-            shape = (len(x), kernels.statistics_tiles(x.shape), 3, x.shape[1])
-            partials = torch.empty(shape, device=x.device)
-            kernels.statistics_fwd(x, partials)
-            out = torch.empty_like(x)
-        else:
-            out = x
+        partials = torch.empty(len(x), kernels.statistics_tiles(x.shape), 3, x.shape[1], device=x.device)
+        kernels.statistics_fwd(x, partials)
+    return triton_apply(x, partials, norm, relu, skip, torch.empty_like(x))
+
+
+def triton_finish(
+    out: Tensor,
+    tiles: Callable[[], int],
+    fill: Callable[[bool, Tensor | None], None],
+    norm: InstanceNorm | None,
+    relu: bool,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """``out``, as a convolution's Triton kernel fills it by ``fill(relu, partials)``.
+
+    For an instance norm the kernel takes the statistics of each of its ``tiles()`` of an image too, and a second pass
+    applies them in place, with the ``skip`` and the ReLU; without one the kernel does all of it.
+    """
+    with backends.on_device(out):
+        if norm is None:
+            fill(relu, None)
+            return out
+        partials = torch.empty(len(out), tiles(), 3, out.shape[1], device=out.device)
+        fill(False, partials)
+    return triton_apply(out, partials, norm, relu, skip, out)
+
+
+def triton_apply(
+    x: Tensor, partials: Tensor, norm: InstanceNorm, relu: bool, skip: Tensor | None, out: Tensor
+) -> Tensor:
+    """Fills ``out``, which may be ``x``, by the statistics of its tiles."""
+    from fastperc.kernels import instance_norm as kernels
+
+    with backends.on_device(x):
         weight, bias = norm.weight.float(), norm.bias.float()
         kernels.instance_norm_fwd(x, partials, weight, bias, norm.eps, side_by_side(skip), relu, out)
     return out

@@ -1,7 +1,7 @@
 """The 9×9 convolutions at a network's two ends: from a picture, which is normalised on the way, and to one.
 
 The head has three filters, too few for a matrix unit; so its horizontal taps become columns of the product, 27 of them,
-and nine shifted additions make each pixel (design note in csrc/rgb_conv.cpp and kernels/rgb_conv.py).
+and nine shifted additions make each pixel (csrc/rgb_conv.cpp and kernels/rgb_conv_head.py say how).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastperc import _native, backends, reference
 from fastperc.ops import onednn
-from fastperc.ops.conv_bn_relu import check, conv_bn_relu, in_dtype, padded
+from fastperc.ops.conv_bn_relu import conv_bn_relu, padded
+from fastperc.ops.frozen import channels_last, check, empty_like, in_dtype, native_unsupported, unsupported
 from fastperc.ops.image_io import image_io, scale_of
-from fastperc.ops.instance_norm import channels_last, native_unsupported, triton_instance_norm, unsupported
+from fastperc.ops.instance_norm import triton_finish
 from fastperc.ops.packing import packed
 from fastperc.reference import InstanceNorm, Padding, Window
 
@@ -47,28 +48,24 @@ def rgb_conv_stem(
     """
     check(image, weight, bias, 3)
     like = torch.empty(0, dtype=dtype, device=image.device)
-    obstacle = unsupported(image, weight, bias) or backends.triton_product_unsupported(like)
+    obstacle = unsupported(image, weight, bias, norm) or backends.triton_product_unsupported(like)
     if backends.choose("rgb_conv_stem", image, weight, triton=obstacle, native=None) != "triton":
         # In two steps, each of which chooses for itself.
         x = image_io(image, window, scale, shift, dtype)
         return conv_bn_relu(x, weight, bias, 1, padding, padding_mode, norm, relu)
 
-    from fastperc.kernels import rgb_conv as kernels
+    from fastperc.kernels import rgb_conv_stem as kernels
 
-    n, out_channels, kernel = len(image), len(bias), weight.shape[2]
-    height, width = (window.height + sum(padding[2:]) - kernel + 1, window.width + sum(padding[:2]) - kernel + 1)
-    shape = (n, out_channels, height, width)
-    out = torch.empty(shape, dtype=dtype, device=image.device, memory_format=torch.channels_last)
-    weights = packed(("stem", dtype), lambda: kernels.pack_stem(weight.detach().float()).to(dtype), weight)
+    kernel = weight.shape[2]
+    rows, columns = window.height + sum(padding[2:]) - kernel + 1, window.width + sum(padding[:2]) - kernel + 1
+    out = empty_like(like, (len(image), len(bias), rows, columns))
+    weights = packed(("stem", dtype), lambda: kernels.pack(weight.detach().float()).to(dtype), weight)
     pixels = window, padding, padding_mode, scale_of(image, scale), shift
-    arguments = (image, weights, bias.float(), out, *pixels)
-    with backends.on_device(image):
-        if norm is None:
-            kernels.rgb_conv_stem_fwd(*arguments, relu)
-            return out
-        partials = torch.empty(n, kernels.rgb_conv_stem_tiles(out), 3, out_channels, device=image.device)
-        kernels.rgb_conv_stem_fwd(*arguments, False, partials)
-    return triton_instance_norm(out, partials, norm, relu, None)
+
+    def fill(relu: bool, partials: Tensor | None) -> None:
+        kernels.rgb_conv_stem_fwd(image, weights, bias.float(), out, *pixels, relu, partials)
+
+    return triton_finish(out, lambda: kernels.rgb_conv_stem_tiles(out), fill, norm, relu)
 
 
 def rgb_conv_head(
@@ -110,9 +107,9 @@ def rgb_conv_head(
     if backend == "native":
         return native_head(x, weight, bias, padding, padding_mode, output, out)
 
-    from fastperc.kernels import rgb_conv as kernels
+    from fastperc.kernels import rgb_conv_head as kernels
 
-    weights = packed(("head", x.dtype), lambda: kernels.pack_head(weight.detach().float()).to(x.dtype), weight)
+    weights = packed(("head", x.dtype), lambda: kernels.pack(weight.detach().float()).to(x.dtype), weight)
     with backends.on_device(x):
         kernels.rgb_conv_head_fwd(x, weights, bias.float(), out, padding, padding_mode, output)
 

@@ -14,14 +14,8 @@ from torch import Tensor
 
 from fastperc import backends, reference
 from fastperc.ops import onednn
-from fastperc.ops.conv_bn_relu import check, in_dtype
-from fastperc.ops.instance_norm import (
-    channels_last,
-    native_instance_norm,
-    native_unsupported,
-    triton_instance_norm,
-    unsupported,
-)
+from fastperc.ops.frozen import channels_last, check, empty_like, in_dtype, native_unsupported, unsupported
+from fastperc.ops.instance_norm import native_instance_norm, triton_finish, triton_instance_norm
 from fastperc.ops.packing import packed
 from fastperc.reference import InstanceNorm, Padding
 
@@ -59,7 +53,7 @@ def subpixel_conv_bn_relu(
     if upsample not in UPSAMPLE:
         raise ValueError(f"upsample must be 'transposed' or 'nearest', got {upsample!r}")
     check(x, weight, bias, weight.shape[0 if upsample == "transposed" else 1])
-    obstacle = unsupported(x, weight, bias)
+    obstacle = unsupported(x, weight, bias, norm)
     backend = backends.choose(
         "subpixel_conv_bn_relu",
         x,
@@ -113,17 +107,19 @@ def triton_subpixel(
 
     x = channels_last(x)
     n, _, height, width = x.shape
-    shape = (n, len(bias), 2 * height, 2 * width)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = empty_like(x, (n, len(bias), 2 * height, 2 * width))
     weights = packed(
         ("triton", x.dtype, upsample), lambda: kernels.pack(weight.detach().float(), upsample).to(x.dtype), weight
     )
-    partials = None
-    if norm is not None and padding == (1, 1, 1, 1):  # else they would be of more than is given back
-        tiles = kernels.subpixel_conv_bn_relu_tiles(x, weights, out, upsample, padding_mode)
-        partials = torch.empty(n, tiles, 3, len(bias), device=x.device)
-    plain = relu and norm is None
-    with backends.on_device(x):
-        kernels.subpixel_conv_bn_relu_fwd(x, weights, bias.float(), out, upsample, padding_mode, plain, partials)
-    out = inner(out, padding)
-    return out if norm is None else triton_instance_norm(channels_last(out), partials, norm, relu, None)
+
+    def fill(relu: bool, partials: Tensor | None) -> None:
+        kernels.subpixel_conv_bn_relu_fwd(x, weights, bias.float(), out, upsample, padding_mode, relu, partials)
+
+    def tiles() -> int:
+        return kernels.subpixel_conv_bn_relu_tiles(x, out, upsample)
+
+    if norm is None or padding == (1, 1, 1, 1):
+        return inner(triton_finish(out, tiles, fill, norm, relu), padding)
+    # The kernel's statistics would be of more than is given back.
+    out = channels_last(inner(triton_finish(out, tiles, fill, None, False), padding))
+    return triton_instance_norm(out, norm, relu, None)

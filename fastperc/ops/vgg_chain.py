@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import _native
+from fastperc.ops.frozen import empty_like
 from fastperc.ops.packing import packed
 from fastperc.reference import FrozenConv
 
@@ -133,8 +134,3 @@ def unpool(grad_pooled: Tensor, layer: Layer, kernels: Any) -> Tensor:
     grad = empty_like(grad_pooled, layer.shape)
     kernels.relu_pool_bwd(grad_pooled.contiguous(memory_format=torch.channels_last), layer.winners, grad)
     return grad
-
-
-def empty_like(x: Tensor, shape: torch.Size) -> Tensor:
-    """Memory for ``shape``, channels-last, of the dtype and on the device of ``x``."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -1,16 +1,12 @@
-"""The wide convolutions at a network's two ends, from a picture of 3 channels and to one.
+"""The first convolution, wide, from a picture of 3 channels.
 
     rgb_prepare_kernel     the picture's window, mirrored, normalised, padded: [rows, columns, 3]
-    rgb_conv_stem_kernel   the first convolution. Four pixels side by side share a row of the product: what they take of
+    rgb_conv_stem_kernel   the convolution. Four pixels side by side share a row of the product: what they take of
                            each of k rows lies together in memory, 3·(k+3) numbers, against 4·O columns
-    rgb_conv_head_kernel   the last convolution and the picture made of it. Three filters are too few for a product, so
-                           their horizontal taps become columns too: P[pixel, dx·3 + o], summed over rows and channels,
-                           of which k shifted additions make a pixel. So do four rows of the picture: a row of x is
-                           loaded once, for all of them, and not k times for each
 
-Where a column has no tap its weight is zero: at k = 9, with 32 channels, 1.4 products are made for one that counts in
-the first and 1.7 in the last. It pays, because these convolutions wait for what they read and not for the products. A
-NaN or infinite number reaches the pixels that share its product too.
+Where a column has no tap its weight is zero: at k = 9 with 32 channels 1.4 products are made for one that counts. By
+count the kernel waits for what it reads and not for the products; that is not measured yet. A NaN or infinite number
+reaches the pixels that share its product too.
 """
 
 from __future__ import annotations
@@ -22,13 +18,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from fastperc.kernels.configs import PROGRAMS, Variant
-from fastperc.kernels.conv_bn_relu import mirrored, store_partials
+from fastperc.kernels.conv_bn_relu import store_partials
 from torch import Tensor
 
-PIXELS = tl.constexpr(4)  # that share a row of the stem's product
-ROWS = tl.constexpr(4)  # of the output that share a row of the head's product
-ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2²³: added and taken off, it rounds to the nearest, ties to even
-STEM_STEP, STEM_STAGES = 32, 4
+PIXELS = tl.constexpr(4)  # that share a row of the product
+STEP, STAGES = 32, 4  # numbers of a sum at a time
 PREPARE_BLOCK = 1024  # elements to a program
 PREPARE_OPTIONS = dict(num_warps=4, num_stages=1)
 
@@ -144,125 +138,35 @@ def rgb_conv_stem_kernel(
         store_partials(partials_ptr, out.to(tl.float32).T, offs_o, mask_p, CHANNELS_OUT)
 
 
-@triton.jit
-def rgb_conv_head_kernel(
-    x_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    weight_ptr,  # [COLUMNS, KERNEL + 2 * ROWS - 2, C]
-    bias_ptr,  # [3] fp32
-    out_ptr,  # [N, 3, H', W'] uint8|fp16|bf16|fp32 of any strides
-    height,
-    width,
-    out_height,
-    out_width,
-    left,  # padding
-    top,
-    stride_image,  # of out
-    stride_channel,
-    stride_row,
-    stride_column,
-    CHANNELS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    REFLECT: tl.constexpr,
-    TANH: tl.constexpr,
-    COLUMNS: tl.constexpr,  # 3 * KERNEL or more
-    BLOCK_P: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    BLOCKS_I: tl.constexpr = (CHANNELS + BLOCK_I - 1) // BLOCK_I
-    LINES: tl.constexpr = ROWS + KERNEL - 1  # of x, for ROWS of out
-    WIDTH: tl.constexpr = BLOCK_P - KERNEL + 1  # of the tile of out
-    tiles_w = tl.cdiv(out_width, WIDTH)
-    tiles = tl.cdiv(out_height, ROWS) * tiles_w
-    pid = tl.program_id(0)
-    image = (pid // tiles).to(tl.int64)
-    first_row = pid % tiles // tiles_w * ROWS
-    first_column = pid % tiles_w * WIDTH
-
-    offs_p = tl.arange(0, BLOCK_P)
-    offs_n = tl.arange(0, ROWS * COLUMNS)
-    column = first_column + offs_p - left
-    if REFLECT:
-        column = mirrored(column, width)
-    acc = tl.zeros([BLOCK_P, ROWS * COLUMNS], dtype=tl.float32)
-    for step in tl.range(LINES * BLOCKS_I):
-        line = step // BLOCKS_I
-        row = first_row + line - top
-        if REFLECT:
-            row = mirrored(row, height)
-        offs_i = step % BLOCKS_I * BLOCK_I + tl.arange(0, BLOCK_I)
-        mask_i = offs_i < CHANNELS
-        x_ptrs = x_ptr + ((image * height + row) * width + column)[:, None] * CHANNELS + offs_i[None, :]
-        mask_p = (column >= 0) & (column < tl.where((row >= 0) & (row < height), width, 0))
-        x = tl.load(x_ptrs, mask=mask_p[:, None] & mask_i[None, :], other=0.0)
-        filters = offs_n // ROWS * (LINES + ROWS - 1) + offs_n % ROWS + (LINES - 1 - line)
-        weight_ptrs = weight_ptr + filters[:, None] * CHANNELS + offs_i[None, :]
-        weight = tl.load(weight_ptrs, mask=mask_i[None, :], other=0.0)
-        acc = tl.dot(x, weight.T, acc, input_precision="ieee")
-
-    # Of four warps each holds all taps of one of the ROWS, so that none waits for another below. Pixels that wrap
-    # around are not stored: % lets the compiler know which of a thread's registers a shifted pixel is in.
-    shifted = (offs_p[:, None] + offs_n[None, :] // ROWS // 3) % BLOCK_P
-    acc = tl.gather(acc, shifted, 0).reshape(BLOCK_P, COLUMNS, ROWS)
-    offs_n = tl.arange(0, COLUMNS)
-    row = first_row + tl.arange(0, ROWS)[:, None]
-    column = (first_column + offs_p)[None, :]
-    mask = (row < out_height) & (offs_p < WIDTH)[None, :] & (column < out_width)
-    out_ptr += image * stride_image
-    out_ptrs = out_ptr + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
-    for o in tl.static_range(3):
-        own = (offs_n % 3 == o) & (offs_n < 3 * KERNEL)
-        v = tl.sum(tl.where(own[None, :, None], acc, 0.0), axis=1).T + tl.load(bias_ptr + o)
-        if TANH:
-            v = 0.5 + 150 / 255 * (2 * tl.sigmoid(2 * v) - 1)
-        else:
-            v = v / 255
-        if out_ptr.dtype.element_ty == tl.uint8:
-            v = tl.where(v > 0, tl.minimum(v, 1.0), 0.0)  # NaN becomes 0
-            v = v * 255 + ROUNDING - ROUNDING
-        tl.store(out_ptrs, v.to(out_ptr.dtype.element_ty), mask=mask)
-        out_ptrs += stride_channel
-
-
 def _run(kernel: int) -> int:
     return 4 * triton.cdiv(3 * (kernel + PIXELS.value - 1), 4)
 
 
-def pack_stem(weight: Tensor) -> Tensor:
+def pack(weight: Tensor) -> Tensor:
     """[PIXELS, O, k·run rounded up] for the kernel, of ``weight`` [O, 3, k, k]."""
     kernel, pixels = weight.shape[2], PIXELS.value
     run = _run(kernel)
     rows = weight.permute(0, 2, 3, 1).flatten(2)  # [O, k, 3k]
     packed = torch.stack([F.pad(rows, (3 * p, run - 3 * (kernel + p))) for p in range(pixels)]).flatten(2)
-    return F.pad(packed, (0, -packed.shape[2] % STEM_STEP)).contiguous()
+    return F.pad(packed, (0, -packed.shape[2] % STEP)).contiguous()
 
 
-def pack_head(weight: Tensor) -> Tensor:
-    """[columns, k + 2·ROWS - 2, C] for the kernel, of ``weight`` [3, C, k, k]."""
-    kernel, beyond = weight.shape[2], ROWS.value - 1
-    filters = weight.flip(2).permute(3, 0, 2, 1).flatten(0, 1)  # [3k, k, C]
-    return F.pad(filters, (0, 0, beyond, beyond, 0, _columns(kernel) - 3 * kernel)).contiguous()
-
-
-def _columns(kernel: int) -> int:
-    return max(triton.next_power_of_2(3 * kernel), 16)
-
-
-def _stem_block(channels_out: int) -> int:
+def _block(channels_out: int) -> int:
     return min(max(triton.next_power_of_2(channels_out), 16), 32)
 
 
-def _stem_tile(out: Tensor) -> tuple[int, int]:
+def _tile(out: Tensor) -> tuple[int, int]:
     """Groups of pixels to a program, and its warps; not measured yet."""
     if out.element_size() == 4:
         return 32, 4
-    enough = out.numel() >= 128 * PIXELS.value * _stem_block(out.shape[1]) * PROGRAMS
+    enough = out.numel() >= 128 * PIXELS.value * _block(out.shape[1]) * PROGRAMS
     return (128, 8) if enough else (64, 4)
 
 
 def rgb_conv_stem_tiles(out: Tensor) -> int:
     """How many tiles an image of ``out`` is made of: the second size of ``partials``."""
     _, _, height, width = out.shape
-    return triton.cdiv(height * triton.cdiv(width, PIXELS.value), _stem_tile(out)[0])
+    return triton.cdiv(height * triton.cdiv(width, PIXELS.value), _tile(out)[0])
 
 
 def rgb_conv_stem_fwd(
@@ -280,7 +184,7 @@ def rgb_conv_stem_fwd(
 ) -> None:
     """Fills ``out`` [N, O, H', W'] with relu(conv(the ``window`` of ``image`` · scale + shift, padded) + ``bias``).
 
-    ``image`` [N, 3, H, W] has any strides, ``out`` its channels innermost; ``packed`` is what :func:`pack_stem` makes,
+    ``image`` [N, 3, H, W] has any strides, ``out`` its channels innermost; ``packed`` is what :func:`pack` makes,
     in the dtype of out; ``window`` is (top, left, height, width) and ``padding`` (left, right, top, bottom).
     """
     images, channels_out, height, width = out.shape
@@ -306,7 +210,7 @@ def rgb_conv_stem_fwd(
         BLOCK=PREPARE_BLOCK,
         **PREPARE_OPTIONS,
     )
-    block, (groups, num_warps) = _stem_block(channels_out), _stem_tile(out)
+    block, (groups, num_warps) = _block(channels_out), _tile(out)
     programs = images * rgb_conv_stem_tiles(out) * triton.cdiv(channels_out, block)
     rgb_conv_stem_kernel[(programs,)](
         x,
@@ -321,61 +225,13 @@ def rgb_conv_stem_fwd(
         CHANNELS_OUT=channels_out,
         RELU=relu,
         RUN=run,
-        STEPS=packed.shape[2] // STEM_STEP,
+        STEPS=packed.shape[2] // STEP,
         BLOCK_G=groups,
         BLOCK_O=block,
-        BLOCK_K=STEM_STEP,
+        BLOCK_K=STEP,
         num_warps=num_warps,
-        num_stages=STEM_STAGES,
+        num_stages=STAGES,
     )
-
-
-def rgb_conv_head_fwd(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    padding: tuple[int, int, int, int],
-    padding_mode: str,
-    output: str,
-) -> None:
-    """Fills ``out`` [N, 3, H', W'], of any strides, with the picture that conv(``x``) + ``bias`` is.
-
-    ``x`` [N, C, H, W] has its channels innermost; ``packed`` is what :func:`pack_head` makes, in its dtype; ``padding``
-    is (left, right, top, bottom); ``output`` ``"tanh"`` or ``"linear"``.
-    """
-    images, channels, height, width = x.shape
-    _, _, out_height, out_width = out.shape
-    kernel = height + padding[2] + padding[3] - out_height + 1
-    tile = _head_tile(x.element_size(), channels)
-    programs = triton.cdiv(out_height, ROWS.value) * triton.cdiv(out_width, tile["BLOCK_P"] - kernel + 1)
-    rgb_conv_head_kernel[(images * programs,)](
-        x,
-        packed,
-        bias,
-        out,
-        height,
-        width,
-        out_height,
-        out_width,
-        padding[0],
-        padding[2],
-        *out.stride(),
-        CHANNELS=channels,
-        KERNEL=kernel,
-        REFLECT=padding_mode == "reflect",
-        TANH=output == "tanh",
-        COLUMNS=_columns(kernel),
-        **tile,
-    )
-
-
-def _head_tile(itemsize: int, channels: int) -> dict[str, int]:
-    """Not measured yet."""
-    step = 64 if channels % 64 == 0 else 32 if channels > 16 else 16
-    if itemsize == 4:
-        return dict(BLOCK_P=64, BLOCK_I=16, num_warps=8, num_stages=2)
-    return dict(BLOCK_P=128, BLOCK_I=step, num_warps=4, num_stages=3)
 
 
 def variants() -> Iterator[Variant]:
@@ -401,15 +257,11 @@ def variants() -> Iterator[Variant]:
             )
         for channels in (16, 32, 64):
             for groups in (64, 128) if dtype != "fp32" else (32,):
-                yield _stem_variant(dtype, channels, groups, True)
-                yield _stem_variant(dtype, channels, groups, False)
-            for picture in ("u8", "fp32"):
-                yield _head_variant(dtype, channels, picture, "tanh", False)
-        yield _head_variant(dtype, 32, "u8", "linear", False)
-        yield _head_variant(dtype, 32, "u8", "tanh", True)
+                yield _variant(dtype, channels, groups, True)
+                yield _variant(dtype, channels, groups, False)
 
 
-def _stem_variant(dtype: str, channels: int, groups: int, statistics: bool) -> Variant:
+def _variant(dtype: str, channels: int, groups: int, statistics: bool) -> Variant:
     run = _run(9)
     pointers = dict(x_ptr=f"*{dtype}", weight_ptr=f"*{dtype}", bias_ptr="*fp32", out_ptr=f"*{dtype}")
     absent = {}
@@ -426,44 +278,14 @@ def _stem_variant(dtype: str, channels: int, groups: int, statistics: bool) -> V
             CHANNELS_OUT=channels,
             RELU=not statistics,
             RUN=run,
-            STEPS=triton.cdiv(9 * run, STEM_STEP),
+            STEPS=triton.cdiv(9 * run, STEP),
             BLOCK_G=groups,
-            BLOCK_O=_stem_block(channels),
-            BLOCK_K=STEM_STEP,
+            BLOCK_O=_block(channels),
+            BLOCK_K=STEP,
             **absent,
         ),
         num_warps=8 if groups == 128 else 4,
-        num_stages=STEM_STAGES,
+        num_stages=STAGES,
         aligned=(*pointers, "pitch"),
-        matrix=dtype != "fp32",
-    )
-
-
-def _head_variant(dtype: str, channels: int, picture: str, output: str, reflect: bool) -> Variant:
-    tile = _head_tile(4 if dtype == "fp32" else 2, channels)
-    sizes = ("height", "width", "out_height", "out_width", "left", "top")
-    strides = ("stride_image", "stride_channel", "stride_row", "stride_column")
-    return Variant(
-        rgb_conv_head_kernel,
-        f"{dtype} {channels} {picture} {output}{' reflect' if reflect else ''}",
-        dict(
-            x_ptr=f"*{dtype}",
-            weight_ptr=f"*{dtype}",
-            bias_ptr="*fp32",
-            out_ptr=f"*{picture}",
-            **dict.fromkeys((*sizes, *strides), "i32"),
-        ),
-        dict(
-            CHANNELS=channels,
-            KERNEL=9,
-            REFLECT=reflect,
-            TANH=output == "tanh",
-            COLUMNS=_columns(9),
-            BLOCK_P=tile["BLOCK_P"],
-            BLOCK_I=tile["BLOCK_I"],
-        ),
-        num_warps=tile["num_warps"],
-        num_stages=tile["num_stages"],
-        aligned=("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"),
         matrix=dtype != "fp32",
     )

@@ -1,0 +1,201 @@
+"""The last convolution, wide, and the picture made of it.
+
+Three filters are too few for a product; so their horizontal taps become columns too: P[pixel, dx·3 + o], summed over
+rows and channels, of which k shifted additions make a pixel. So do four rows of the picture: a row of x is loaded once,
+for all of them, and not k times for each.
+
+Where a column has no tap its weight is zero: at k = 9 with 32 channels 1.7 products are made for one that counts. By
+count the kernel waits for what it reads and not for the products; that is not measured yet. A NaN or infinite number
+reaches the pixels that share its product too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from fastperc.kernels.configs import Variant, channel_step
+from fastperc.kernels.conv_bn_relu import mirrored
+from torch import Tensor
+
+ROWS = tl.constexpr(4)  # of the output that share a row of the product
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2²³: added and taken off, it rounds to the nearest, ties to even
+
+
+@triton.jit
+def rgb_conv_head_kernel(
+    x_ptr,  # [N, H, W, C] fp16|bf16|fp32
+    weight_ptr,  # [COLUMNS, KERNEL + 2 * ROWS - 2, C]
+    bias_ptr,  # [3] fp32
+    out_ptr,  # [N, 3, H', W'] uint8|fp16|bf16|fp32 of any strides
+    height,
+    width,
+    out_height,
+    out_width,
+    left,  # padding
+    top,
+    stride_image,  # of out
+    stride_channel,
+    stride_row,
+    stride_column,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    REFLECT: tl.constexpr,
+    TANH: tl.constexpr,
+    COLUMNS: tl.constexpr,  # 3 * KERNEL or more
+    BLOCK_P: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    BLOCKS_I: tl.constexpr = (CHANNELS + BLOCK_I - 1) // BLOCK_I
+    LINES: tl.constexpr = ROWS + KERNEL - 1  # of x, for ROWS of out
+    WIDTH: tl.constexpr = BLOCK_P - KERNEL + 1  # of the tile of out
+    tiles_w = tl.cdiv(out_width, WIDTH)
+    tiles = tl.cdiv(out_height, ROWS) * tiles_w
+    pid = tl.program_id(0)
+    image = (pid // tiles).to(tl.int64)
+    first_row = pid % tiles // tiles_w * ROWS
+    first_column = pid % tiles_w * WIDTH
+
+    offs_p = tl.arange(0, BLOCK_P)
+    offs_n = tl.arange(0, ROWS * COLUMNS)
+    column = first_column + offs_p - left
+    if REFLECT:
+        column = mirrored(column, width)
+    acc = tl.zeros([BLOCK_P, ROWS * COLUMNS], dtype=tl.float32)
+    for step in tl.range(LINES * BLOCKS_I):
+        line = step // BLOCKS_I
+        row = first_row + line - top
+        if REFLECT:
+            row = mirrored(row, height)
+        offs_i = step % BLOCKS_I * BLOCK_I + tl.arange(0, BLOCK_I)
+        mask_i = offs_i < CHANNELS
+        x_ptrs = x_ptr + ((image * height + row) * width + column)[:, None] * CHANNELS + offs_i[None, :]
+        mask_p = (column >= 0) & (column < tl.where((row >= 0) & (row < height), width, 0))
+        x = tl.load(x_ptrs, mask=mask_p[:, None] & mask_i[None, :], other=0.0)
+        filters = offs_n // ROWS * (LINES + ROWS - 1) + offs_n % ROWS + (LINES - 1 - line)
+        weight_ptrs = weight_ptr + filters[:, None] * CHANNELS + offs_i[None, :]
+        weight = tl.load(weight_ptrs, mask=mask_i[None, :], other=0.0)
+        acc = tl.dot(x, weight.T, acc, input_precision="ieee")
+
+    # Of four warps each holds all taps of one of the ROWS, so that none waits for another below. Pixels that wrap
+    # around are not stored: % lets the compiler know which of a thread's registers a shifted pixel is in.
+    shifted = (offs_p[:, None] + offs_n[None, :] // ROWS // 3) % BLOCK_P
+    acc = tl.gather(acc, shifted, 0).reshape(BLOCK_P, COLUMNS, ROWS)
+    offs_n = tl.arange(0, COLUMNS)
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    column = (first_column + offs_p)[None, :]
+    mask = (row < out_height) & (offs_p < WIDTH)[None, :] & (column < out_width)
+    out_ptr += image * stride_image
+    out_ptrs = out_ptr + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    for o in tl.static_range(3):
+        own = (offs_n % 3 == o) & (offs_n < 3 * KERNEL)
+        v = tl.sum(tl.where(own[None, :, None], acc, 0.0), axis=1).T + tl.load(bias_ptr + o)
+        if TANH:
+            v = 0.5 + 150 / 255 * (2 * tl.sigmoid(2 * v) - 1)
+        else:
+            v = v / 255
+        if out_ptr.dtype.element_ty == tl.uint8:
+            v = tl.where(v > 0, tl.minimum(v, 1.0), 0.0)  # NaN becomes 0
+            v = v * 255 + ROUNDING - ROUNDING
+        tl.store(out_ptrs, v.to(out_ptr.dtype.element_ty), mask=mask)
+        out_ptrs += stride_channel
+
+
+def pack(weight: Tensor) -> Tensor:
+    """[columns, k + 2·ROWS - 2, C] for the kernel, of ``weight`` [3, C, k, k]."""
+    kernel, beyond = weight.shape[2], ROWS.value - 1
+    filters = weight.flip(2).permute(3, 0, 2, 1).flatten(0, 1)  # [3k, k, C]
+    return F.pad(filters, (0, 0, beyond, beyond, 0, _columns(kernel) - 3 * kernel)).contiguous()
+
+
+def _columns(kernel: int) -> int:
+    return max(triton.next_power_of_2(3 * kernel), 16)
+
+
+def rgb_conv_head_fwd(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    padding: tuple[int, int, int, int],
+    padding_mode: str,
+    output: str,
+) -> None:
+    """Fills ``out`` [N, 3, H', W'], of any strides, with the picture that conv(``x``) + ``bias`` is.
+
+    ``x`` [N, C, H, W] has its channels innermost; ``packed`` is what :func:`pack` makes, in its dtype; ``padding``
+    is (left, right, top, bottom); ``output`` ``"tanh"`` or ``"linear"``.
+    """
+    images, channels, height, width = x.shape
+    _, _, out_height, out_width = out.shape
+    kernel = height + padding[2] + padding[3] - out_height + 1
+    tile = _tile(x.element_size(), channels)
+    programs = triton.cdiv(out_height, ROWS.value) * triton.cdiv(out_width, tile["BLOCK_P"] - kernel + 1)
+    rgb_conv_head_kernel[(images * programs,)](
+        x,
+        packed,
+        bias,
+        out,
+        height,
+        width,
+        out_height,
+        out_width,
+        padding[0],
+        padding[2],
+        *out.stride(),
+        CHANNELS=channels,
+        KERNEL=kernel,
+        REFLECT=padding_mode == "reflect",
+        TANH=output == "tanh",
+        COLUMNS=_columns(kernel),
+        **tile,
+    )
+
+
+def _tile(itemsize: int, channels: int) -> dict[str, int]:
+    """Not measured yet."""
+    if itemsize == 4:
+        return dict(BLOCK_P=64, BLOCK_I=16, num_warps=8, num_stages=2)
+    return dict(BLOCK_P=128, BLOCK_I=channel_step(channels), num_warps=4, num_stages=3)
+
+
+def variants() -> Iterator[Variant]:
+    """The paper's networks at full and half width, and wider ones."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        for channels in (16, 32, 64):
+            for picture in ("u8", "fp32"):
+                yield _variant(dtype, channels, picture, "tanh", False)
+        yield _variant(dtype, 32, "u8", "linear", False)
+        yield _variant(dtype, 32, "u8", "tanh", True)
+
+
+def _variant(dtype: str, channels: int, picture: str, output: str, reflect: bool) -> Variant:
+    tile = _tile(4 if dtype == "fp32" else 2, channels)
+    sizes = ("height", "width", "out_height", "out_width", "left", "top")
+    strides = ("stride_image", "stride_channel", "stride_row", "stride_column")
+    return Variant(
+        rgb_conv_head_kernel,
+        f"{dtype} {channels} {picture} {output}{' reflect' if reflect else ''}",
+        dict(
+            x_ptr=f"*{dtype}",
+            weight_ptr=f"*{dtype}",
+            bias_ptr="*fp32",
+            out_ptr=f"*{picture}",
+            **dict.fromkeys((*sizes, *strides), "i32"),
+        ),
+        dict(
+            CHANNELS=channels,
+            KERNEL=9,
+            REFLECT=reflect,
+            TANH=output == "tanh",
+            COLUMNS=_columns(9),
+            BLOCK_P=tile["BLOCK_P"],
+            BLOCK_I=tile["BLOCK_I"],
+        ),
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+        aligned=("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"),
+        matrix=dtype != "fp32",
+    )
