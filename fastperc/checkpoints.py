@@ -15,7 +15,7 @@ from fastperc import __version__
 from fastperc.errors import InputError
 from fastperc.files import PathLike, read_tensors, write_tensors
 from fastperc.models import SRCNN, SuperResolutionNet, TransformNet
-from fastperc.weights import STYLES
+from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 NETWORKS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (TransformNet, SuperResolutionNet, SRCNN)}
 OPTIMIZER = "optimizer."  # what a training checkpoint's other tensors begin with
@@ -63,17 +63,17 @@ def save(
 
 
 def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Module:
-    """A network ready to use (in eval mode, float32), by the name of a shipped style or from a file.
+    """A network ready to use (in eval mode, float32), by the name of a shipped one or from a file.
 
     Reads this project's ``.safetensors`` and state_dicts of PyTorch's fast_neural_style example, at any width, old
     ones with ``running_mean`` keys and those saved from ``DataParallel`` included.
 
     Raises:
-        InputError: no such file or style, a damaged file, another architecture, weights that are not finite.
+        InputError: no such file or name, a damaged file, another architecture, weights that are not finite.
     """
     path = Path(name_or_path)
-    if not path.exists() and str(name_or_path) in STYLES:
-        path = STYLES[str(name_or_path)]
+    if not path.exists():
+        path = (STYLES | SUPER_RESOLUTION).get(str(name_or_path), path)
     tensors, metadata = read_tensors(path)
     if "network" in metadata:
         net = _build(path, metadata)

@@ -23,7 +23,8 @@ class PhotoCrops(Dataset[Sample]):
 
     Crop ``i`` depends on the seed and ``i`` only: each epoch is a fresh permutation, and each crop (shorter side
     resized to ``size``, random position along the other, mirrored half the time) draws from a generator of its own.
-    A run that starts again at ``i`` therefore sees what it would have seen, whatever the number of workers.
+    A run that starts again at ``i`` therefore sees what it would have seen, whatever the number of workers. Without
+    ``resize`` crops are of the photos' own pixels, from anywhere; only photos too small are made larger.
 
     An item is a uint8 tensor [3, size, size] and the files found unreadable on the way to it: the next file of the
     permutation takes the place of one that cannot be read.
@@ -32,8 +33,8 @@ class PhotoCrops(Dataset[Sample]):
         InputError: no such folder, no images in it, or (from an item) none that can be read.
     """
 
-    def __init__(self, folder: PathLike, size: int, seed: int = 0) -> None:
-        self.folder, self.size, self.seed = folder, size, seed
+    def __init__(self, folder: PathLike, size: int, seed: int = 0, resize: bool = True) -> None:
+        self.folder, self.size, self.seed, self.resize = folder, size, seed, resize
         self.paths = find_images(folder)
 
     def __getitem__(self, i: int) -> Sample:
@@ -48,8 +49,9 @@ class PhotoCrops(Dataset[Sample]):
         raise InputError(f"{self.folder}: none of the {len(self.paths)} images can be read")
 
     def _crop(self, path: PathLike, rng: np.random.Generator) -> Tensor:
-        image = read_image(path, enough=self.size).rgb
+        image = read_image(path, enough=self.size if self.resize else None).rgb
         scale = self.size / min(image.size)
+        scale = scale if self.resize else max(scale, 1.0)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
         left, top = rng.integers(width - self.size + 1), rng.integers(height - self.size + 1)
         # Resizing the crop's own part of the photo, rather than all of it and cropping then.

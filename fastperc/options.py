@@ -1,11 +1,26 @@
-"""What the texts of the command line's options stand for. Python alone: `--help` is to be instant."""
+"""The command line's options: what their texts stand for, and those that several commands have.
+
+Python alone before a command runs: `--help` is to be instant.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from fastperc.errors import InputError
 from fastperc.presets import MINIMUM_SIDE
+from fastperc.weights import STYLES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from fastperc.training import Recipe
+
+DEFAULT_STYLE = "great_wave"
 
 
 def path(text: str) -> Path:
@@ -82,3 +97,101 @@ def sizes(text: str) -> list[tuple[int, int]]:
             raise argparse.ArgumentTypeError(f"{name} is no size like 512 or 1920x1080, {MINIMUM_SIDE} pixels and more")
         found.append((int(sides[0]), int(sides[-1])))
     return found
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options that name a style network."""
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--style", default=DEFAULT_STYLE, metavar="NAME", help=f"one of {', '.join(STYLES)}; default: %(default)s"
+    )
+    model.add_argument(
+        "--model",
+        type=path,
+        metavar="FILE",
+        help="a trained network: fastperc's .safetensors, or a state_dict of PyTorch's fast_neural_style example",
+    )
+
+
+def model_file(arguments: argparse.Namespace) -> Path:
+    """The file of the network that :func:`add_model`'s options name."""
+    if arguments.model is None and arguments.style not in STYLES:
+        raise InputError(f"no style {arguments.style!r}; there are {', '.join(STYLES)} (or give a --model FILE)")
+    return arguments.model or STYLES[arguments.style]
+
+
+def load_style(source: Path, device: torch.device) -> nn.Module:
+    """The style network in the file ``source``."""
+    from fastperc import checkpoints
+    from fastperc.models import TransformNet
+
+    net = checkpoints.load(source, device)
+    if not isinstance(net, TransformNet):
+        raise InputError(f"{source}: holds a {type(net).__name__}, which is no style network")
+    return net
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+
+
+def add_tile(parser: argparse.ArgumentParser, paints: str) -> None:
+    """``--tile``, for a command that ``paints`` large pictures."""
+    parser.add_argument(
+        "--tile",
+        type=tile,
+        default="auto",
+        metavar="auto|N|off",
+        help=f"{paints} in parts of N pixels a side, which looks the same and takes less memory; default: auto, where "
+        "the whole would take more than 2 GiB",
+    )
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """What a training run reads and where it writes."""
+    parser.add_argument("--data", required=True, type=path, metavar="DIR", help="a folder of photos, flat or nested")
+    parser.add_argument(
+        "--out", required=True, type=path, metavar="DIR", help="where checkpoints, previews and the result go"
+    )
+    parser.add_argument(
+        "--vgg",
+        type=path,
+        metavar="FILE",
+        help="VGG-16 weights (.npz, .pth or .safetensors); default: fetch torchvision's",
+    )
+    parser.add_argument("--init", type=path, metavar="FILE", help="a trained network of the same shape to start from")
+
+
+def add_loop(parser: argparse.ArgumentParser, iterations: int, size: int) -> None:
+    """How a training run goes on."""
+    loop = parser.add_argument_group("the loop")
+    loop.add_argument("--iterations", type=positive, default=iterations, metavar="N", help="default: %(default)s")
+    loop.add_argument(
+        "--size", type=positive, default=size, metavar="N", help="side of the training crops; default: %(default)s"
+    )
+    loop.add_argument("--batch", type=positive, default=4, metavar="N", help="default: %(default)s")
+    loop.add_argument("--lr", type=positive_float, default=1e-3, metavar="X", help="Adam's step; default: %(default)s")
+    loop.add_argument("--decay", action="store_true", help="lower the step to zero along a cosine; suits short runs")
+    loop.add_argument("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
+    loop.add_argument("--amp", action="store_true", help="autocast to bfloat16")
+    loop.add_argument(
+        "--workers", type=natural, default=1, metavar="N", help="processes that load photos; default: %(default)s"
+    )
+    loop.add_argument(
+        "--checkpoint-every", type=positive, default=1000, metavar="N", help="iterations; default: %(default)s"
+    )
+    loop.add_argument("--resume", action="store_true", help="continue the run in --out")
+    loop.add_argument("--tensorboard", action="store_true", help="also log to DIR/tensorboard")
+    add_device(loop)
+
+
+def recipe_fields(recipe: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ``recipe`` that options of the same names spell; files by their full names."""
+    from dataclasses import fields
+
+    from fastperc.devices import find_device
+    from fastperc.training import FILES
+
+    spelt = {field.name: given[field.name] for field in fields(recipe) if field.name in given}
+    files = {name: str(spelt[name].resolve()) for name in FILES if spelt.get(name)}
+    return spelt | files | dict(device=str(find_device(given["device"])))

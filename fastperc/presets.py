@@ -24,3 +24,6 @@ CONVENTIONS: dict[str, dict[str, float]] = {
     "means": dict(content_weight=1.0, style_weight=5.0, tv_weight=1e-6),
     "relative": dict(content_weight=0.3, style_weight=1.0, tv_weight=0.0),
 }
+
+SCALES = (2, 4, 8, 16)  # how many times a super-resolution network may enlarge; the paper's are 4 and 8
+ARCHITECTURES = ("paper", "srcnn", "srcnn-915")  # of super-resolution: Table 2; Dong et al.'s 9-5-5 and 9-1-5

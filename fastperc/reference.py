@@ -6,6 +6,7 @@ serves, and the baseline the benchmarks time. Each function is written as its fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,35 @@ def tv_loss(x: Tensor, norm: str = "l2", reduction: str = "sum") -> Tensor:
     dy = x[..., 1:, :] - x[..., :-1, :]
     total = dx.square().sum() + dy.square().sum() if norm == "l2" else dx.abs().sum() + dy.abs().sum()
     return total / x.numel() if reduction == "mean" else total
+
+
+def bicubic(x: Tensor, size: Sequence[int]) -> Tensor:
+    """``x`` [N, C, H, W] resampled to ``size``, height and width, by the a = -½ cubic, antialiased.
+
+    That is MATLAB's imresize, which the literature of super-resolution measures against. In float32 or wider.
+    """
+    return F.interpolate(widen(x), size=tuple(size), mode="bicubic", antialias=True)  # without it torch takes a = -¾
+
+
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
+    """``x`` [N, C, H, W] blurred by a Gaussian of ``sigma`` pixels, cut at 4σ; the image goes on in its mirror."""
+    radius = math.ceil(4 * sigma)
+    offsets = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    planes = reflect_pad(x, radius, radius, radius, radius).flatten(0, 1)[:, None]
+    planes = F.conv2d(F.conv2d(planes, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+    return planes.view(x.shape)
+
+
+def degrade(x: Tensor, scale: int, blur: float = 0.0) -> Tensor:
+    """What a super-resolution network is to undo: ``x`` [N, 3, H, W] made small, RGB in 0–1.
+
+    Blurred by a Gaussian of ``blur`` pixels (the paper trains with 1), bicubic to 1/``scale``, then rounded to 8 bits
+    as a file of it would be. H and W are multiples of ``scale``.
+    """
+    x = gaussian_blur(x, blur) if blur else x
+    return to_levels(bicubic(x, (x.shape[2] // scale, x.shape[3] // scale))).to(x.dtype) / 255
 
 
 def gram_matrix(x: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def pixels(image: Image.Image) -> np.ndarray:
+    """The levels of an image, as integers that may be subtracted."""
+    return np.asarray(image).astype(int)
+
+
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six photos, some in a folder within, and one file that only claims to be one."""

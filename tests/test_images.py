@@ -11,7 +11,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from conftest import picture, pixels
 from PIL import Image, ImageCms
 
 from fastperc import InputError
@@ -36,10 +36,6 @@ def exif(**more):
     for tag, value in (CAMERA | {int(key[1:]): value for key, value in more.items()}).items():
         tags[tag] = value
     return tags.tobytes()
-
-
-def pixels(image):
-    return np.asarray(image).astype(int)
 
 
 def through(image, path, **options):

@@ -15,8 +15,9 @@ from conftest import picture
 from PIL import Image
 from safetensors import safe_open
 
-from fastperc import TransformNet, TVLoss, training
-from fastperc.cli import build_parser, main, recipe_from
+from fastperc import TransformNet, TVLoss, style_training, training
+from fastperc.cli import build_parser, main
+from fastperc.commands.train import recipe_from
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +167,10 @@ def test_it_learns(options, tmp_path):
     recipe = recipe_from(build_parser().parse_args([*options, "--out", "unused", "--iterations", "40"]))
     torch.manual_seed(0)
     net = TransformNet("instance", width=8)
-    loss = training.build_loss(recipe.style, 32, recipe.vgg, recipe.style_layers, recipe.content_layer)
+    loss = style_training.build_loss(recipe.style, 32, recipe.vgg, recipe.style_layers, recipe.content_layer)
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
     photos = torch.rand(2, 3, 32, 32)
-    totals = [training.train_step(net, loss, optimizer, photos, amp=False).total.item() for _ in range(40)]
+    totals = [training.train_step(net, loss, optimizer, photos, photos, amp=False).total.item() for _ in range(40)]
     assert totals[-1] < 0.6 * totals[0]
 
 
@@ -188,11 +189,11 @@ def test_tensorboard_logs(options, tmp_path):
 
 
 def test_the_step_size_decays_to_zero_when_asked():
-    recipe = training.Recipe(style="", data="", iterations=100, lr=0.5, decay=True)
+    recipe = training.Recipe(data="", iterations=100, lr=0.5, decay=True)
     assert training.learning_rate(recipe, 1) == 0.5
     assert abs(training.learning_rate(recipe, 51) - 0.25) < 1e-9
     assert 0 < training.learning_rate(recipe, 100) < 1e-3
-    assert training.learning_rate(training.Recipe(style="", data=""), 40_000) == 1e-3
+    assert training.learning_rate(training.Recipe(data=""), 40_000) == 1e-3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""Photographs enlarged by a super-resolution network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from fastperc import reference
+from fastperc.engine import Watch, freeze, unwatched
+from fastperc.errors import InputError
+from fastperc.images import MAX_PIXELS, Photo
+from fastperc.models import SRCNN
+from fastperc.pictures import Painter, painted
+from fastperc.presets import MINIMUM_SIDE
+from fastperc.reference import Window
+from fastperc.tiling import grid
+
+BAND_SIDE = 256  # pixels of the image: the parts in which SRCNN paints
+
+
+def upscale(
+    painter: Painter, photo: Photo, match: bool = True, tile: int | str = "auto", watch: Watch = unwatched
+) -> Photo:
+    """``photo``, ``painter.scale`` times as wide and high, with its alpha and metadata. Gray photos stay gray.
+
+    Args:
+        painter: a frozen super-resolution network, or what :func:`painter_of` makes of any.
+        photo: of any size.
+        match: give each channel of the result the histogram of the photo's, as the paper does (section 4.2).
+        tile, watch: as :meth:`fastperc.engine.Engine.tiles` has them.
+
+    Raises:
+        FloatingPointError: the network's output is not a number.
+        InputError: the result would be too large for a file or for memory.
+    """
+    width, height = (side * painter.scale for side in photo.rgb.size)
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{width}×{height} is larger than {MAX_PIXELS:,} pixels")
+    small = photo.levels()
+    gray = bool((small == small[..., :1]).all())
+    beyond = [max(MINIMUM_SIDE - side, 0) for side in photo.rgb.size]  # what the network wants of a tiny image
+    image = F.pad(small.permute(2, 0, 1)[None].float(), (0, beyond[0], 0, beyond[1]), mode="replicate")
+    image = image[0].permute(1, 2, 0).to(torch.uint8)
+
+    large = torch.empty(image.shape[0] * painter.scale, image.shape[1] * painter.scale, 3, dtype=torch.uint8)
+    for rows, columns, part in painted(painter, image, tile, watch):
+        part = reference.luma(part).expand(-1, 3, -1, -1) if gray else part
+        large[rows, columns] = reference.to_levels(part)[0].permute(1, 2, 0)
+    large = large[:height, :width]
+    if match:
+        large = match_histograms(large, small)
+    alpha = photo.alpha and photo.alpha.resize((width, height), Image.Resampling.BICUBIC)
+    return Photo(Image.fromarray(large.numpy()), alpha, photo.metadata)
+
+
+def match_histograms(levels: Tensor, target: Tensor) -> Tensor:
+    """``levels`` with each channel's distribution that of ``target``'s; uint8 [H, W, C], of any sizes.
+
+    A level becomes the one at the same rank in the target.
+    """
+    matched = torch.empty_like(levels)
+    for channel in range(levels.shape[2]):
+        ranks, _ = _ranks(levels[..., channel])
+        target_ranks, there = _ranks(target[..., channel])
+        table = np.interp(ranks, target_ranks[there], np.flatnonzero(there))
+        matched[..., channel] = torch.from_numpy(table.round().astype(np.uint8))[levels[..., channel].long()]
+    return matched
+
+
+def _ranks(levels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Which share of the pixels lies below each of the 256 levels, half of its own counted; and which levels occur."""
+    counts = torch.bincount(levels.flatten(), minlength=256).numpy()
+    return (counts.cumsum() - counts / 2) / counts.sum(), counts > 0
+
+
+def painter_of(net: nn.Module) -> Painter:
+    """``net`` as fast as it paints: frozen, or an :class:`SRCNN` in parts."""
+    return Bands(net) if isinstance(net, SRCNN) else freeze(net)
+
+
+class Bands:
+    """An :class:`SRCNN`, which is no chain of this project's layers and is not frozen, part by part."""
+
+    def __init__(self, net: SRCNN) -> None:
+        self.net, self.scale = net.eval(), net.scale
+
+    @torch.inference_mode()
+    def tiles(
+        self, image: Tensor, tile: int | str = "auto", dtype: torch.dtype | None = None, watch: Watch = unwatched
+    ) -> Iterator[tuple[Window, Tensor]]:
+        """As :meth:`fastperc.engine.Engine.tiles`; the image is uint8 [H, W, 3], the parts RGB in 0–1."""
+        x = image.permute(2, 0, 1)[None].to(self.net.conv1.weight.device, dtype) / 255
+        height, width = x.shape[2:]
+        side = max(height, width) if tile == "off" else BAND_SIDE if tile == "auto" else int(tile)
+        regions = grid(height, width, side, multiple=1)
+        for _, region in zip(watch(range(len(regions)), "painting", len(regions)), regions):
+            top, left = max(region.top - self.net.margin, 0), max(region.left - self.net.margin, 0)
+            bottom, right = region.top + region.height + self.net.margin, region.left + region.width + self.net.margin
+            y = self.net(x[:, :, top:bottom, left:right])
+            where = Window(*(self.scale * pixels for pixels in region))
+            rows, columns = where.top - self.scale * top, where.left - self.scale * left
+            yield where, y[:, :, rows : rows + where.height, columns : columns + where.width]
