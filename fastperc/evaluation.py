@@ -76,21 +76,21 @@ def psnr(x: Tensor, target: Tensor, data_range: float = 1.0) -> Tensor:
 
 
 def ssim(x: Tensor, target: Tensor, data_range: float = 1.0) -> Tensor:
-    """Structural similarity (Wang et al. 2004): Gaussian windows of 11×11, σ = 1.5, where they lie within the image.
+    """Structural similarity (Wang et al. 2004): Gaussian windows of 11×11, σ = 1.5, about each pixel.
 
     Args:
-        x, target: [..., H, W] with H and W of at least 11; computed in float64.
+        x, target: [..., H, W] with H and W of at least 6, mirrored outwards; computed in float64.
         data_range: as for :func:`psnr`.
 
     Returns:
-        The mean over all windows, a float64 scalar; 1 where the two are equal.
+        The mean over all pixels, a float64 scalar; 1 where the two are equal.
 
     Raises:
-        ValueError: the shapes differ, or hold no window.
+        ValueError: the shapes differ, or are too small.
     """
     _check_shapes(x, target)
-    if x.dim() < 2 or min(x.shape[-2:]) < 11:
-        raise ValueError(f"ssim needs [..., H, W] with H and W of at least 11, got {list(x.shape)}")
+    if x.dim() < 2 or min(x.shape[-2:]) < 6:
+        raise ValueError(f"ssim needs [..., H, W] with H and W of at least 6, got {list(x.shape)}")
     offsets = torch.arange(-5, 6, dtype=torch.float64, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / 1.5) ** 2)
     kernel = kernel / kernel.sum()
@@ -98,7 +98,8 @@ def ssim(x: Tensor, target: Tensor, data_range: float = 1.0) -> Tensor:
     def mean(values: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(values, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
 
-    x, y = (values.double().reshape(-1, 1, *values.shape[-2:]) for values in (x, target))
+    planes = (values.double().reshape(-1, 1, *values.shape[-2:]) for values in (x, target))
+    x, y = (F.pad(plane, (5, 5, 5, 5), mode="reflect") for plane in planes)
     mean_x, mean_y = mean(x), mean(y)
     variance_x, variance_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
     covariance = mean(x * y) - mean_x * mean_y
@@ -175,7 +176,7 @@ def compare(
     for name, path in paths:
         photo = read_image(path).rgb
         width, height = (side // scale * scale for side in photo.size)
-        if min(width, height) < max(scale * MINIMUM_SIDE, 11 + 2 * scale):
+        if min(width, height) < scale * MINIMUM_SIDE:
             raise InputError(
                 f"{path}: {photo.width}×{photo.height} is too small, both sides need {scale * MINIMUM_SIDE} pixels"
             )
@@ -256,6 +257,7 @@ def figure(comparison: Comparison) -> Image.Image:
     for panel, *lines in panels:
         sheet.paste(panel, (left, 0))
         for row, line in enumerate(lines):
+            line = line if len(line) <= 32 else f"…{line[-31:]}"
             draw.text((left + panel.width / 2, PANEL + 4 + 20 * row), line, fill="black", font=font, anchor="ma")
         left += panel.width + GAP
     return sheet

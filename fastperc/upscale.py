@@ -89,7 +89,7 @@ class Bands:
     def __init__(self, net: SRCNN) -> None:
         self.net, self.scale = net.eval(), net.scale
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def tiles(
         self, image: Tensor, tile: int | str = "auto", dtype: torch.dtype | None = None, watch: Watch = unwatched
     ) -> Iterator[tuple[Window, Tensor]]:

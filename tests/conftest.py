@@ -120,3 +120,10 @@ def model(tmp_path_factory):
 @pytest.fixture
 def vgg_options(vgg_file):
     return "--vgg", vgg_file, "--style-layers", "relu1_2,relu2_2", "--content-layer", "relu2_2"
+
+
+@pytest.fixture(scope="session")
+def sr_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "x4.safetensors"
+    fastperc.save(fastperc.SuperResolutionNet(4, width=4), path)
+    return path

@@ -104,6 +104,42 @@ def test_train_refuses_a_bad_painting(refused, here, photo_folder, vgg_options, 
             says=BAD_PHOTOS[kind])  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", [*sorted(BAD_PHOTOS.keys() - {"one pixel"}), "folder without images"])
+def test_upscale_refuses_a_bad_photo(refused, here, sr_model, kind):
+    bad_photo(kind, here / "bad.png")
+    says = (BAD_PHOTOS | {"folder without images": "bad.png: no images"})[kind]
+    refused("sr", "upscale", "bad.png", "-o", "new/out.png" if kind in BAD_PHOTOS else "new", "--model", sr_model,
+            says=says)  # fmt: skip
+
+
+def test_upscale_refuses_a_photo_too_large(refused, here, sr_model):
+    Image.new("L", (4000, 3000)).save("large.png")
+    refused("sr", "upscale", "large.png", "--model", sr_model, says="large.png: 16000×12000 is larger than")
+
+
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [
+        ("nowhere", "nowhere: no such folder"),
+        ("empty", "empty: no images in this folder"),
+        ("bad", "bad.png: not an image"),
+        (".", "photo.png: 32×24 is too small, both sides need 64 pixels"),
+    ],
+)
+def test_eval_refuses_a_bad_folder(refused, here, folder, says):
+    (here / "empty").mkdir()
+    if folder == "bad":
+        (here / "bad").mkdir()
+        (here / "bad" / "bad.png").touch()
+    refused("sr", "eval", "--data", folder, "--methods", "bicubic", "--csv", "new/a.csv", says=says)
+
+
+def test_super_resolution_refuses_other_networks(refused, model, sr_model):
+    refused("sr", "upscale", "photo.png", "--model", model, says="TransformNet, which is no super-resolution network")
+    refused("sr", "upscale", "photo.png", "--model", sr_model, "--scale", 8, says="enlarges 4 times, not 8")
+    refused("stylize", "photo.png", "--model", sr_model, says="SuperResolutionNet, which is no style network")
+
+
 # Bad models
 
 
@@ -388,6 +424,18 @@ BAD_OPTIONS = {
     "optimize photo.png --style a": "the following arguments are required: -o/--out",
     "optimize photo.png --style a -o b --iterations 0": "argument --iterations: 0 is below 1",
     "optimize photo.png --style a -o b --optimizer sgd": "argument --optimizer: invalid choice: 'sgd'",
+    "sr": "fastperc sr: the following arguments are required: COMMAND",
+    "sr nonesuch": "invalid choice: 'nonesuch'",
+    "sr upscale": "fastperc sr upscale: the following arguments are required: INPUT",
+    "sr upscale photo.png --scale 3": "argument --scale: invalid choice: 3",
+    "sr upscale photo.png --method best": "argument --method: invalid choice: 'best'",
+    "sr upscale photo.png --method pixel --model m": "not allowed with argument",
+    "sr upscale photo.png --scale 16": "no 'feature' network ships for ×16",
+    "sr eval": "fastperc sr eval: the following arguments are required: --data",
+    "sr eval --data . --methods ,": "argument --methods: no name given",
+    "sr eval --data . --methods bicubic,best": "best: neither a method (bicubic, srcnn, pixel, feature) nor a file",
+    "sr eval --data . --blur -1": "argument --blur: -1 is not a finite number from 0 up",
+    "sr train --out run": "the following arguments are required: --data",
     "doctor now": "unrecognized arguments: now",
 }
 

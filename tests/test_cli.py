@@ -110,9 +110,12 @@ def test_help_takes_less_than_a_second():
     assert min(seconds() for _ in range(3)) < 1
 
 
-@pytest.mark.parametrize("command", ["stylize", "train", "optimize", "tune", "bench", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["stylize", "train", "sr", "sr train", "sr upscale", "sr eval", "optimize", "tune", "bench", "doctor"],
+)
 def test_help_of_each_command(run, command):
-    status, out, err = run(command, "--help")
+    status, out, err = run(*command.split(), "--help")
     assert (status, err) == (0, "") and out.startswith(f"usage: fastperc {command}")
     assert max(map(len, out.splitlines())) <= 120
     assert out.isascii(), "a terminal that speaks less than Unicode would get a traceback"

@@ -30,6 +30,22 @@ def test_every_epoch_shows_every_photo_in_a_new_order(tmp_path):
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+def test_crops_of_the_photos_own_pixels(tmp_path):
+    photo = picture(50, 40)
+    photo.save(tmp_path / "a.png")
+    crops, places = PhotoCrops(tmp_path, 16, resize=False), set()
+    whole = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+    windows = whole.unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4)  # by row and column of the first pixel
+    for i in range(12):
+        crop, _ = crops[i]
+        here = [(windows == one).all(dim=(2, 3, 4)).nonzero().tolist() for one in (crop, crop.flip(2))]
+        (place,) = here[0] or here[1]
+        places.add(tuple(place))
+    rows, columns = zip(*places)
+    assert len(places) > 6 and max(rows) - min(rows) > 8 and max(columns) - min(columns) > 8
+    assert PhotoCrops(tmp_path, 64, resize=False)[0][0].shape == (3, 64, 64), "a small photo is made larger"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_begin_anywhere(photo_folder, workers):
     crops = PhotoCrops(photo_folder, 16)

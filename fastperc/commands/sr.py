@@ -173,7 +173,7 @@ def add_eval(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "eval",
         help="measure PSNR and SSIM against ground truth",
-        description="Makes the images of a folder small, enlarges them by each method, and compares the luma with the "
+        description="Makes the images of a folder small, enlarges them by each method, and compares the luma with the\n"
         "original's: PSNR in dB and SSIM, beside the paper's figures where the folder is called Set5, Set14 or BSD100.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"

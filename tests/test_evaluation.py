@@ -1,0 +1,204 @@
+"""PSNR and SSIM against torchmetrics, the protocol against the paper's figures, and what is made of the scores."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture, pixels
+from PIL import Image
+
+from fastperc import InputError, evaluation
+from fastperc.evaluation import PAPER, Comparison, Score, psnr, ssim
+from fastperc.images import Photo, read_image
+
+SET5 = Path(__file__).parents[2] / "shared" / "sr" / "Set5"  # where it lies beside the checkout
+needs_set5 = pytest.mark.skipif(not SET5.exists(), reason="Set5 is not here")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6, 11), (2, 3, 31, 50), (1, 1, 65, 40)], ids=str)
+@pytest.mark.parametrize("data_range", [1.0, 255.0])
+def test_psnr_and_ssim_are_those_of_torchmetrics(shape, data_range):
+    metrics = pytest.importorskip("torchmetrics.functional.image")
+    x = torch.rand(shape, dtype=torch.float64) * data_range
+    y = (x + 0.1 * data_range * torch.randn_like(x)).clamp(0, data_range)
+    expected = metrics.peak_signal_noise_ratio(y, x, data_range=data_range)
+    assert abs(psnr(y, x, data_range) - expected) < 1e-5
+    if min(shape[2:]) >= 6:
+        expected = metrics.structural_similarity_index_measure(y, x, data_range=data_range)
+        assert abs(ssim(y, x, data_range) - expected) < 1e-9
+
+
+def test_equal_images():
+    x = torch.rand(20, 30)
+    assert psnr(x, x) == math.inf and ssim(x, x) == 1
+
+
+def test_half_precision_is_not_lost():
+    x, y = torch.rand(40, 40).half() * 255, torch.rand(40, 40).half() * 255
+    assert abs(psnr(x, y, 255) - psnr(x.double(), y.double(), 255)) < 1e-12
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_shapes_that_differ_are_refused(measure):
+    with pytest.raises(ValueError, match=r"equal shapes, got \[8, 9\] and \[9, 8\]"):
+        measure(torch.rand(8, 9), torch.rand(9, 8))
+
+
+def test_ssim_refuses_images_without_a_window():
+    with pytest.raises(ValueError, match="at least 6"):
+        ssim(torch.rand(5, 60), torch.rand(5, 60))
+
+
+def test_luma_is_that_of_matlab():
+    """rgb2ycbcr's Y of the corners of the colour cube; of a gray image the level itself."""
+    corners = torch.tensor([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], dtype=torch.uint8)
+    assert evaluation.luma(corners).tolist() == [[16, 235, 81, 145, 41]]
+    assert evaluation.luma(corners, gray=True).tolist() == [[0, 255, 255, 0, 0]]
+
+
+def test_a_score_leaves_out_the_border_and_knows_gray():
+    truth = np.full((30, 40, 3), 100, dtype=np.uint8)
+    other = truth.copy()
+    other[:4] += 100
+    other[10, 10] += 50
+    border = evaluation.score(Photo(Image.fromarray(other)), Photo(Image.fromarray(truth)), 4)
+    assert abs(border.psnr - 10 * math.log10(255**2 / (50**2 / (22 * 32)))) < 1e-9
+    truth[0, 0, 2] = 101  # no longer gray: the luma spans 219 levels
+    colour = evaluation.score(Photo(Image.fromarray(other)), Photo(Image.fromarray(truth)), 4)
+    assert abs(colour.psnr - border.psnr - 20 * math.log10(50 / 43)) < 1e-9  # 43 = round(219 / 255 · 50)
+
+
+@needs_set5
+def test_bicubic_on_set5_is_as_published():
+    scores = [one.scores for one in evaluation.compare(files(SET5), {"bicubic": evaluation.bicubic(4)}, 4)]
+    mean = evaluation.mean(scores)["bicubic"]
+    assert abs(mean.psnr - 28.42) < 0.02 and abs(mean.ssim - 0.810) < 0.001
+
+
+def read_csv(path):
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
+
+
+def files(folder):
+    return [(path.name, path) for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_compare_crops_to_the_scale_and_hands_methods_the_small_image(tmp_path, scale):
+    picture(150, 139).save(tmp_path / "a.png")
+    seen = []
+
+    def watch(photo):
+        seen.append(photo.rgb.size)
+        return evaluation.bicubic(scale)(photo)
+
+    (found,) = evaluation.compare(files(tmp_path), {"mine": watch}, scale, blur=1.0)
+    width, height = 150 // scale * scale, 139 // scale * scale
+    assert seen == [(width // scale, height // scale)]
+    assert found.truth.rgb.size == found.pictures["mine"].rgb.size == (width, height)
+    assert 10 < found.scores["mine"].psnr < 60
+
+
+def test_an_image_too_small_is_refused(tmp_path):
+    picture(63, 80).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="63×80 is too small, both sides need 64 pixels"):
+        list(evaluation.compare(files(tmp_path), {"bicubic": evaluation.bicubic(4)}, 4))
+
+
+SCORES = {
+    "a.png": {"bicubic": Score(20.0, 0.5), "pixel": Score(21.0, 0.75)},
+    "b.png": {"bicubic": Score(30.0, 0.7), "pixel": Score(math.inf, 1.0)},
+}
+
+
+def test_the_table_has_each_image_the_mean_and_the_paper():
+    lines = evaluation.as_markdown(SCORES, PAPER[4, "set5"]).splitlines()
+    assert len({len(line) for line in lines}) == 1, "aligned"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["PSNR / SSIM", "bicubic", "pixel"]
+    assert cells[2] == ["a.png", "20.00 / 0.5000", "21.00 / 0.7500"]
+    assert cells[4] == ["**mean**", "**25.00 / 0.6000**", "**inf / 0.8750**"]
+    assert cells[5] == ["the paper's mean", "28.43 / 0.8114", "28.40 / 0.8205"]
+    assert "paper" not in evaluation.as_markdown(SCORES, {})
+
+
+def test_the_csv_has_a_row_for_each_image_and_the_mean(tmp_path):
+    evaluation.write_csv(tmp_path / "new" / "scores.csv", SCORES)
+    rows = read_csv(tmp_path / "new" / "scores.csv")
+    assert [row["image"] for row in rows] == ["a.png", "b.png", "mean"]
+    assert list(rows[0]) == ["image", "bicubic_psnr", "bicubic_ssim", "pixel_psnr", "pixel_ssim"]
+    assert float(rows[2]["bicubic_psnr"]) == 25 and float(rows[2]["pixel_ssim"]) == 0.875
+
+
+@pytest.mark.parametrize(
+    ("folder", "psnr"), [("Set5", 28.43), ("set-14", 25.99), ("B100", 25.96), ("BSD100", 25.96), ("photos", None)]
+)
+def test_the_paper_is_known_by_the_name_of_the_folder(tmp_path, folder, psnr):
+    published = evaluation.published(tmp_path / folder, 4)
+    assert (published["bicubic"].psnr if published else None) == psnr
+
+
+def test_a_figure_shows_where_the_methods_differ(tmp_path):
+    """The truth is gray; the first method is wrong in one corner. That corner is framed and shown."""
+    truth = Image.new("RGB", (160, 120), (100, 100, 100))
+    wrong = truth.copy()
+    wrong.paste((200, 0, 0), (120, 88, 150, 118))
+    comparison = Comparison(
+        "a.png",
+        Photo(truth),
+        {"bicubic": Photo(wrong), "pixel": Photo(truth)},
+        {"bicubic": Score(20.0, 0.5), "pixel": Score(30.0, 0.9)},
+    )
+    sheet = pixels(evaluation.figure(comparison))
+    whole = 160 * 288 // 120
+    assert sheet.shape == (288 + 44, whole + 3 * (288 + 12), 3)
+    frame = (sheet[:288, :whole] == [255, 0, 0]).all(axis=2)
+    rows, columns = np.nonzero(frame)
+    assert rows.min() > 288 * 0.6 and columns.min() > whole * 0.6
+    panels = [sheet[:288, whole + 12 + i * 300 :][:, :288] for i in range(3)]
+    assert (panels[0] == 100).all() and (panels[2] == 100).all()
+    assert (panels[1] == [200, 0, 0]).all(axis=2).mean() > 0.9
+    assert (sheet[292:] < 128).any(), "captions"
+
+
+# The command line
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("set/nested").mkdir(parents=True)
+    picture(101, 90).save("set/a.png")
+    picture(80, 96, seed=1).convert("L").save("set/nested/b.png")
+    return Path("set")
+
+
+def test_eval_prints_and_writes(run, photos):
+    files = "--csv", "out/scores.csv", "--markdown", "out/table.md", "--pictures", "out/pictures"
+    status, out, err = run("sr", "eval", "--data", photos, "--methods", "bicubic", "--scale", 4, *files)
+    assert status == 0, err
+    assert out == Path("out/table.md").read_text()
+    rows = read_csv("out/scores.csv")
+    assert [row["image"] for row in rows] == ["a.png", "nested/b.png", "mean"]
+    for row, name in zip(rows, ("a.png", "nested/b.png")):
+        assert f"{float(row['bicubic_psnr']):.2f} / {float(row['bicubic_ssim']):.4f}" in out
+        assert read_image(Path("out/pictures", name)).rgb.height == 288 + 44
+
+
+def test_eval_takes_networks_from_files(run, photos, sr_model):
+    status, out, err = run("sr", "eval", "--data", photos, "--methods", f"bicubic,{sr_model}", "--device", "cpu")
+    assert status == 0, err
+    assert out.splitlines()[0].split(" | ")[-1].strip(" |") == str(sr_model)
+
+
+def test_blur_makes_it_harder(run, photos):
+    def mean(*options):
+        assert run("sr", "eval", "--data", photos, "--methods", "bicubic", "--csv", "a.csv", *options).status == 0
+        return float(read_csv("a.csv")[-1]["bicubic_psnr"])
+
+    assert mean("--blur", 2) < mean("--blur", 1) < mean()

@@ -1,0 +1,119 @@
+"""Photographs through a super-resolution network, from files to files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture, pixels
+from PIL import Image
+
+from fastperc import SRCNN, InputError, SuperResolutionNet, reference, save
+from fastperc.images import Photo, read_image
+from fastperc.upscale import match_histograms, painter_of, upscale
+
+
+def network(scale=4):
+    torch.manual_seed(0)
+    return SuperResolutionNet(scale, width=4).eval()
+
+
+@pytest.fixture(scope="module")
+def painter():
+    return painter_of(network())
+
+
+@pytest.mark.parametrize("make", [network, SRCNN, lambda: SRCNN(2, (9, 1, 5))], ids=["sr", "srcnn", "srcnn-x2"])
+@pytest.mark.parametrize("size", [(16, 16), (33, 18), (61, 47)], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_the_picture_is_what_the_network_says(make, size):
+    net, photo = make(), Photo(picture(*size))
+    with torch.inference_mode():
+        expected = reference.to_levels(net(photo.tensor()))[0].permute(1, 2, 0)
+    large = upscale(painter_of(net), photo, match=False)
+    scale = net.config["scale"]
+    assert large.rgb.size == (scale * size[0], scale * size[1])
+    assert np.abs(pixels(large.rgb) - expected.numpy().astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("make", [network, SRCNN, lambda: SRCNN(8, (9, 1, 5))], ids=["sr", "srcnn", "srcnn-x8"])
+@pytest.mark.parametrize("tile", [16, 23])
+def test_parts_are_the_whole(make, tile):
+    painter, photo = painter_of(make()), Photo(picture(61, 47))
+    whole = upscale(painter, photo, match=False, tile="off").rgb
+    assert np.abs(pixels(upscale(painter, photo, match=False, tile=tile).rgb) - pixels(whole)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (15, 16)], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_tiny_images(painter, size):
+    assert upscale(painter, Photo(picture(*size))).rgb.size == (4 * size[0], 4 * size[1])
+
+
+def test_gray_stays_gray_and_alpha_and_metadata_are_kept(painter):
+    photo = Photo(picture(30, 20).convert("L").convert("RGB"), Image.new("L", (30, 20), 77), {"dpi": (72, 72)})
+    large = upscale(painter, photo)
+    levels = pixels(large.rgb)
+    assert (levels == levels[..., :1]).all() and levels.std() > 0
+    assert large.alpha.size == (120, 80) and large.alpha.getextrema() == (77, 77)
+    assert large.metadata == {"dpi": (72, 72)}
+
+
+def test_a_result_too_large_is_refused(painter):
+    with pytest.raises(InputError, match="40000×40000 is larger than"):
+        upscale(painter, Photo(Image.new("RGB", (10_000, 10_000))))
+
+
+def test_a_network_that_overflows_is_told():
+    net = SRCNN()
+    net.conv3.bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not a number"):
+        upscale(painter_of(net), Photo(picture(20, 20)))
+
+
+def test_matching_gives_the_histogram_of_the_photo():
+    torch.manual_seed(1)
+    levels = (torch.randn(90, 80, 3) * 20 + 90).clamp(0, 255).to(torch.uint8)
+    target = (torch.rand(30, 20, 3) * 200 + torch.tensor([0, 20, 50])).to(torch.uint8)
+    matched = match_histograms(levels, target).double()
+    ranks = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    for channel in range(3):
+        mine, wanted = (torch.quantile(one[..., channel].double().flatten(), ranks) for one in (matched, target))
+        assert (mine - wanted).abs().max() <= 3
+        order = levels[..., channel].flatten().long().argsort()
+        assert (matched[..., channel].flatten()[order].diff() >= 0).all(), "ranks are kept"
+
+
+def test_matching_an_image_to_itself_changes_nothing():
+    levels = Photo(picture(40, 30)).levels()
+    assert torch.equal(match_histograms(levels, levels), levels)
+    larger = levels.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    assert torch.equal(match_histograms(larger, levels), larger)
+
+
+def test_matching_one_colour():
+    flat = torch.full((8, 8, 3), 9, dtype=torch.uint8)
+    assert torch.equal(match_histograms(torch.randint(0, 256, (16, 16, 3)).to(torch.uint8), flat)[:8, :8], flat)
+
+
+# The command line
+
+
+def test_one_beside_the_photo(run, here, sr_model):
+    status, out, err = run("sr", "upscale", "photo.png", "--model", sr_model)
+    assert (status, out) == (0, ""), err
+    assert read_image("photo-x4.png").rgb.size == (128, 96)
+
+
+def test_a_folder_in_parts_without_matching(run, here, sr_model):
+    (here / "in").mkdir()
+    picture(40, 30).save("in/a.png")
+    picture(30, 40).convert("LA").save("in/b.png")
+    options = "--model", sr_model, "--tile", 20, "--no-match", "--scale", 4
+    assert run("sr", "upscale", "in", "-o", "out", *options).status == 0
+    assert read_image("out/a.png").rgb.size == (160, 120)
+    assert read_image("out/b.png").alpha.size == (120, 160)
+
+
+def test_srcnn_from_a_file(run, here):
+    save(SRCNN(4, (9, 1, 5)), "net.safetensors")
+    assert run("sr", "upscale", "photo.png", "-o", "large.png", "--model", "net.safetensors").status == 0
+    assert read_image("large.png").rgb.size == (128, 96)
