@@ -10,6 +10,7 @@ from networks import BOTH, INFERENCE, FromLevels, ToLevels, features, image, lay
 from torch import Tensor, nn
 
 from fastperc import ConvBNReLU
+from fastperc.modules import RGBConv
 
 # (batch, height, width)
 SHAPES = {"cpu": [(1, 128, 128)], "cuda": [(4, 256, 256), (1, 1024, 1024), (1, 512, 512), (1, 1080, 1920)]}
@@ -21,7 +22,7 @@ def stem() -> nn.Module:
 
 
 def head() -> nn.Module:
-    return nn.Conv2d(32, 3, 9, padding=4)
+    return RGBConv(32, 9, padding=4)
 
 
 def maps(n: int, height: int, width: int) -> Tensor:
@@ -46,6 +47,7 @@ CASES = [
         inputs=lambda inputs=inputs, size=size: (inputs(*size),),
         directions=directions if size in TRAINED[DEVICE] else INFERENCE,
         rounding=1e-3 if end.startswith("head to levels") else 0.0,
+        trains=DEVICE == "cpu" and end.startswith("head"),
     )
 ]
 

@@ -6,10 +6,12 @@ from harness import DEVICE, Case, runs
 from networks import forward, image, perceptual_loss, style_costs
 from torch import Tensor, nn
 
-from fastperc import TransformNet
+from fastperc import PixelLoss, SuperResolutionNet, TransformNet
 
 # (preset, deepest layer, batch, side)
-SHAPES = {"cpu": [("paper", "relu2_2", 1, 128)], "cuda": [("paper", "relu4_3", 4, 256)]}
+STYLES = {"cpu": [("paper", "relu2_2", 1, 128)], "cuda": [("paper", "relu4_3", 4, 256)]}
+# (scale, batch, side of the photos)
+SUPER_RESOLUTION = {"cpu": [(4, 1, 288)], "cuda": [(4, 4, 288)]}
 
 
 class Objective(nn.Module):
@@ -24,7 +26,20 @@ class Objective(nn.Module):
         return self.loss(self.net(photos), photos).total
 
 
+class Restoration(nn.Module):
+    """The loss of a super-resolution network on small photos [N, 3, H, W] and what they were."""
+
+    def __init__(self, scale: int) -> None:
+        super().__init__()
+        self.net = SuperResolutionNet(scale)
+        self.loss = PixelLoss()
+
+    def forward(self, small: Tensor, photos: Tensor) -> Tensor:
+        return self.loss(self.net(small), photos)
+
+
 DTYPE = {"cpu": "fp32", "cuda": "amp"}[DEVICE]
+TOLERANCE = {"fp32": (1e-5, 1e-2), "amp": (2e-2, 0.5)}[DTYPE]  # ReLUs that rounding switches
 
 CASES = [
     Case(
@@ -38,9 +53,24 @@ CASES = [
         fused=forward,
         channels_last=True,
         costs=lambda deepest=deepest, n=n, side=side: style_costs(deepest, n, side, DTYPE),
-        tolerance={"fp32": (1e-5, 1e-2), "amp": (2e-2, 0.5)}[DTYPE],  # ReLUs that rounding switches
+        tolerance=TOLERANCE,
     )
-    for preset, deepest, n, side in SHAPES[DEVICE]
+    for preset, deepest, n, side in STYLES[DEVICE]
+]
+CASES += [
+    Case(
+        "training",
+        "training step",
+        f"x{scale} {n}x3x{side // scale}x{side // scale} by pixels",
+        DTYPE,
+        module=lambda scale=scale: Restoration(scale),
+        inputs=lambda scale=scale, n=n, side=side: (image(n, side // scale, side // scale), image(n, side, side)),
+        reference=forward,
+        fused=forward,
+        channels_last=True,
+        tolerance=TOLERANCE,
+    )
+    for scale, n, side in SUPER_RESOLUTION[DEVICE]
 ]
 
 

@@ -110,8 +110,10 @@ def layer_cases(
     inputs: Callable[[], tuple[Tensor, ...]],
     directions: Sequence[str] = BOTH,
     rounding: float = 0.0,
+    trains: bool = False,
 ) -> list[Case]:
-    """A layer of a network, in inference and in training; ``rounding`` is what its output's own may cost."""
+    """A layer of a network, in inference and in training: ``rounding`` is what its output's own may cost, ``trains``
+    whether there is a kernel for training."""
     output, gradient = {"fp32": (1e-5, 1e-3), "bf16": (1e-2, 0.2)}[DTYPE]
     return [
         Case(
@@ -122,7 +124,7 @@ def layer_cases(
             module=module,
             inputs=inputs,
             reference=forward,
-            fused=forward if direction == "inference" else None,
+            fused=forward if direction == "inference" or trains else None,
             freeze=frozen,
             channels_last=True,
             tolerance=(max(output, rounding), gradient),

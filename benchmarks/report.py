@@ -27,7 +27,7 @@ OPERATIONS = {  # in the order of the tables
     "tv_loss": "Total variation",
     "gram_loss": "Gram loss",
     "vgg_loss": "Loss network",
-    "training": "Style network",
+    "training": "Network",
     "inference": "Network",
     "conv_bn_relu": "Conv, norm, ReLU",
     "residual_block": "Residual block",

@@ -76,7 +76,7 @@ KERNELS = {
     "subpixel_conv_bn_relu": (*CONVOLUTION, "subpixel_conv_bn_relu"),
     "inference": (*CONVOLUTION, *RGB, "subpixel_conv_bn_relu"),
     "vgg_loss": LOSS,
-    "training": LOSS,
+    "training": (*LOSS, "rgb_conv", "onednn"),
 }
 # Besides, these files, and the Python files in these folders.
 MODULES = ("fastperc/models", "fastperc/modules")

@@ -16,6 +16,7 @@ from fastperc.ops import onednn
 from fastperc.ops.conv_bn_relu import library_unsupported
 from fastperc.ops.frozen import native_unsupported
 from fastperc.ops.gram_loss import triton_unsupported as gram_loss_by_triton
+from fastperc.ops.rgb_conv import columns_unsupported
 from fastperc.ops.vgg_loss import native_unsupported as vgg_loss_by_native
 
 # Each operation's fused backends, and why one cannot take a tensor.
@@ -28,6 +29,7 @@ OPERATIONS: dict[str, dict[str, Callable[[Tensor], str | None]]] = {
         "native": lambda x: library_unsupported(x, (1, 1, 1, 1), "zeros", None, relu=True),
     },
     "subpixel_conv_bn_relu": {"triton": backends.triton_product_unsupported, "native": onednn.unsupported},
+    "rgb_conv": {"native": columns_unsupported},
     "rgb_conv_stem": {"triton": backends.triton_product_unsupported, "native": lambda x: None},
     "rgb_conv_head": {"triton": backends.triton_product_unsupported, "native": onednn.unsupported},
     "instance_norm": {"triton": backends.triton_unsupported, "native": native_unsupported},

@@ -123,6 +123,10 @@ OPERATIONS = {
         lambda x, weight: lambda: ops.subpixel_conv_bn_relu(x, weight, weight.new_zeros(weight.shape[1])),
         frozen=True,
     ),
+    "rgb_conv": Operation(
+        lambda batch, size: [((batch, 32, size, size), (3, 32, 9, 9))],
+        lambda x, weight: lambda: ops.rgb_conv(x, weight, weight.new_zeros(3), 4),
+    ),
     "rgb_conv_stem": Operation(
         lambda batch, size: [((batch, 3, size, size), (32, 3, 9, 9))], prepare_rgb_conv_stem, frozen=True
     ),

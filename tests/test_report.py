@@ -103,7 +103,7 @@ class TestRows:
         ("changed", "affected"),
         [
             ("csrc/tv_loss.cu", {"tv_loss", "vgg_loss", "training"}),
-            ("fastperc/ops/rgb_conv.py", {"rgb_conv", "inference"}),
+            ("fastperc/ops/rgb_conv.py", {"rgb_conv", "inference", "training"}),
             (
                 "kernels/instance_norm.py",
                 {"conv_bn_relu", "residual_block", "rgb_conv", "subpixel_conv_bn_relu", "inference"},

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from cases import GPU, error, no_worse
 from frozen import FROZEN_RUNS, _poisoned, features, filters, instance_norm  # noqa: F401
 
-from fastperc import ops, reference, use_backend
+from fastperc import backends, ops, reference, use_backend
+from fastperc.modules import RGBConv
+from fastperc.ops.rgb_conv import _Fold
 from fastperc.reference import Window
 
 FOURS = (4, 4, 4, 4)
@@ -104,7 +108,7 @@ def test_head_some_rows_at_a_time(mode, monkeypatch):
     weight, bias = filters(3, 8, 9, 9, device="cpu", dtype=torch.float32)
     pictures = []
     for pixels in (1 << 20, 14 * 5):
-        monkeypatch.setattr("fastperc.ops.rgb_conv.PIXELS_AT_ONCE", pixels)
+        monkeypatch.setattr(import_module("fastperc.ops.rgb_conv"), "PIXELS_AT_ONCE", pixels)
         pictures.append(torch.full((2, 3, 23, 14), torch.nan))
         with use_backend("native"):
             ops.rgb_conv_head(x, weight, bias, FOURS, mode, "tanh", pictures[-1])
@@ -148,3 +152,87 @@ def test_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=told):
             ops.rgb_conv_head(x, weight, bias, FOURS, "zeros", **kwargs)
+
+
+# The head in training
+
+# batch, in, height, width, out, kernel, padding, mode
+TRAINED = {
+    "B2-I16-H12-W21": (2, 16, 12, 21, 3, 9, 4, "zeros"),
+    "B1-I5-H9-W11-reflect": (1, 5, 9, 11, 3, 9, 4, "reflect"),
+    "B1-I64-H16-W16-replicate": (1, 64, 16, 16, 3, 9, 4, "replicate"),
+    "B3-I4-H10-W13-valid": (3, 4, 10, 13, 3, 9, 0, "zeros"),
+    "B1-I7-H1-W2-kernel3-O2": (1, 7, 1, 2, 2, 3, 1, "zeros"),
+    "B1-I8-H14-W10-padding2": (1, 8, 14, 10, 3, 9, 2, "zeros"),
+}
+
+
+def trained(case, layout=torch.channels_last):
+    n, c, height, width, out, kernel, *rest = TRAINED[case]
+    x = torch.randn(n, c, height, width).contiguous(memory_format=layout)
+    weight, bias = filters(out, c, kernel, kernel, device="cpu", dtype=torch.float32)
+    return [tensor.detach().requires_grad_() for tensor in (x, weight, bias)], rest
+
+
+def output_and_gradients(backend, tensors, rest):
+    with use_backend(backend):
+        y = ops.rgb_conv(*tensors, *rest)
+        incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        return [y, *torch.autograd.grad(y, tensors, incoming)]
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("case", TRAINED)
+def test_training_matches_the_formula(case, layout):
+    tensors, rest = trained(case, layout)
+    exact = output_and_gradients("reference", [tensor.detach().double().requires_grad_() for tensor in tensors], rest)
+    stock = output_and_gradients("reference", tensors, rest)
+    ours = output_and_gradients("native", tensors, rest)
+    for mine, theirs, wanted, again in zip(ours, stock, exact, output_and_gradients("native", tensors, rest)):
+        assert mine.dtype == torch.float32 and torch.equal(mine, again)
+        no_worse(mine, theirs, wanted)
+
+
+def test_training_is_a_stock_convolution_by_default():
+    """The module is chosen for, and has the keys and the numbers of ``nn.Conv2d``."""
+    net, stock = (
+        RGBConv(16, 9, padding=4, padding_mode="reflect"),
+        torch.nn.Conv2d(16, 3, 9, 1, 4, padding_mode="reflect"),
+    )
+    stock.load_state_dict(net.state_dict())
+    x = torch.randn(2, 16, 20, 15)
+    with backends.recorded() as choices:
+        assert error(net(x), stock(x)) < 1e-6
+    assert [(choice.operation, choice.backend) for choice in choices] == [("rgb_conv", "native")]
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 2])
+def test_gradients_of_gradients(beyond):
+    products = torch.randn(2, 15, 3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: _Fold.apply(x, 5, beyond), products)
+    assert torch.autograd.gradgradcheck(lambda x: _Fold.apply(x, 5, beyond), products)
+
+
+def test_functional_gradients():
+    (x, weight, bias), rest = trained("B2-I16-H12-W21")
+    gradient = torch.func.grad(lambda x: ops.rgb_conv(x, weight.detach(), bias.detach(), *rest).square().sum())(
+        x.detach()
+    )
+    expected = torch.autograd.grad(ops.rgb_conv(x, weight, bias, *rest).square().sum(), x)[0]
+    assert error(gradient, expected) < 1e-6
+
+
+@pytest.mark.parametrize("cause", ["autocast", "bf16", "fp64", "empty", "compile"])
+def test_training_leaves_the_rest_to_plain_pytorch(cause):
+    (x, weight, bias), rest = trained("B2-I16-H12-W21")
+    call = ops.rgb_conv
+    if cause in ("bf16", "fp64"):
+        x, weight, bias = (one.to({"bf16": torch.bfloat16, "fp64": torch.float64}[cause]) for one in (x, weight, bias))
+    elif cause == "empty":
+        x = x[:0]
+    elif cause == "compile":
+        call = torch.compile(ops.rgb_conv, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=cause == "autocast"):
+        expected = torch.nn.functional.conv2d(x, weight, bias, padding=4)
+        assert torch.equal(call(x, weight, bias, *rest), expected)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastperc import reference
 from fastperc.models.common import check_image, initialise_as_authors, to_network_range
-from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
+from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 
 
 class SuperResolutionNet(nn.Module):
@@ -33,7 +33,7 @@ class SuperResolutionNet(nn.Module):
         self.stem = ConvBNReLU(3, width, 9, padding=4)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(4)))
         self.up = nn.Sequential(*(SubpixelConvBNReLU(width, width) for _ in range(scale.bit_length() - 1)))
-        self.head = nn.Conv2d(width, 3, 9, padding=4)
+        self.head = RGBConv(width, 9, padding=4)
         initialise_as_authors(self)
 
     def forward(self, x: Tensor) -> Tensor:

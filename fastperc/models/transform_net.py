@@ -13,7 +13,7 @@ from fastperc.models.common import (
     reflect_pad_to_multiple,
     to_network_range,
 )
-from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
+from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 from fastperc.presets import PRESETS
 
 BORDER = 40  # pixels that "reflect40" adds to a side: 10 at a quarter of the size, and five blocks trim 2 each
@@ -83,7 +83,7 @@ class TransformNet(nn.Module):
             SubpixelConvBNReLU(4 * c, 2 * c, upsample=chosen["upsample"], **common),
             SubpixelConvBNReLU(2 * c, c, upsample=chosen["upsample"], **common),
         )
-        self.head = nn.Conv2d(c, 3, 9, padding=4, padding_mode=common["padding_mode"])
+        self.head = RGBConv(c, 9, padding=4, padding_mode=common["padding_mode"])
         if preset != "examples":
             initialise_as_authors(self)
 

@@ -1,12 +1,16 @@
 """The 9×9 convolutions at a network's two ends: from a picture, which is normalised on the way, and to one.
 
 The head has three filters, too few for a matrix unit; so its horizontal taps become columns of the product, 27 of them,
-and nine shifted additions make each pixel (csrc/rgb_conv.cpp and kernels/rgb_conv_head.py say how).
+and nine shifted additions make each pixel (csrc/rgb_conv.cpp and kernels/rgb_conv_head.py say how). ``rgb_conv`` is the
+head in training, ``rgb_conv_stem`` and ``rgb_conv_head`` are the two of a frozen network.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import _native, backends, reference
@@ -20,6 +24,78 @@ from fastperc.reference import InstanceNorm, Padding, Window
 
 OUTPUTS = ("tanh", "linear")
 PIXELS_AT_ONCE = 1 << 18  # of the products on the CPU: so many that the rows which two share do not count
+
+
+def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, padding: int, padding_mode: str = "zeros") -> Tensor:
+    """A convolution to few channels, with gradients: [N, C, H, W] → [N, O, H', W'].
+
+    Args:
+        x: [N, C, H, W].
+        weight, bias: [O, C, k, k] and [O], O much less than C.
+        padding: pixels on each side.
+        padding_mode: as ``nn.Conv2d``'s.
+    """
+    obstacle = columns_unsupported(x, weight, bias)
+    if backends.choose("rgb_conv", x, weight, native=obstacle) == "reference":
+        return reference.convolve(x, weight, bias, 1, (padding,) * 4, padding_mode)
+    beyond = padding  # columns of zeros, which are no part of the product
+    if padding_mode != "zeros":
+        x, padding, beyond = reference.pad(x, (padding,) * 4, padding_mode), 0, 0
+    products = F.conv2d(channels_last(x), channels_last(columns_of(weight)), padding=(padding, 0))
+    return _Fold.apply(products, weight.shape[3], beyond) + bias.view(-1, 1, 1)
+
+
+def columns_unsupported(x: Tensor, *parameters: Tensor) -> str | None:
+    """Why the taps of ``rgb_conv`` cannot be columns of a product, or ``None`` if they can."""
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses plain PyTorch itself"
+    if torch.is_autocast_enabled(x.device.type) or {one.dtype for one in (x, *parameters)} != {torch.float32}:
+        return "in another dtype than float32 the products would be rounded before they are added"
+    return onednn.unsupported(x) or ("the tensor is empty" if x.numel() == 0 else None)
+
+
+class _Fold(torch.autograd.Function):
+    """Column j of the product moved left by j, and all added up: [N, k·O, H, W] → [N, O, H, W + 2·beyond − k + 1]."""
+
+    @staticmethod
+    def forward(products: Tensor, k: int, beyond: int) -> Tensor:
+        width = products.shape[3] + 2 * beyond - k + 1
+        columns = F.pad(products, (beyond, beyond)).unflatten(1, (k, -1))
+        out = channels_last(columns[:, 0, ..., :width])
+        for j in range(1, k):
+            out += columns[:, j, ..., j : j + width]
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        _, ctx.k, ctx.beyond = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Unfold.apply(grad, ctx.k, ctx.beyond), None, None
+
+
+class _Unfold(torch.autograd.Function):
+    """The adjoint of :class:`_Fold`: each gradient goes to all columns that made its pixel."""
+
+    @staticmethod
+    def forward(grad: Tensor, k: int, beyond: int) -> Tensor:
+        n, channels, height, width = grad.shape
+        width = width + k - 1 - 2 * beyond
+        out = empty_like(grad, (n, k * channels, height, width))
+        columns, wide = out.unflatten(1, (k, channels)), F.pad(grad, (k - 1, k - 1))
+        for j in range(k):
+            first = k - 1 - j + beyond
+            columns[:, j] = wide[..., first : first + width]
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        _, ctx.k, ctx.beyond = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Fold.apply(grad, ctx.k, ctx.beyond), None, None
 
 
 def rgb_conv_stem(
@@ -137,5 +213,5 @@ def native_head(
 
 
 def columns_of(weight: Tensor) -> Tensor:
-    """[3, C, k, k] → [k·3, C, k, 1]: a filter for each horizontal tap."""
+    """[O, C, k, k] → [k·O, C, k, 1]: a filter for each horizontal tap."""
     return weight.permute(3, 0, 1, 2).flatten(0, 1)[..., None]
