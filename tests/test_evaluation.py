@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import picture, pixels
 from PIL import Image
+from torchmetrics.functional import image as metrics
 
 from fastperc import InputError, evaluation
 from fastperc.evaluation import PAPER, Comparison, Score, psnr, ssim
@@ -23,7 +24,6 @@ needs_set5 = pytest.mark.skipif(not SET5.exists(), reason="Set5 is not here")
 @pytest.mark.parametrize("shape", [(1, 1, 6, 11), (2, 3, 31, 50), (1, 1, 65, 40)], ids=str)
 @pytest.mark.parametrize("data_range", [1.0, 255.0])
 def test_psnr_and_ssim_are_those_of_torchmetrics(shape, data_range):
-    metrics = pytest.importorskip("torchmetrics.functional.image")
     x = torch.rand(shape, dtype=torch.float64) * data_range
     y = (x + 0.1 * data_range * torch.randn_like(x)).clamp(0, data_range)
     expected = metrics.peak_signal_noise_ratio(y, x, data_range=data_range)
