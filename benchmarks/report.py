@@ -29,6 +29,7 @@ OPERATIONS = {  # in the order of the tables
     "vgg_loss": "Loss network",
     "training": "Network",
     "inference": "Network",
+    "norm_relu": "Norm, ReLU",
     "conv_bn_relu": "Conv, norm, ReLU",
     "residual_block": "Residual block",
     "subpixel_conv_bn_relu": "½-stride conv, norm, ReLU",

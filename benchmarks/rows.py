@@ -66,7 +66,7 @@ ADDED = {
 
 # What an operation runs on. In the kernels' folders, files of these names; of an operation not listed, its own name.
 KERNEL_FOLDERS = ("csrc", "kernels", "fastperc/ops")
-CONVOLUTION = ("conv_bn_relu", "configs", "frozen", "image_io", "instance_norm", "onednn", "packing")
+CONVOLUTION = ("conv_bn_relu", "configs", "frozen", "image_io", "instance_norm", "norm_relu", "onednn", "packing")
 RGB = ("rgb_conv", "rgb_conv_head", "rgb_conv_stem")
 LOSS = ("vgg_loss", "configs", "frozen", "gram_loss", "packing", "tv_loss", "vgg_chain")
 KERNELS = {
@@ -76,7 +76,7 @@ KERNELS = {
     "subpixel_conv_bn_relu": (*CONVOLUTION, "subpixel_conv_bn_relu"),
     "inference": (*CONVOLUTION, *RGB, "subpixel_conv_bn_relu"),
     "vgg_loss": LOSS,
-    "training": (*LOSS, "rgb_conv", "onednn"),
+    "training": (*LOSS, "norm_relu", "onednn", "rgb_conv"),
 }
 # Besides, these files, and the Python files in these folders.
 MODULES = ("fastperc/models", "fastperc/modules")

@@ -28,6 +28,9 @@ Norm norm_from_name(const std::string& name) {
 
 RowShape row_shape(const std::array<std::int64_t, 5>& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
 ImageShape image_shape(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+NormPointers norm_pointers(const std::array<Address, 3>& norm) {
+  return {pointer<float>(norm[0]), pointer<float>(norm[1]), pointer<float>(norm[2])};
+}
 Output output_from_name(const std::string& name) {
   if (name == "tanh") return Output::tanh;
   if (name == "linear") return Output::linear;
@@ -166,6 +169,28 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("skip"), py::arg("out"), py::arg("dtype"),
       py::arg("shape"), py::arg("skip_strides"), py::arg("relu"), py::arg("threads"));
+  m.def(
+      "norm_gradient_sums_cpu",
+      [](Address x, Address grad, const std::array<Address, 3>& norm, Address sums, const std::string& dtype,
+         const std::array<std::int64_t, 4>& shape, bool relu, int threads) {
+        const DType type = dtype_from_name(dtype);
+        py::gil_scoped_release release;
+        norm_gradient_sums_cpu(pointer<>(x), pointer<>(grad), norm_pointers(norm), pointer<double>(sums), type,
+                               image_shape(shape), relu, threads);
+      },
+      py::arg("x"), py::arg("grad"), py::arg("norm"), py::arg("sums"), py::arg("dtype"), py::arg("shape"),
+      py::arg("relu"), py::arg("threads"));
+  m.def(
+      "norm_gradient_cpu",
+      [](Address x, Address grad, const std::array<Address, 3>& norm, Address factors, Address out,
+         const std::string& dtype, const std::array<std::int64_t, 4>& shape, bool relu, int threads) {
+        const DType type = dtype_from_name(dtype);
+        py::gil_scoped_release release;
+        norm_gradient_cpu(pointer<>(x), pointer<>(grad), norm_pointers(norm), pointer<float>(factors), pointer<>(out),
+                          type, image_shape(shape), relu, threads);
+      },
+      py::arg("x"), py::arg("grad"), py::arg("norm"), py::arg("factors"), py::arg("out"), py::arg("dtype"),
+      py::arg("shape"), py::arg("relu"), py::arg("threads"));
 
 #ifdef FASTPERC_CUDA
   m.def(

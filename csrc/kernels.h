@@ -5,6 +5,7 @@
 #include <string>
 
 #include "image_io.h"
+#include "norm_relu.h"
 #include "rgb_conv.h"
 #include "tv_loss.h"
 #include "vgg_loss.h"
@@ -50,5 +51,13 @@ void channel_statistics_cpu(const void* x, double* statistics, DType dtype, cons
 // may be x.
 void scale_shift_cpu(const void* x, const float* scale, const float* shift, const void* skip, void* out, DType dtype,
                      const ImageShape& shape, const ImageStrides& skip_strides, bool relu, int threads);
+
+// Of out = relu?(x · scale + shift), scale and shift made of the norm's statistics: sums [N, 2, C] = Σ g, and
+// Σ g · (x − mean), g being grad [N, H, W, C] where the ReLU was positive, else 0.
+void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers& norm, double* sums, DType dtype,
+                            const ImageShape& shape, bool relu, int threads);
+// out [N, H, W, C] = g · factors[:, 0] + (x − mean) · factors[:, 1] + factors[:, 2], factors being [N, 3, C].
+void norm_gradient_cpu(const void* x, const void* grad, const NormPointers& norm, const float* factors, void* out,
+                       DType dtype, const ImageShape& shape, bool relu, int threads);
 
 }  // namespace fastperc

@@ -72,6 +72,27 @@ def scale_shift_cpu(
     relu: bool,
     threads: int,
 ) -> None: ...
+def norm_gradient_sums_cpu(
+    x: int,
+    grad: int,
+    norm: tuple[int, int, int],
+    sums: int,
+    dtype: str,
+    shape: tuple[int, int, int, int],
+    relu: bool,
+    threads: int,
+) -> None: ...
+def norm_gradient_cpu(
+    x: int,
+    grad: int,
+    norm: tuple[int, int, int],
+    factors: int,
+    out: int,
+    dtype: str,
+    shape: tuple[int, int, int, int],
+    relu: bool,
+    threads: int,
+) -> None: ...
 def tv_loss_partials(shape: tuple[int, int, int, int, int]) -> int: ...
 def tv_loss_fwd_cuda(
     x: int,

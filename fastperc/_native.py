@@ -161,7 +161,7 @@ def channel_statistics(x: Tensor) -> Tensor:
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, skip: Tensor | None, relu: bool, out: Tensor) -> None:
     """Fills ``out``, which may be ``x``, with relu(``x`` · ``scale`` [N, C] + ``shift`` [N, C] + ``skip``); ``x`` and
     ``out`` are channels-last, a pixel's channels in ``skip`` lie together."""
-    assert out.stride() == x.stride() and (skip is None or skip.stride(1) == 1)
+    assert out.stride() == x.stride() and (skip is None or skip.stride(1) == 1 or skip.shape[1] == 1)
     _C.scale_shift_cpu(
         x.data_ptr(),
         scale.data_ptr(),
@@ -174,6 +174,29 @@ def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, skip: Tensor | None, re
         relu,
         torch.get_num_threads(),
     )
+
+
+def norm_gradient_sums(x: Tensor, grad: Tensor, norm: tuple[Tensor, Tensor, Tensor], relu: bool) -> Tensor:
+    """Σ g and Σ g · (``x`` - mean) over each channel of each image, float64 [N, 2, C], g being ``grad`` where
+    relu(x · scale + shift) was positive; ``norm`` is mean, scale and shift, float32 [N, C]. Both are channels-last."""
+    sums = torch.empty(len(x), 2, x.shape[1], dtype=torch.float64)
+    pointers = x.data_ptr(), grad.data_ptr(), _norm(norm), sums.data_ptr()
+    _C.norm_gradient_sums_cpu(*pointers, DTYPES[x.dtype], _image_shape(x), relu, torch.get_num_threads())
+    return sums
+
+
+def norm_gradient(
+    x: Tensor, grad: Tensor, norm: tuple[Tensor, Tensor, Tensor], factors: Tensor, relu: bool, out: Tensor
+) -> None:
+    """Fills ``out`` with g · ``factors[:, 0]`` + (``x`` - mean) · ``factors[:, 1]`` + ``factors[:, 2]``, float32
+    [N, 3, C]; the rest as :func:`norm_gradient_sums` has it."""
+    pointers = x.data_ptr(), grad.data_ptr(), _norm(norm), factors.data_ptr(), out.data_ptr()
+    _C.norm_gradient_cpu(*pointers, DTYPES[x.dtype], _image_shape(x), relu, torch.get_num_threads())
+
+
+def _norm(norm: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
+    mean, scale, shift = norm
+    return mean.data_ptr(), scale.data_ptr(), shift.data_ptr()
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:

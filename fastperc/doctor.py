@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastperc import __version__, _native, backends, dispatch
 from fastperc.ops import onednn
 from fastperc.ops.conv_bn_relu import library_unsupported
-from fastperc.ops.frozen import native_unsupported
+from fastperc.ops.frozen import channels_last, native_unsupported
 from fastperc.ops.gram_loss import triton_unsupported as gram_loss_by_triton
+from fastperc.ops.norm_relu import unsupported as norm_relu_unsupported
 from fastperc.ops.rgb_conv import columns_unsupported
 from fastperc.ops.vgg_loss import native_unsupported as vgg_loss_by_native
 
@@ -29,6 +30,7 @@ OPERATIONS: dict[str, dict[str, Callable[[Tensor], str | None]]] = {
         "native": lambda x: library_unsupported(x, (1, 1, 1, 1), "zeros", None, relu=True),
     },
     "subpixel_conv_bn_relu": {"triton": backends.triton_product_unsupported, "native": onednn.unsupported},
+    "norm_relu": {"native": lambda x: norm_relu_unsupported(channels_last(x), nn.BatchNorm2d(x.shape[1]))},
     "rgb_conv": {"native": columns_unsupported},
     "rgb_conv_stem": {"triton": backends.triton_product_unsupported, "native": lambda x: None},
     "rgb_conv_head": {"triton": backends.triton_product_unsupported, "native": onednn.unsupported},

@@ -138,6 +138,13 @@ def instance_norm(x: Tensor, norm: InstanceNorm) -> Tensor:
     return F.instance_norm(x, weight=norm.weight.to(x.dtype), bias=norm.bias.to(x.dtype), eps=norm.eps)
 
 
+def norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, batch: bool) -> Tensor:
+    """relu?(the batch norm of ``x`` [N, C, H, W] by its own statistics, or its instance norm)."""
+    normalise = F.batch_norm if batch else F.instance_norm
+    y = normalise(x, None, None, weight.to(x.dtype), bias.to(x.dtype), True, 0.0, eps)
+    return y.relu() if relu else y
+
+
 def finish(y: Tensor, norm: InstanceNorm | None, relu: bool, skip: Tensor | None = None) -> Tensor:
     """What follows a convolution: relu(norm(y) + skip)."""
     if norm is not None:

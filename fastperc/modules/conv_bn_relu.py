@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from fastperc import ops
+
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
@@ -48,5 +50,4 @@ class ConvBNReLU(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x))
-        return x.relu() if self.relu else x
+        return ops.norm_relu(self.conv(x), self.norm, self.relu)

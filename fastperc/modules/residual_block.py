@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from fastperc import ops
 from fastperc.modules.conv_bn_relu import PaddingMode, make_norm
 
 
@@ -41,9 +42,9 @@ class ResidualBlock(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.conv1(x)).relu()
-        y = self.norm2(self.conv2(y))
+        y = self.conv2(ops.norm_relu(self.conv1(x), self.norm1))
+        skip = None
         if self.residual:
             top, left = (x.shape[-2] - y.shape[-2]) // 2, (x.shape[-1] - y.shape[-1]) // 2
-            y = y + x[..., top : top + y.shape[-2], left : left + y.shape[-1]]
-        return y if self.residual is True else y.relu()
+            skip = x[..., top : top + y.shape[-2], left : left + y.shape[-1]]
+        return ops.norm_relu(y, self.norm2, self.residual is not True, skip)

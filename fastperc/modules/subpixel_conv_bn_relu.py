@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastperc import ops
 from fastperc.modules.conv_bn_relu import PaddingMode, make_norm
 
 
@@ -43,4 +44,4 @@ class SubpixelConvBNReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.upsample == "nearest":
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return self.norm(self.conv(x)).relu()
+        return ops.norm_relu(self.conv(x), self.norm)

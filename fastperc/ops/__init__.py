@@ -9,6 +9,7 @@ from fastperc.ops.conv_bn_relu import conv_bn_relu
 from fastperc.ops.gram_loss import gram_loss
 from fastperc.ops.image_io import image_io
 from fastperc.ops.instance_norm import channel_statistics, instance_norm
+from fastperc.ops.norm_relu import norm_relu
 from fastperc.ops.rgb_conv import rgb_conv, rgb_conv_head, rgb_conv_stem
 from fastperc.ops.subpixel_conv_bn_relu import subpixel_conv_bn_relu
 from fastperc.ops.tv_loss import tv_loss
@@ -20,6 +21,7 @@ __all__ = [
     "gram_loss",
     "image_io",
     "instance_norm",
+    "norm_relu",
     "rgb_conv",
     "rgb_conv_head",
     "rgb_conv_stem",

@@ -1,0 +1,229 @@
+"""Norms and what follows them, in training, against float64: outputs, gradients and running statistics."""
+
+from __future__ import annotations
+
+import copy
+from importlib import import_module
+
+import pytest
+import torch
+from cases import dtype_id, error, no_worse
+from frozen import _poisoned  # noqa: F401
+from torch import nn
+
+from fastperc import SuperResolutionNet, TransformNet, backends, ops, use_backend
+from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
+
+# batch, channels, height, width; the last large enough for several tasks
+SHAPES = [(2, 3, 7, 11), (1, 1, 5, 9), (3, 70, 5, 6), (4, 16, 4, 5), (2, 5, 33, 65), (2, 8, 129, 67)]
+NORMS = {"batch": nn.BatchNorm2d, "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True)}
+ENDS = {"relu": (True, False), "bare": (False, False), "skip": (False, True)}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def norm_of(kind, channels):
+    norm = NORMS[kind](channels)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def features(shape, offset=0.7):
+    """Of a mean that is not zero and differs from channel to channel, in NHWC."""
+    x = torch.randn(shape) + offset * torch.randn(1, shape[1], 1, 1)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def run(backend, norm, x, relu, skip, dtype):
+    """The output, the gradients to the input, the skip, weight and bias, and the running statistics."""
+    norm = copy.deepcopy(norm).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    x = x.to(dtype).detach().requires_grad_()
+    leaves = [x, *norm.parameters()]
+    if skip is not None:
+        leaves.append(skip := skip.to(dtype).detach().requires_grad_())
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = ops.norm_relu(x, norm, relu, skip)
+        incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        gradients = torch.autograd.grad(y, leaves, incoming)
+    return [y, *gradients], list(norm.buffers())
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_matches_the_formula(shape, dtype, kind, end):
+    relu, with_skip = ENDS[end]
+    norm, x = norm_of(kind, shape[1]), features(shape).to(dtype)
+    skip = features(shape).to(dtype) if with_skip else None
+    exact, exact_statistics = run("reference", norm, x, relu, skip, torch.float64)
+    stock, _ = run("reference", norm, x, relu, skip, torch.float32)
+    ours, statistics = run("native", norm, x, relu, skip, dtype)
+    again, _ = run("native", norm, x, relu, skip, dtype)
+    rounding = {torch.float32: 4e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for mine, theirs, wanted, same in zip(ours, stock, exact, again):
+        assert mine.isfinite().all() and torch.equal(mine, same)
+        no_worse(mine, theirs, wanted, rounding)
+    for mine, wanted in zip(statistics, exact_statistics):
+        assert error(mine, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+def test_running_statistics_are_pytorchs(momentum):
+    ours, stock = nn.BatchNorm2d(4, momentum=momentum), nn.BatchNorm2d(4, momentum=momentum)
+    for _ in range(3):
+        x = features((2, 4, 6, 5), offset=30)
+        with use_backend("native"):
+            ops.norm_relu(x, ours)
+        stock(x)
+    assert ours.num_batches_tracked == stock.num_batches_tracked == 3
+    assert error(ours.running_mean, stock.running_mean) < 1e-6 and error(ours.running_var, stock.running_var) < 1e-6
+
+
+def test_a_mean_far_from_zero_costs_no_digits():
+    """A standard deviation of 1 about 1,000: where sums of squares would have lost it."""
+    norm, x = norm_of("batch", 6), torch.randn(2, 6, 40, 30) + 1000
+    x = x.contiguous(memory_format=torch.channels_last)
+    exact, _ = run("reference", norm, x, True, None, torch.float64)
+    stock, _ = run("reference", norm, x, True, None, torch.float32)
+    ours, _ = run("native", norm, x, True, None, torch.float32)
+    for mine, theirs, wanted in zip(ours, stock, exact):
+        no_worse(mine, theirs, wanted)
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("kind", NORMS)
+def test_gradients_of_gradients(kind, end):
+    relu, with_skip = ENDS[end]
+    x = features((2, 3, 4, 5))
+    norm, skip = norm_of(kind, 3), x.flip(0) if with_skip else None
+
+    def penalty(backend):
+        leaf = x.clone().requires_grad_()
+        with use_backend(backend):
+            y = ops.norm_relu(leaf, norm, relu, skip)
+            (gradient,) = torch.autograd.grad(y.pow(3).sum(), leaf, create_graph=True)
+            return torch.autograd.grad(gradient.square().sum(), [leaf, *norm.parameters()])
+
+    ours, stock = penalty("native"), penalty("reference")
+    scale = max(one.norm() for one in stock)
+    assert all((mine - theirs).norm() < 1e-5 * scale for mine, theirs in zip(ours, stock))
+
+
+def test_functional_gradients():
+    norm, x = norm_of("instance", 3), features((2, 3, 4, 5))
+    gradients = []
+    for backend in ("native", "reference"):
+        with use_backend(backend):
+            gradients.append(torch.func.grad(lambda x: ops.norm_relu(x, norm).square().sum())(x))
+    assert error(*gradients) < 1e-5
+
+
+def test_threads_do_not_change_a_bit():
+    norm, x = norm_of("batch", 8), features((2, 8, 130, 90))
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run("native", norm, x, True, None, torch.float32)[0])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def chosen(call):
+    with backends.recorded() as choices:
+        call()
+    return [choice.backend for choice in choices if choice.operation == "norm_relu"]
+
+
+@pytest.mark.parametrize(
+    "cause",
+    ["eval", "NCHW", "affine", "subclass", "hook", "relu after a skip", "dtype of the skip", "fp64", "small", "few"],
+)
+def test_the_rest_is_plain_pytorch(cause):
+    norm, x, relu, skip = nn.BatchNorm2d(4), features((1, 4, 400, 400)), True, None
+    if cause == "eval":
+        norm.eval()
+    elif cause == "NCHW":
+        x = x.contiguous()
+    elif cause == "affine":
+        norm = nn.BatchNorm2d(4, affine=False)
+    elif cause == "subclass":
+        norm = nn.SyncBatchNorm.convert_sync_batchnorm(norm).eval()
+    elif cause == "hook":
+        norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif cause == "relu after a skip":
+        skip = x.flip(2)
+    elif cause == "dtype of the skip":
+        relu, skip = False, x.flip(2).double()
+    elif cause == "fp64":
+        norm, x = norm.double(), x.double()
+    elif cause == "small":
+        x = features((1, 4, 40, 40))
+    elif cause == "few":
+        norm, x = norm_of("instance", 4), features((4, 4, 3, 5))
+    stock = copy.deepcopy(norm)
+    assert chosen(lambda: ops.norm_relu(x, norm, relu, skip)) == ["reference"]
+    expected = stock(x) if skip is None else stock(x) + skip
+    norm = copy.deepcopy(stock)
+    assert torch.equal(ops.norm_relu(x, norm, relu, skip), expected.relu() if relu else expected)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_one_value_a_channel_is_refused_as_pytorch_does(kind):
+    with pytest.raises(ValueError, match=r"more than 1 (value per channel|spatial element)"):
+        ops.norm_relu(features((1, 4, 1, 1)), norm_of(kind, 4))
+
+
+MODULES = {
+    "conv": lambda: ConvBNReLU(3, 8, 3, padding=1),
+    "conv-instance-bare": lambda: ConvBNReLU(3, 8, 3, stride=2, norm="instance", relu=False),
+    "residual": lambda: ResidualBlock(3),
+    "residual-valid": lambda: ResidualBlock(3, 0, norm="instance"),
+    "he": lambda: ResidualBlock(3, residual="he"),
+    "plain": lambda: ResidualBlock(3, residual=False),
+    "transposed": lambda: SubpixelConvBNReLU(3, 8),
+    "nearest": lambda: SubpixelConvBNReLU(3, 8, upsample="nearest", norm="instance"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_train_as_their_stock_selves(name, monkeypatch):
+    monkeypatch.setattr(import_module("fastperc.ops.norm_relu"), "SMALL_BYTES", 0)
+    module = MODULES[name]().to(memory_format=torch.channels_last)
+    x = features((2, 3, 17, 12))
+    results = []
+    for backend in ("reference", None):
+        net = copy.deepcopy(module)
+        leaf = x.clone().requires_grad_()
+        with use_backend(backend) if backend else backends.recorded() as choices:
+            y = net(leaf)
+            y.square().sum().backward()
+        results.append(
+            [
+                y,
+                leaf.grad,
+                *(p.grad for p in net.parameters()),
+                *(b for b in net.buffers() if b.dtype.is_floating_point),
+            ]
+        )
+    assert "native" in {choice.backend for choice in choices}
+    scale = max(one.norm() for one in results[0])
+    for stock, ours in zip(*results):  # a bias before a norm has no gradient but rounding
+        assert error(ours, stock) < 1e-4 or (ours - stock).norm() < 1e-5 * scale
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: TransformNet("instance", width=4), lambda: SuperResolutionNet(4, width=4)], ids=["style", "sr"]
+)
+def test_checkpointing_and_networks(make):
+    """Recomputed under torch.utils.checkpoint, the gradients are those without."""
+    net = make().to(memory_format=torch.channels_last)
+    x = torch.rand(1, 3, 40, 40)
+    gradients = []
+    for checkpointed in (False, True):
+        net.zero_grad()
+        y = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False) if checkpointed else net(x)
+        y.square().sum().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
