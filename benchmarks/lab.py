@@ -103,6 +103,7 @@ STAGES = (
     bench("gram_loss", 45, "Gram loss"),
     bench("vgg_loss", 90, "the whole loss network, and its memory"),
     bench("training", 120, "a training step"),
+    bench("norm_relu", 30, "norms and the ReLU after them in training", OTHERS),
     bench("layers_compiled", 600, "layers by torch.compile and max-autotune", COMPILED, LAYERS),
 )
 SANITIZERS = (sanitizer("memcheck"), sanitizer("racecheck"))
