@@ -61,7 +61,7 @@ class Stage:
 
 
 FROZEN = ("conv_bn_relu", "subpixel_conv_bn_relu", "rgb_conv", "instance_norm", "image_io", "engine")
-LOSSES = ("tv_loss", "gram_loss", "vgg_loss")
+TRAINING = ("tv_loss", "gram_loss", "vgg_loss", "norm_relu")
 LAYERS = ("rgb_conv", "subpixel_conv_bn_relu", "conv_bn_relu", "residual_block")
 COMPILED = "compile or autotune"  # providers that take minutes before anything is timed
 OTHERS = f"not ({COMPILED})"
@@ -86,7 +86,7 @@ def tests(
 def sanitizer(tool: str) -> Stage:
     prefix = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
     what = f"compute-sanitizer's {tool} over a few kernel tests"
-    return tests(tool, 180, what, (*FROZEN, *LOSSES), KERNEL_TESTS, prefix)
+    return tests(tool, 180, what, (*FROZEN, *TRAINING), KERNEL_TESTS, prefix)
 
 
 STAGES = (
@@ -98,7 +98,7 @@ STAGES = (
     bench("residual_block", 60, "the residual block", OTHERS),
     Stage("tune", 180, "the backends against each other, as fastperc tune has them", ("-c", TUNE)),
     bench("inference_compiled", 400, "whole networks by torch.compile and max-autotune", COMPILED, ("inference",)),
-    tests("tests_losses", 90, "the losses' tests on the GPU", LOSSES),
+    tests("tests_training", 90, "the tests on the GPU of what trains", TRAINING),
     bench("tv_loss", 45, "total variation"),
     bench("gram_loss", 45, "Gram loss"),
     bench("vgg_loss", 90, "the whole loss network, and its memory"),
