@@ -174,8 +174,8 @@ def trained(case, layout=torch.channels_last):
     return [tensor.detach().requires_grad_() for tensor in (x, weight, bias)], rest
 
 
-def output_and_gradients(backend, tensors, rest):
-    with use_backend(backend):
+def output_and_gradients(backend, tensors, rest, autocast=False):
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = ops.rgb_conv(*tensors, *rest)
         incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
         return [y, *torch.autograd.grad(y, tensors, incoming)]
@@ -183,14 +183,19 @@ def output_and_gradients(backend, tensors, rest):
 
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["NHWC", "NCHW"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("case", TRAINED)
-def test_training_matches_the_formula(case, layout):
+def test_training_matches_the_formula(case, kind, layout):
     tensors, rest = trained(case, layout)
+    if kind == "bf16":
+        tensors = [tensor.detach().bfloat16().requires_grad_() for tensor in tensors]
     exact = output_and_gradients("reference", [tensor.detach().double().requires_grad_() for tensor in tensors], rest)
-    stock = output_and_gradients("reference", tensors, rest)
-    ours = output_and_gradients("native", tensors, rest)
-    for mine, theirs, wanted, again in zip(ours, stock, exact, output_and_gradients("native", tensors, rest)):
-        assert mine.dtype == torch.float32 and torch.equal(mine, again)
+    stock, ours, again = (
+        output_and_gradients(backend, tensors, rest, kind == "autocast")
+        for backend in ("reference", "native", "native")
+    )
+    for mine, theirs, wanted, same in zip(ours, stock, exact, again):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, same)
         no_worse(mine, theirs, wanted)
 
 
@@ -223,16 +228,15 @@ def test_functional_gradients():
     assert error(gradient, expected) < 1e-6
 
 
-@pytest.mark.parametrize("cause", ["autocast", "bf16", "fp64", "empty", "compile"])
+@pytest.mark.parametrize("cause", ["fp16", "fp64", "empty", "compile"])
 def test_training_leaves_the_rest_to_plain_pytorch(cause):
     (x, weight, bias), rest = trained("B2-I16-H12-W21")
     call = ops.rgb_conv
-    if cause in ("bf16", "fp64"):
-        x, weight, bias = (one.to({"bf16": torch.bfloat16, "fp64": torch.float64}[cause]) for one in (x, weight, bias))
+    if cause in ("fp16", "fp64"):
+        x, weight, bias = (one.to({"fp16": torch.float16, "fp64": torch.float64}[cause]) for one in (x, weight, bias))
     elif cause == "empty":
         x = x[:0]
     elif cause == "compile":
         call = torch.compile(ops.rgb_conv, fullgraph=True, backend="eager")
-    with torch.autocast("cpu", torch.bfloat16, enabled=cause == "autocast"):
-        expected = torch.nn.functional.conv2d(x, weight, bias, padding=4)
-        assert torch.equal(call(x, weight, bias, *rest), expected)
+    expected = torch.nn.functional.conv2d(x, weight, bias, padding=4)
+    assert torch.equal(call(x, weight, bias, *rest), expected)

@@ -38,50 +38,61 @@ def rgb_conv(x: Tensor, weight: Tensor, bias: Tensor, padding: int, padding_mode
     obstacle = columns_unsupported(x, weight, bias)
     if backends.choose("rgb_conv", x, weight, native=obstacle) == "reference":
         return reference.convolve(x, weight, bias, 1, (padding,) * 4, padding_mode)
+    dtype = product_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
     beyond = padding  # columns of zeros, which are no part of the product
     if padding_mode != "zeros":
         x, padding, beyond = reference.pad(x, (padding,) * 4, padding_mode), 0, 0
     products = F.conv2d(channels_last(x), channels_last(columns_of(weight)), padding=(padding, 0))
-    return _Fold.apply(products, weight.shape[3], beyond) + bias.view(-1, 1, 1)
+    return (_Fold.apply(products, weight.shape[3], beyond) + bias.view(-1, 1, 1)).to(dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of ``x`` computes in: autocast's dtype, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def columns_unsupported(x: Tensor, *parameters: Tensor) -> str | None:
     """Why the taps of ``rgb_conv`` cannot be columns of a product, or ``None`` if they can."""
     if torch.compiler.is_compiling():
         return "torch.compile fuses plain PyTorch itself"
-    if torch.is_autocast_enabled(x.device.type) or {one.dtype for one in (x, *parameters)} != {torch.float32}:
-        return "in another dtype than float32 the products would be rounded before they are added"
-    return onednn.unsupported(x) or ("the tensor is empty" if x.numel() == 0 else None)
+    if torch.float64 in {one.dtype for one in (x, *parameters)}:
+        return "oneDNN does not compute in float64"
+    return onednn.unsupported(x, product_dtype(x)) or ("the tensor is empty" if x.numel() == 0 else None)
 
 
 class _Fold(torch.autograd.Function):
-    """Column j of the product moved left by j, and all added up: [N, k·O, H, W] → [N, O, H, W + 2·beyond − k + 1]."""
+    """Column j of the product moved left by j, and all added up in float32 or wider: [N, k·O, H, W] →
+    [N, O, H, W + 2·beyond − k + 1]."""
 
     @staticmethod
     def forward(products: Tensor, k: int, beyond: int) -> Tensor:
         width = products.shape[3] + 2 * beyond - k + 1
         columns = F.pad(products, (beyond, beyond)).unflatten(1, (k, -1))
-        out = channels_last(columns[:, 0, ..., :width])
+        out = channels_last(reference.widen(columns[:, 0, ..., :width]))
         for j in range(1, k):
             out += columns[:, j, ..., j : j + width]
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
-        _, ctx.k, ctx.beyond = inputs
+        products, ctx.k, ctx.beyond = inputs
+        ctx.dtype = products.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Unfold.apply(grad, ctx.k, ctx.beyond), None, None
+        return _Unfold.apply(grad, ctx.k, ctx.beyond, ctx.dtype), None, None
 
 
 class _Unfold(torch.autograd.Function):
-    """The adjoint of :class:`_Fold`: each gradient goes to all columns that made its pixel."""
+    """The adjoint of :class:`_Fold`, in ``dtype``: each gradient goes to all columns that made its pixel."""
 
     @staticmethod
-    def forward(grad: Tensor, k: int, beyond: int) -> Tensor:
+    def forward(grad: Tensor, k: int, beyond: int, dtype: torch.dtype) -> Tensor:
         n, channels, height, width = grad.shape
         width = width + k - 1 - 2 * beyond
+        grad = grad.to(dtype)
         out = empty_like(grad, (n, k * channels, height, width))
         columns, wide = out.unflatten(1, (k, channels)), F.pad(grad, (k - 1, k - 1))
         for j in range(k):
@@ -90,12 +101,12 @@ class _Unfold(torch.autograd.Function):
         return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
-        _, ctx.k, ctx.beyond = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int, torch.dtype], output: Tensor) -> None:
+        _, ctx.k, ctx.beyond, _ = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Fold.apply(grad, ctx.k, ctx.beyond), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Fold.apply(grad, ctx.k, ctx.beyond), None, None, None
 
 
 def rgb_conv_stem(
