@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import fastperc
 from fastperc import SRCNN, InputError, SuperResolutionNet, TransformNet, checkpoints
-from fastperc.weights import STYLES
+from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,17 @@ def test_shipped_styles_load_by_name(name):
     assert y.isfinite().all() and y.std() > 0.05
     training = checkpoints.read_training(STYLES[name])
     assert training["step"] > 0 and training["style"].startswith(name) and "/" not in json.dumps(training)
+
+
+@pytest.mark.parametrize("name", SUPER_RESOLUTION)
+def test_shipped_super_resolution_networks_load_by_name(name):
+    net = fastperc.load(name)
+    scale, _, method = name.removeprefix("x").partition("_")
+    assert isinstance(net, SRCNN if method == "srcnn" else SuperResolutionNet) and net.config["scale"] == int(scale)
+    training = checkpoints.read_training(SUPER_RESOLUTION[name])
+    assert training["step"] == training["iterations"] > 0 and "/" not in json.dumps(training)
+    assert training["loss"] == ("feature" if method == "feature" else "pixel")
+    assert SUPER_RESOLUTION[name].stat().st_size < 2_000_000
 
 
 def damaged(tmp_path, damage):

@@ -111,15 +111,6 @@ def test_gradients_of_gradients(kind, end):
     assert all((mine - theirs).norm() < 1e-5 * scale for mine, theirs in zip(ours, stock))
 
 
-def test_functional_gradients():
-    norm, x = norm_of("instance", 3), features((2, 3, 4, 5))
-    gradients = []
-    for backend in ("native", "reference"):
-        with use_backend(backend):
-            gradients.append(torch.func.grad(lambda x: ops.norm_relu(x, norm).square().sum())(x))
-    assert error(*gradients) < 1e-5
-
-
 def test_threads_do_not_change_a_bit():
     norm, x = norm_of("batch", 8), features((2, 8, 130, 90))
     results, threads = [], torch.get_num_threads()

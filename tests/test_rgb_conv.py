@@ -219,15 +219,6 @@ def test_gradients_of_gradients(beyond):
     assert torch.autograd.gradgradcheck(lambda x: _Fold.apply(x, 5, beyond), products)
 
 
-def test_functional_gradients():
-    (x, weight, bias), rest = trained("B2-I16-H12-W21")
-    gradient = torch.func.grad(lambda x: ops.rgb_conv(x, weight.detach(), bias.detach(), *rest).square().sum())(
-        x.detach()
-    )
-    expected = torch.autograd.grad(ops.rgb_conv(x, weight, bias, *rest).square().sum(), x)[0]
-    assert error(gradient, expected) < 1e-6
-
-
 @pytest.mark.parametrize("cause", ["fp16", "fp64", "empty", "compile"])
 def test_training_leaves_the_rest_to_plain_pytorch(cause):
     (x, weight, bias), rest = trained("B2-I16-H12-W21")

@@ -203,3 +203,20 @@ def test_a_block_without_padding_crops_its_skip():
 def test_both_ways_up_double_the_size():
     for upsample in ("transposed", "nearest"):
         assert SubpixelConvBNReLU(4, 6, upsample=upsample)(torch.rand(1, 4, 5, 7)).shape == (1, 6, 10, 14)
+
+
+@pytest.mark.parametrize("preset", ["paper", "instance"])
+def test_traces_and_transforms_as_plain_pytorch(preset):
+    """What records or transforms operations sees PyTorch's own: torch.jit.trace, torch.func.vmap and grad."""
+    net = TransformNet(preset, width=4).to(memory_format=torch.channels_last).eval()
+    x = torch.rand(2, 3, 32, 32)
+    traced = torch.jit.trace(net, x)
+    assert "PythonOp" not in str(traced.inlined_graph) and error(traced(x), net(x)) < 1e-6
+
+    def loss(x):
+        return net(x[None]).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss))(x)
+    leaf = x.clone().requires_grad_()
+    net(leaf).square().sum().backward()
+    assert error(each, leaf.grad) < 1e-4

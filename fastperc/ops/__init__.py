@@ -2,7 +2,7 @@
 
 Those of a frozen network (``conv_bn_relu``, ``subpixel_conv_bn_relu``, ``rgb_conv_stem``, ``rgb_conv_head``,
 ``instance_norm``, ``image_io``) are for inference: where a gradient is wanted, and inside ``torch.compile``, plain
-PyTorch runs.
+PyTorch runs. ``norm_relu`` and ``rgb_conv`` are for training, in plain PyTorch but on a CPU.
 """
 
 from fastperc.ops.conv_bn_relu import conv_bn_relu

@@ -1,4 +1,4 @@
-"""What the operations of a frozen network have in common: what they refuse, and how tensors lie."""
+"""What the operations of networks have in common: what they refuse, and how tensors lie."""
 
 from __future__ import annotations
 
@@ -23,14 +23,25 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, channels: int) -> None:
 
 def unsupported(x: Tensor, *others: Tensor | InstanceNorm | None) -> str | None:
     """Why only plain PyTorch can take ``x`` and what else an operation is given, or ``None``."""
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses plain PyTorch itself"
+    if obstacle := transformed():
+        return obstacle
     tensors = [x]
     for other in others:
         tensors += other[:2] if isinstance(other, InstanceNorm) else [] if other is None else [other]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "these kernels give no gradients"
     return "the tensor is empty" if x.numel() == 0 else None
+
+
+def transformed() -> str | None:
+    """Why only plain PyTorch can take any call here, or ``None``."""
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses plain PyTorch itself"
+    if torch.jit.is_tracing():
+        return "a trace can hold plain PyTorch alone"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms plain PyTorch alone"
+    return None
 
 
 def native_unsupported(x: Tensor) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastperc import _native, backends, reference
-from fastperc.ops.frozen import channels_last, native_unsupported, side_by_side
+from fastperc.ops.frozen import channels_last, native_unsupported, side_by_side, transformed
 
 NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d)
 FEWEST_VALUES = 16  # a channel
@@ -43,8 +43,8 @@ def norm_relu(x: Tensor, norm: nn.Module, relu: bool = True, skip: Tensor | None
 
 def unsupported(x: Tensor, norm: nn.Module, relu: bool = True, skip: Tensor | None = None) -> str | None:
     """Why only plain PyTorch can take the call, or ``None``."""
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses plain PyTorch itself"
+    if obstacle := transformed():
+        return obstacle
     if type(norm) not in NORMS or norm.weight is None:
         return "the norm is no plain one with scale and shift"
     if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:

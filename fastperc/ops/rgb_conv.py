@@ -16,7 +16,15 @@ from torch import Tensor
 from fastperc import _native, backends, reference
 from fastperc.ops import onednn
 from fastperc.ops.conv_bn_relu import conv_bn_relu, padded
-from fastperc.ops.frozen import channels_last, check, empty_like, in_dtype, native_unsupported, unsupported
+from fastperc.ops.frozen import (
+    channels_last,
+    check,
+    empty_like,
+    in_dtype,
+    native_unsupported,
+    transformed,
+    unsupported,
+)
 from fastperc.ops.image_io import image_io, scale_of
 from fastperc.ops.instance_norm import triton_finish
 from fastperc.ops.packing import packed
@@ -55,8 +63,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def columns_unsupported(x: Tensor, *parameters: Tensor) -> str | None:
     """Why the taps of ``rgb_conv`` cannot be columns of a product, or ``None`` if they can."""
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses plain PyTorch itself"
+    if obstacle := transformed():
+        return obstacle
     if torch.float64 in {one.dtype for one in (x, *parameters)}:
         return "oneDNN does not compute in float64"
     return onednn.unsupported(x, product_dtype(x)) or ("the tensor is empty" if x.numel() == 0 else None)
