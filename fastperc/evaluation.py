@@ -37,7 +37,7 @@ class Score(NamedTuple):
         return f"{self.psnr:.2f} / {self.ssim:.4f}"
 
 
-# Table 3 of the paper's supplement, means: bicubic, the paper's two networks, and SRCNN, by scale and set.
+# The means that the paper reports: of bicubic, its two networks and SRCNN, by scale and set.
 PAPER: dict[tuple[int, str], dict[str, Score]] = {
     key: {method: Score(*score) for method, score in scores.items()}
     for key, scores in {
@@ -201,15 +201,18 @@ def published(folder: Path, scale: int) -> dict[str, Score]:
     return PAPER.get((scale, {"b100": "bsd100"}.get(name, name)), {})
 
 
-def as_markdown(scores: Mapping[str, Mapping[str, Score]], paper: Mapping[str, Score]) -> str:
-    """An aligned Markdown table: PSNR in dB / SSIM of each image by each method, their means, and the paper's."""
+def as_markdown(scores: Mapping[str, Mapping[str, Score]], paper: Mapping[str, Score], blur: float = 0.0) -> str:
+    """An aligned Markdown table: PSNR in dB / SSIM of each image by each method, their means, and the paper's.
+
+    ``blur`` is what :func:`compare` was given: the paper's figures are without.
+    """
     methods = list(next(iter(scores.values())))
     rows = [["PSNR / SSIM", *methods]]
     rows += [[name, *(str(one[method]) for method in methods)] for name, one in scores.items()]
     average = mean(list(scores.values()))
     rows += [["**mean**", *(f"**{average[method]}**" for method in methods)]]
     if paper:
-        rows += [["the paper's mean", *(str(paper.get(method, "–")) for method in methods)]]
+        rows += [["the paper's mean" + ", no blur" * bool(blur), *(str(paper.get(method, "–")) for method in methods)]]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     lines = (
@@ -235,10 +238,10 @@ PANEL, CAPTION, GAP = 288, 44, 12  # pixels: side of a panel, height of what is 
 
 def figure(comparison: Comparison) -> Image.Image:
     """The image with a part of it framed, and that part as it is and as each method has it, with its scores (as in the
-    supplement's Figures 3 and 4). The part is the one in which the first method is farthest from the truth."""
+    supplement's Figures 3 and 4). The part is the one in which the pictures differ most."""
     truth = comparison.truth.rgb
     side = max(min(truth.size) // 4, 24)
-    left, top = _hardest(comparison, side)
+    left, top = _most_different(comparison, side)
     box = (left, top, left + side, top + side)
 
     whole = truth.copy()
@@ -263,10 +266,9 @@ def figure(comparison: Comparison) -> Image.Image:
     return sheet
 
 
-def _hardest(comparison: Comparison, side: int) -> tuple[int, int]:
-    """Left and top of the square in which the first method is farthest from the truth."""
-    first = next(iter(comparison.pictures.values()))
-    error = (luma(first.levels()) - luma(comparison.truth.levels())).square()
-    sums = F.avg_pool2d(error[None, None], side, stride=4)[0, 0]
+def _most_different(comparison: Comparison, side: int) -> tuple[int, int]:
+    """Left and top of the square in which the pictures differ most from one another, the truth among them."""
+    pictures = torch.stack([luma(one.levels()) for one in (comparison.truth, *comparison.pictures.values())])
+    sums = F.avg_pool2d(pictures.var(dim=0)[None, None], side, stride=4)[0, 0]
     row, column = divmod(int(sums.argmax()), sums.shape[1])
     return 4 * column, 4 * row

@@ -135,6 +135,14 @@ def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
 
 
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """What pictures are made of, and where they go."""
+    parser.add_argument("inputs", nargs="+", type=path, metavar="INPUT", help="a photo, several, or folders of them")
+    parser.add_argument(
+        "-o", "--out", type=path, help="a file for one photo, a folder for several; default: beside INPUT"
+    )
+
+
 def add_tile(parser: argparse.ArgumentParser, paints: str) -> None:
     """``--tile``, for a command that ``paints`` large pictures."""
     parser.add_argument(

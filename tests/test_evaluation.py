@@ -153,6 +153,7 @@ def test_the_table_has_each_image_the_mean_and_the_paper():
     assert cells[4] == ["**mean**", "**25.00 / 0.6000**", "**inf / 0.8750**"]
     assert cells[5] == ["the paper's mean", "28.43 / 0.8114", "28.40 / 0.8205"]
     assert "paper" not in evaluation.as_markdown(SCORES, {})
+    assert "| the paper's mean, no blur |" in evaluation.as_markdown(SCORES, PAPER[4, "set5"], blur=1.0)
 
 
 def test_the_csv_has_a_row_for_each_image_and_the_mean(tmp_path):

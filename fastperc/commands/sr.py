@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastperc.errors import BAD_INPUT, InputError
-from fastperc.options import add_device, add_loop, add_tile, add_training, names, path, recipe_fields, weight
+from fastperc.options import add_device, add_files, add_loop, add_tile, add_training, names, path, recipe_fields, weight
 from fastperc.presets import ARCHITECTURES, SCALES
 from fastperc.weights import SUPER_RESOLUTION
 
@@ -46,10 +46,7 @@ def add_upscale(commands: argparse._SubParsersAction[Any]) -> None:
         "  fastperc sr upscale photo.jpg -o large.png --method pixel  smoother, closer in numbers\n"
         "  fastperc sr upscale photo.jpg --model runs/mine/model.safetensors",
     )
-    parser.add_argument("inputs", nargs="+", type=path, metavar="INPUT", help="a photo, several, or folders of them")
-    parser.add_argument(
-        "-o", "--out", type=path, help="a file for one photo, a folder for several; default: beside INPUT"
-    )
+    add_files(parser)
     parser.add_argument("--scale", type=int, choices=SCALES, help="how many times; default: 4, or the model's")
     network = parser.add_mutually_exclusive_group()
     network.add_argument(
@@ -77,10 +74,11 @@ def run_upscale(arguments: argparse.Namespace) -> int:
     painter = load_painter(source, arguments.scale, find_device(arguments.device))
 
     def paint(path: Path, watch: Watch) -> Photo:
+        photo = read_image(path)
         try:
-            return upscale(painter, read_image(path), arguments.match, arguments.tile, watch)
+            return upscale(painter, photo, arguments.match, arguments.tile, watch)
         except InputError as error:
-            raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
+            raise InputError(f"{path}: {error}") from None
 
     jobs = jobs_of(arguments.inputs, arguments.out, f"x{painter.scale}")
     return BAD_INPUT if paint_files(jobs, "enlarging", paint) else 0
@@ -229,7 +227,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
         if arguments.pictures:
             target = (arguments.pictures / comparison.name).with_suffix(".png")
             write_image(target, Photo(evaluation.figure(comparison)))
-    table = evaluation.as_markdown(scores, evaluation.published(arguments.data, arguments.scale))
+    published = evaluation.published(arguments.data, arguments.scale)
+    table = evaluation.as_markdown(scores, published, arguments.blur)
     if arguments.csv:
         evaluation.write_csv(arguments.csv, scores)
     if arguments.markdown:

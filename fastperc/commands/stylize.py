@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastperc.errors import BAD_INPUT
-from fastperc.options import add_device, add_model, add_tile, fraction, load_style, model_file, path, positive
+from fastperc.options import add_device, add_files, add_model, add_tile, fraction, load_style, model_file, positive
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -22,10 +22,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "  fastperc stylize holiday/ -o painted/ --strength 0.7 --keep-colors\n"
         "  fastperc stylize photo.jpg -o out.jpg --model runs/mine/model.safetensors",
     )
-    parser.add_argument("inputs", nargs="+", type=path, metavar="INPUT", help="a photo, several, or folders of them")
-    parser.add_argument(
-        "-o", "--out", type=path, help="a file for one photo, a folder for several; default: beside INPUT"
-    )
+    add_files(parser)
     add_model(parser)
     parser.add_argument(
         "--size", type=positive, metavar="N", help="resize so that the longer side has N pixels; default: as it is"
