@@ -14,11 +14,11 @@ from torch import Tensor
 from fastperc.ops.packing import packed
 
 
-def unsupported(x: Tensor, dtype: torch.dtype | None = None) -> str | None:
-    """Why oneDNN cannot take ``x`` (as ``dtype``, if that is given), or ``None`` if it can."""
+def unsupported(x: Tensor) -> str | None:
+    """Why oneDNN cannot take ``x``, or ``None`` if it can."""
     if x.device.type != "cpu":
         return f"oneDNN runs on the CPU, not on {x.device.type} tensors"
-    return _unsupported(x.dtype if dtype is None else dtype)
+    return _unsupported(x.dtype)
 
 
 @cache

@@ -67,7 +67,9 @@ def columns_unsupported(x: Tensor, *parameters: Tensor) -> str | None:
         return obstacle
     if torch.float64 in {one.dtype for one in (x, *parameters)}:
         return "oneDNN does not compute in float64"
-    return onednn.unsupported(x, product_dtype(x)) or ("the tensor is empty" if x.numel() == 0 else None)
+    if x.numel() == 0:
+        return "the tensor is empty"
+    return onednn.unsupported(x.new_empty(0, dtype=product_dtype(x)))
 
 
 class _Fold(torch.autograd.Function):
