@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastperc import ops
 
 # (norm, batch, channels, height, width)
-SHAPES = [("batch", 4, 32, 256, 256), ("batch", 2, 128, 64, 64), ("instance", 4, 32, 256, 256)]
+SHAPES = [("batch", 4, 32, 256, 256), ("batch", 4, 128, 64, 64), ("instance", 4, 32, 256, 256)]
 NORMS = {"batch": nn.BatchNorm2d, "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True)}
 
 

@@ -61,7 +61,7 @@ CASES += [
     Case(
         "training",
         "training step",
-        f"x{scale} {n}x3x{side // scale}x{side // scale} by pixels",
+        f"x{scale} {n}x3x{side // scale}x{side // scale}, pixel loss",
         DTYPE,
         module=lambda scale=scale: Restoration(scale),
         inputs=lambda scale=scale, n=n, side=side: (image(n, side // scale, side // scale), image(n, side, side)),

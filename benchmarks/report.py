@@ -9,6 +9,7 @@ Nothing is shown without a measured row, and a kernel whose files have changed s
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -99,7 +100,7 @@ def describe(row: Row) -> str:
 
 
 def shape(row: Row) -> str:
-    return row["shape"].replace("x", "×")
+    return re.sub(r"x(?=\d)", "×", row["shape"])
 
 
 def number(x: float) -> str:

@@ -15,7 +15,7 @@ from fastperc.ops.frozen import channels_last, native_unsupported, side_by_side,
 
 NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d)
 FEWEST_VALUES = 16  # a channel
-SMALL_BYTES = 2_000_000  # below which a batch norm of PyTorch's own takes less than the calls around these passes
+SMALL = 2_000_000  # elements, below which PyTorch's own batch norm takes less than the calls around these passes
 
 
 def norm_relu(x: Tensor, norm: nn.Module, relu: bool = True, skip: Tensor | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def norm_relu(x: Tensor, norm: nn.Module, relu: bool = True, skip: Tensor | None
     """
     batch = isinstance(norm, nn.BatchNorm2d)
     obstacles = {"native": unsupported(x, norm, relu, skip)}
-    if batch and x.numel() * x.itemsize < SMALL_BYTES:
+    if batch and x.numel() < SMALL:
         obstacles = {"reference": None, **obstacles}
     if backends.choose("norm_relu", x, **obstacles) == "reference":
         y = norm(x)
