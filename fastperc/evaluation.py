@@ -236,13 +236,22 @@ def write_csv(path: Path, scores: Mapping[str, Mapping[str, Score]]) -> None:
 PANEL, CAPTION, GAP = 288, 44, 12  # pixels: side of a panel, height of what is written below it, between panels
 
 
-def figure(comparison: Comparison) -> Image.Image:
-    """The image with a part of it framed, and that part as it is and as each method has it, with its scores (as in the
-    supplement's Figures 3 and 4). The part is the one in which the pictures differ most."""
+def figure(comparison: Comparison, square: tuple[int, int, int] | None = None) -> Image.Image:
+    """The image with a square of it framed, and that square as it is and as each method has it, with its scores (as in
+    the supplement's Figures 3 and 4).
+
+    ``square`` is left, top and side in pixels. Default: where the pictures differ most, a quarter of the shorter side.
+
+    Raises:
+        InputError: the square is not within the image.
+    """
     truth = comparison.truth.rgb
-    side = max(min(truth.size) // 4, 24)
-    left, top = _most_different(comparison, side)
+    left, top, side = square or _most_different(comparison, max(min(truth.size) // 4, 24))
     box = (left, top, left + side, top + side)
+    if box[2] > truth.width or box[3] > truth.height:
+        raise InputError(
+            f"{comparison.name}: {side} pixels a side at {left},{top} are not within {truth.width}×{truth.height}"
+        )
 
     whole = truth.copy()
     ImageDraw.Draw(whole).rectangle(
@@ -266,9 +275,9 @@ def figure(comparison: Comparison) -> Image.Image:
     return sheet
 
 
-def _most_different(comparison: Comparison, side: int) -> tuple[int, int]:
-    """Left and top of the square in which the pictures differ most from one another, the truth among them."""
+def _most_different(comparison: Comparison, side: int) -> tuple[int, int, int]:
+    """The square in which the pictures differ most from one another, the truth among them."""
     pictures = torch.stack([luma(one.levels()) for one in (comparison.truth, *comparison.pictures.values())])
     sums = F.avg_pool2d(pictures.var(dim=0)[None, None], side, stride=4)[0, 0]
     row, column = divmod(int(sums.argmax()), sums.shape[1])
-    return 4 * column, 4 * row
+    return 4 * column, 4 * row, side

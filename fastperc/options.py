@@ -72,6 +72,15 @@ def tile(text: str) -> int | str:
     return side
 
 
+def square(text: str) -> tuple[int, int, int]:
+    """Left, top and side of a square in pixels, such as ``120,80,64``."""
+    sides = text.split(",")
+    if len(sides) != 3 or not all(side.isdecimal() for side in sides) or int(sides[2]) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no square like 120,80,64: left, top and side in pixels")
+    left, top, side = map(int, sides)
+    return left, top, side
+
+
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
     value = float(text)

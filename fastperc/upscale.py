@@ -31,7 +31,8 @@ def upscale(
     Args:
         painter: a frozen super-resolution network, or what :func:`painter_of` makes of any.
         photo: of any size.
-        match: give each channel of the result the histogram of the photo's, as the paper does (section 4.2).
+        match: give each channel of the result the histogram of the photo's, as the paper does (section 4.2). An SRCNN's
+            is left as it is: its colours are the photo's already.
         tile, watch: as :meth:`fastperc.engine.Engine.tiles` has them.
 
     Raises:
@@ -52,7 +53,7 @@ def upscale(
         part = reference.luma(part).expand(-1, 3, -1, -1) if gray else part
         large[rows, columns] = reference.to_levels(part)[0].permute(1, 2, 0)
     large = large[:height, :width]
-    if match:
+    if match and not isinstance(painter, Bands):
         large = match_histograms(large, small)
     alpha = photo.alpha and photo.alpha.resize((width, height), Image.Resampling.BICUBIC)
     return Photo(Image.fromarray(large.numpy()), alpha, photo.metadata)

@@ -193,6 +193,10 @@ def test_a_figure_shows_where_the_methods_differ(tmp_path):
     assert (panels[0] == 100).all() and (panels[2] == 100).all()
     assert (panels[1] == [200, 0, 0]).all(axis=2).mean() > 0.9
     assert (sheet[292:] < 128).any(), "captions"
+    corner = pixels(evaluation.figure(comparison, (0, 0, 40)))[:288, whole + 12 + 300 :][:, :288]
+    assert (corner == 100).all(), "a square of one's own"
+    with pytest.raises(InputError, match="40 pixels a side at 121,0 are not within 160×120"):
+        evaluation.figure(comparison, (121, 0, 40))
 
 
 # The command line

@@ -94,6 +94,11 @@ def test_matching_one_colour():
     assert torch.equal(match_histograms(torch.randint(0, 256, (16, 16, 3)).to(torch.uint8), flat)[:8, :8], flat)
 
 
+def test_an_srcnn_keeps_its_colours_and_is_not_matched():
+    painter, photo = painter_of(SRCNN()), Photo(picture(20, 20))
+    assert (pixels(upscale(painter, photo).rgb) == pixels(upscale(painter, photo, match=False).rgb)).all()
+
+
 # The command line
 
 

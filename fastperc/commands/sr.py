@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastperc.errors import BAD_INPUT, InputError
-from fastperc.options import add_device, add_files, add_loop, add_tile, add_training, names, path, recipe_fields, weight
+from fastperc.options import (
+    add_device,
+    add_files,
+    add_loop,
+    add_tile,
+    add_training,
+    names,
+    path,
+    recipe_fields,
+    square,
+    weight,
+)
 from fastperc.presets import ARCHITECTURES, SCALES
 from fastperc.weights import SUPER_RESOLUTION
 
@@ -41,9 +52,9 @@ def add_upscale(commands: argparse._SubParsersAction[Any]) -> None:
         description="Enlarges photos four or eight times by a network that ships with fastperc or that you trained.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
-        "  fastperc sr upscale photo.jpg                            photo-x4.jpg, beside the photo\n"
+        "  fastperc sr upscale photo.jpg                                photo-x4.jpg, beside the photo\n"
         "  fastperc sr upscale thumbnails/ -o large/ --scale 8\n"
-        "  fastperc sr upscale photo.jpg -o large.png --method pixel  smoother, closer in numbers\n"
+        "  fastperc sr upscale photo.jpg -o large.png --method feature  sharper, farther in numbers\n"
         "  fastperc sr upscale photo.jpg --model runs/mine/model.safetensors",
     )
     add_files(parser)
@@ -51,10 +62,10 @@ def add_upscale(commands: argparse._SubParsersAction[Any]) -> None:
     network = parser.add_mutually_exclusive_group()
     network.add_argument(
         "--method",
-        default="feature",
+        default="pixel",
         choices=METHODS[1:],
-        help="which shipped network: trained by VGG's features (sharp), by pixels (smooth), or SRCNN; default: "
-        "%(default)s",
+        help="which shipped network: trained by pixels (clean), by VGG's features (sharp, with a faint grid as in the "
+        "paper), or SRCNN; default: %(default)s",
     )
     network.add_argument("--model", type=path, metavar="FILE", help="a network that `fastperc sr train` made")
     add_match(parser)
@@ -198,6 +209,9 @@ def add_eval(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--csv", type=path, metavar="FILE", help="write the figures there, a row for each image")
     parser.add_argument("--markdown", type=path, metavar="FILE", help="write the table there")
     parser.add_argument("--pictures", type=path, metavar="DIR", help="show a part of each image by all methods there")
+    parser.add_argument(
+        "--crop", type=square, metavar="X,Y,SIDE", help="which part; default: where the methods differ most"
+    )
     add_match(parser)
     add_device(parser)
     parser.set_defaults(run=run_eval)
@@ -226,7 +240,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
         scores[comparison.name] = comparison.scores
         if arguments.pictures:
             target = (arguments.pictures / comparison.name).with_suffix(".png")
-            write_image(target, Photo(evaluation.figure(comparison)))
+            write_image(target, Photo(evaluation.figure(comparison, arguments.crop)))
     published = evaluation.published(arguments.data, arguments.scale)
     table = evaluation.as_markdown(scores, published, arguments.blur)
     if arguments.csv:
