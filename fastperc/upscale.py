@@ -52,31 +52,28 @@ def upscale(
     for rows, columns, part in painted(painter, image, tile, watch):
         part = reference.luma(part).expand(-1, 3, -1, -1) if gray else part
         large[rows, columns] = reference.to_levels(part)[0].permute(1, 2, 0)
-    large = large[:height, :width]
+    picture = Image.fromarray(large[:height, :width].numpy())
     if match and not isinstance(painter, Bands):
-        large = match_histograms(large, small)
+        picture = match_histograms(picture, photo.rgb)
     alpha = photo.alpha and photo.alpha.resize((width, height), Image.Resampling.BICUBIC)
-    return Photo(Image.fromarray(large.numpy()), alpha, photo.metadata)
+    return Photo(picture, alpha, photo.metadata)
 
 
-def match_histograms(levels: Tensor, target: Tensor) -> Tensor:
-    """``levels`` with each channel's distribution that of ``target``'s; uint8 [H, W, C], of any sizes.
+def match_histograms(image: Image.Image, target: Image.Image) -> Image.Image:
+    """``image`` with each channel's distribution that of ``target``'s; of any sizes, both RGB in 8 bits.
 
     A level becomes the one at the same rank in the target.
     """
-    matched = torch.empty_like(levels)
-    for channel in range(levels.shape[2]):
-        ranks, _ = _ranks(levels[..., channel])
-        target_ranks, there = _ranks(target[..., channel])
-        table = np.interp(ranks, target_ranks[there], np.flatnonzero(there))
-        matched[..., channel] = torch.from_numpy(table.round().astype(np.uint8))[levels[..., channel].long()]
-    return matched
+    tables = []
+    for counts, wanted in zip(*(np.reshape(one.histogram(), (3, 256)) for one in (image, target))):
+        there = wanted > 0
+        tables.append(np.interp(_ranks(counts), _ranks(wanted)[there], np.flatnonzero(there)).round().astype(int))
+    return image.point(np.concatenate(tables).tolist())
 
 
-def _ranks(levels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Which share of the pixels lies below each of the 256 levels, half of its own counted; and which levels occur."""
-    counts = torch.bincount(levels.flatten(), minlength=256).numpy()
-    return (counts.cumsum() - counts / 2) / counts.sum(), counts > 0
+def _ranks(counts: np.ndarray) -> np.ndarray:
+    """Which share of the pixels lies below each level, half of its own counted."""
+    return (counts.cumsum() - counts / 2) / counts.sum()
 
 
 def painter_of(net: nn.Module) -> Painter:
