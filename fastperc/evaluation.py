@@ -117,7 +117,7 @@ def _check_shapes(x: Tensor, target: Tensor) -> None:
 def score(photo: Photo, truth: Photo, border: int) -> Score:
     """``photo`` against ``truth``, of the same size, without ``border`` pixels on each side."""
     levels, target = photo.levels(), truth.levels()
-    gray = bool((target == target[..., :1]).all())
+    gray = truth.is_gray()
     inside = slice(border, -border or None)
     x, y = (luma(one, gray)[inside, inside] for one in (levels, target))
     return Score(psnr(x, y, data_range=255).item(), ssim(x, y, data_range=255).item())

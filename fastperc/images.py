@@ -59,6 +59,11 @@ class Photo:
         """uint8 [H, W, 3]."""
         return torch.from_numpy(np.array(self.rgb))
 
+    def is_gray(self) -> bool:
+        """Whether red, green and blue are alike everywhere."""
+        levels = self.levels()
+        return bool((levels == levels[..., :1]).all())
+
     def tensor(self) -> Tensor:
         """RGB in 0–1, float32 [1, 3, H, W]."""
         return self.levels().permute(2, 0, 1)[None].float() / 255

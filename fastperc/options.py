@@ -140,6 +140,18 @@ def load_style(source: Path, device: torch.device) -> nn.Module:
     return net
 
 
+def add_layers(parser: argparse._ActionsContainer) -> None:
+    """Which of VGG-16's layers the objective compares."""
+    parser.add_argument(
+        "--style-layers",
+        type=names,
+        default="relu1_2,relu2_2,relu3_3,relu4_3",
+        metavar="A,B,...",
+        help="default: %(default)s",
+    )
+    parser.add_argument("--content-layer", default="relu2_2", metavar="L", help="default: %(default)s")
+
+
 def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
 

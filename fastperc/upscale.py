@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -42,11 +41,9 @@ def upscale(
     width, height = (side * painter.scale for side in photo.rgb.size)
     if width * height > MAX_PIXELS:
         raise InputError(f"{width}×{height} is larger than {MAX_PIXELS:,} pixels")
-    small = photo.levels()
-    gray = bool((small == small[..., :1]).all())
+    gray = photo.is_gray()
     beyond = [max(MINIMUM_SIDE - side, 0) for side in photo.rgb.size]  # what the network wants of a tiny image
-    image = F.pad(small.permute(2, 0, 1)[None].float(), (0, beyond[0], 0, beyond[1]), mode="replicate")
-    image = image[0].permute(1, 2, 0).to(torch.uint8)
+    image = torch.from_numpy(np.pad(np.asarray(photo.rgb), ((0, beyond[1]), (0, beyond[0]), (0, 0)), mode="edge"))
 
     large = torch.empty(image.shape[0] * painter.scale, image.shape[1] * painter.scale, 3, dtype=torch.uint8)
     for rows, columns, part in painted(painter, image, tile, watch):

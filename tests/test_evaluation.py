@@ -29,9 +29,8 @@ def test_psnr_and_ssim_are_those_of_torchmetrics(shape, data_range):
     y = (x + 0.1 * data_range * torch.randn_like(x)).clamp(0, data_range)
     expected = metrics.peak_signal_noise_ratio(y, x, data_range=data_range)
     assert abs(psnr(y, x, data_range) - expected) < 1e-5
-    if min(shape[2:]) >= 6:
-        expected = metrics.structural_similarity_index_measure(y, x, data_range=data_range)
-        assert abs(ssim(y, x, data_range) - expected) < 1e-9
+    expected = metrics.structural_similarity_index_measure(y, x, data_range=data_range)
+    assert abs(ssim(y, x, data_range) - expected) < 1e-9
 
 
 def test_equal_images():
@@ -221,6 +220,17 @@ def test_eval_prints_and_writes(run, photos):
     for row, name in zip(rows, ("a.png", "nested/b.png")):
         assert f"{float(row['bicubic_psnr']):.2f} / {float(row['bicubic_ssim']):.4f}" in out
         assert read_image(Path("out/pictures", name)).rgb.height == 288 + 44
+
+
+def test_figures_overwrite_no_image_and_are_not_evaluated(run, photos):
+    before = Path("set/a.png").read_bytes()
+    status, _, err = run("sr", "eval", "--data", photos, "--methods", "bicubic", "--pictures", photos)
+    assert status == 2 and "would overwrite an input" in err and Path("set/a.png").read_bytes() == before
+    picture(70, 70).save("set/a.jpg")
+    for _ in range(2):
+        status, out, err = run("sr", "eval", "--data", photos, "--methods", "bicubic", "--pictures", "set/figures")
+        assert status == 0 and len(out.splitlines()) == 2 + 3 + 1, err
+    assert sorted(path.name for path in Path("set/figures").rglob("*.*")) == ["a.jpg", "a.png", "b.png"]
 
 
 def test_eval_takes_networks_from_files(run, photos, sr_model):

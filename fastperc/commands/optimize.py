@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from fastperc.errors import InputError
-from fastperc.options import add_device, names, path, positive, positive_float, weight
+from fastperc.options import add_device, add_layers, path, positive, positive_float, weight
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -21,14 +21,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("-o", "--out", required=True, type=path, help="the picture to write")
     parser.add_argument("--style", required=True, type=path, metavar="IMG", help="the painting")
     parser.add_argument("--vgg", type=path, metavar="FILE", help="VGG-16 weights; default: fetch torchvision's")
-    parser.add_argument(
-        "--style-layers",
-        type=names,
-        default="relu1_2,relu2_2,relu3_3,relu4_3",
-        metavar="A,B,...",
-        help="default: %(default)s",
-    )
-    parser.add_argument("--content-layer", default="relu2_2", metavar="L", help="default: %(default)s")
+    add_layers(parser)
     parser.add_argument("--content-weight", type=weight, metavar="X", help="beside a style weight of 1; default: 0.3")
     parser.add_argument("--tv-weight", type=weight, metavar="X", help="default: 0")
     parser.add_argument(

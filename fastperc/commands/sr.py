@@ -222,6 +222,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from fastperc.devices import find_device
     from fastperc.files import check_writable, write_atomically
     from fastperc.images import Photo, find_images, write_image
+    from fastperc.pictures import jobs_of
     from fastperc.progress import track
 
     there = [name for name in METHODS if name == "bicubic" or f"x{arguments.scale}_{name}" in SUPER_RESOLUTION]
@@ -229,17 +230,17 @@ def run_eval(arguments: argparse.Namespace) -> int:
         name: method_of(name, arguments.scale, arguments.match, find_device(arguments.device))
         for name in arguments.methods or there
     }
-    files = find_images(arguments.data)
-    for target in (arguments.csv, arguments.markdown, arguments.pictures and arguments.pictures / "probe.png"):
+    figures = dict(jobs_of([arguments.data], arguments.pictures, "compared")) if arguments.pictures else {}
+    for target in (arguments.csv, arguments.markdown, *figures.values()):
         if target is not None:
             check_writable(target)
-    images = {str(file.relative_to(arguments.data)): file for file in files}
+    images = {str(file.relative_to(arguments.data)): file for file in figures or find_images(arguments.data)}
     scores = {}
     compared = evaluation.compare(images.items(), methods, arguments.scale, arguments.blur)
     for comparison in track(compared, "evaluating", len(images)):
         scores[comparison.name] = comparison.scores
-        if arguments.pictures:
-            target = (arguments.pictures / comparison.name).with_suffix(".png")
+        if figures:
+            target = figures[images[comparison.name]]
             write_image(target, Photo(evaluation.figure(comparison, arguments.crop)))
     published = evaluation.published(arguments.data, arguments.scale)
     table = evaluation.as_markdown(scores, published, arguments.blur)

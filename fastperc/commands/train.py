@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from fastperc.options import add_loop, add_training, names, path, positive, recipe_fields, weight
+from fastperc.options import add_layers, add_loop, add_training, path, positive, recipe_fields, weight
 from fastperc.presets import CONVENTIONS, PRESETS
 
 if TYPE_CHECKING:
@@ -37,14 +37,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     network.add_argument("--padding", choices=["zero", "reflect", "reflect40"], help="default: the preset's")
     network.add_argument("--upsample", choices=["transposed", "nearest"], help="default: the preset's")
     loss = parser.add_argument_group("the objective")
-    loss.add_argument(
-        "--style-layers",
-        type=names,
-        default="relu1_2,relu2_2,relu3_3,relu4_3",
-        metavar="A,B,...",
-        help="default: %(default)s",
-    )
-    loss.add_argument("--content-layer", default="relu2_2", metavar="L", help="default: %(default)s")
+    add_layers(loss)
     loss.add_argument(
         "--convention",
         default="relative",
