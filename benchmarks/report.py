@@ -31,6 +31,7 @@ OPERATIONS = {  # in the order of the tables
     "training": "Network",
     "inference": "Network",
     "norm_relu": "Norm, ReLU",
+    "conv3x3": "3×3 conv",
     "conv_bn_relu": "Conv, norm, ReLU",
     "residual_block": "Residual block",
     "subpixel_conv_bn_relu": "½-stride conv, norm, ReLU",

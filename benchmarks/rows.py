@@ -68,8 +68,9 @@ ADDED = {
 KERNEL_FOLDERS = ("csrc", "kernels", "fastperc/ops")
 CONVOLUTION = ("conv_bn_relu", "configs", "frozen", "image_io", "instance_norm", "norm_relu", "onednn", "packing")
 RGB = ("rgb_conv", "rgb_conv_head", "rgb_conv_stem")
-LOSS = ("vgg_loss", "configs", "frozen", "gram_loss", "packing", "tv_loss", "vgg_chain")
+LOSS = ("vgg_loss", "configs", "conv3x3", "frozen", "gram_loss", "packing", "tv_loss", "vgg_chain", "winograd")
 KERNELS = {
+    "conv3x3": ("conv3x3", "frozen", "packing", "winograd"),
     "conv_bn_relu": CONVOLUTION,
     "residual_block": CONVOLUTION,
     "rgb_conv": (*CONVOLUTION, *RGB),

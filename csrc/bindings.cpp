@@ -39,6 +39,8 @@ Output output_from_name(const std::string& name) {
 
 ImageStrides image_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 RowStrides row_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
+WeightStrides weight_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+WinogradShape winograd_shape(const std::array<std::int64_t, 6>& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
 
 }  // namespace
 
@@ -191,6 +193,38 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("grad"), py::arg("norm"), py::arg("factors"), py::arg("out"), py::arg("dtype"),
       py::arg("shape"), py::arg("relu"), py::arg("threads"));
+
+  m.def("winograd_lanes", &winograd_lanes);
+  m.def(
+      "winograd_weights_cpu",
+      [](Address weight, Address transformed, std::int64_t in, std::int64_t out,
+         const std::array<std::int64_t, 4>& strides, int threads) {
+        py::gil_scoped_release release;
+        winograd_weights_cpu(pointer<float>(weight), pointer<float>(transformed), in, out, weight_strides(strides),
+                             threads);
+      },
+      py::arg("weight"), py::arg("transformed"), py::arg("in_channels"), py::arg("out_channels"), py::arg("strides"),
+      py::arg("threads"));
+  m.def(
+      "winograd_conv_cpu",
+      [](Address x, Address weights, Address bias, Address out, const std::array<std::int64_t, 6>& shape, bool relu,
+         int threads) {
+        py::gil_scoped_release release;
+        winograd_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(out),
+                          winograd_shape(shape), relu, threads);
+      },
+      py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("out"), py::arg("shape"), py::arg("relu"),
+      py::arg("threads"));
+  m.def(
+      "winograd_weight_gradient_cpu",
+      [](Address x, Address grad, Address weight, Address bias, const std::array<std::int64_t, 6>& shape,
+         const std::array<std::int64_t, 4>& strides, int threads) {
+        py::gil_scoped_release release;
+        winograd_weight_gradient_cpu(pointer<float>(x), pointer<float>(grad), pointer<float>(weight),
+                                     pointer<float>(bias), winograd_shape(shape), weight_strides(strides), threads);
+      },
+      py::arg("x"), py::arg("grad"), py::arg("weight"), py::arg("bias"), py::arg("shape"), py::arg("strides"),
+      py::arg("threads"));
 
 #ifdef FASTPERC_CUDA
   m.def(

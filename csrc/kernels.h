@@ -9,6 +9,7 @@
 #include "rgb_conv.h"
 #include "tv_loss.h"
 #include "vgg_loss.h"
+#include "winograd.h"
 
 namespace fastperc {
 
@@ -59,5 +60,19 @@ void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers&
 // out [N, H, W, C] = g · factors[:, 0] + (x − mean) · factors[:, 1] + factors[:, 2], factors being [N, 3, C].
 void norm_gradient_cpu(const void* x, const void* grad, const NormPointers& norm, const float* factors, void* out,
                        DType dtype, const ImageShape& shape, bool relu, int threads);
+
+// The floats in a register that the three below compute with here.
+int winograd_lanes();
+// transformed [O / panel, 16, I, panel] = weight [O, I, 3, 3] as the next takes it (see winograd.h). Channels, there and
+// below, are multiples of the panel.
+void winograd_weights_cpu(const float* weight, float* transformed, std::int64_t in, std::int64_t out,
+                          const WeightStrides& strides, int threads);
+// out [N, H', W', O] = relu?(x [N, H, W, I] convolved with the transformed weights, plus bias [O] unless it is null).
+void winograd_conv_cpu(const float* x, const float* weights, const float* bias, float* out, const WinogradShape& shape,
+                       bool relu, int threads);
+// weight [O, I, 3, 3] = the gradient to the weights, x and grad [N, H', W', O] given; bias [O], unless it is null, that
+// to the bias.
+void winograd_weight_gradient_cpu(const float* x, const float* grad, float* weight, float* bias,
+                                  const WinogradShape& shape, const WeightStrides& strides, int threads);
 
 }  // namespace fastperc

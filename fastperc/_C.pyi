@@ -93,6 +93,33 @@ def norm_gradient_cpu(
     relu: bool,
     threads: int,
 ) -> None: ...
+def winograd_lanes() -> int: ...
+def winograd_weights_cpu(
+    weight: int,
+    transformed: int,
+    in_channels: int,
+    out_channels: int,
+    strides: tuple[int, int, int, int],
+    threads: int,
+) -> None: ...
+def winograd_conv_cpu(
+    x: int,
+    weights: int,
+    bias: int,
+    out: int,
+    shape: tuple[int, int, int, int, int, int],
+    relu: bool,
+    threads: int,
+) -> None: ...
+def winograd_weight_gradient_cpu(
+    x: int,
+    grad: int,
+    weight: int,
+    bias: int,
+    shape: tuple[int, int, int, int, int, int],
+    strides: tuple[int, int, int, int],
+    threads: int,
+) -> None: ...
 def tv_loss_partials(shape: tuple[int, int, int, int, int]) -> int: ...
 def tv_loss_fwd_cuda(
     x: int,

@@ -19,6 +19,7 @@ except ImportError as error:  # a checkout that was never built, or a module bui
     _missing = f"fastperc._C is not there ({error}); run `pip install .`"
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+WINOGRAD_PANEL = 32  # as csrc/winograd.h has it
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -192,6 +193,46 @@ def norm_gradient(
     [N, 3, C]; the rest as :func:`norm_gradient_sums` has it."""
     pointers = x.data_ptr(), grad.data_ptr(), _norm(norm), factors.data_ptr(), out.data_ptr()
     _C.norm_gradient_cpu(*pointers, DTYPES[x.dtype], _image_shape(x), relu, torch.get_num_threads())
+
+
+def winograd_lanes() -> int:
+    """The floats in a register that the convolutions below compute with: 16 with AVX-512, 8 with AVX2, else fewer."""
+    return _C.winograd_lanes()
+
+
+def winograd_weights(weight: Tensor, turned: bool) -> Tensor:
+    """``weight`` [O, I, 3, 3], float32, as :func:`winograd_conv` takes it: [O / 32, 16, I, 32]. ``turned`` by 180°, in
+    and out exchanged, it is [I / 32, 16, O, 32]. O and I are multiples of 32."""
+    (o, i), strides, first = weight.shape[:2], _strides(weight), weight.data_ptr()
+    if turned:
+        to_o, to_i, to_row, to_column = strides
+        first += 2 * (to_row + to_column) * weight.itemsize
+        (o, i), strides = (i, o), (to_i, to_o, -to_row, -to_column)
+    transformed = weight.new_empty(o // WINOGRAD_PANEL, 16, i, WINOGRAD_PANEL)
+    _C.winograd_weights_cpu(first, transformed.data_ptr(), i, o, strides, torch.get_num_threads())
+    return transformed
+
+
+def winograd_conv(x: Tensor, weights: Tensor, bias: Tensor | None, padding: int, relu: bool, out: Tensor) -> None:
+    """Fills ``out`` with relu?(the 3×3 convolution of ``x``, plus ``bias``); float32, both channels-last, ``weights``
+    as :func:`winograd_weights` makes them."""
+    pointers = x.data_ptr(), weights.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+    _C.winograd_conv_cpu(*pointers, _winograd_shape(x, out, padding), relu, torch.get_num_threads())
+
+
+def winograd_weight_gradient(x: Tensor, grad: Tensor, padding: int, weight: Tensor, bias: Tensor | None) -> None:
+    """Fills ``weight`` [O, I, 3, 3] and, unless it is ``None``, ``bias`` [O] with their gradients, ``grad`` being that
+    of the convolution's output; float32, ``x`` and ``grad`` channels-last."""
+    pointers = x.data_ptr(), grad.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+    shape, strides = _winograd_shape(x, grad, padding), _strides(weight)
+    _C.winograd_weight_gradient_cpu(*pointers, shape, strides, torch.get_num_threads())
+
+
+def _winograd_shape(x: Tensor, y: Tensor, padding: int) -> tuple[int, int, int, int, int, int]:
+    (n, h, w, i), (_, rows, columns, o) = _image_shape(x), _image_shape(y)
+    assert (rows, columns) == (h + 2 * padding - 2, w + 2 * padding - 2)
+    assert i % WINOGRAD_PANEL == 0 and o % WINOGRAD_PANEL == 0
+    return n, h, w, i, o, padding
 
 
 def _norm(norm: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastperc import __version__, _native, backends, dispatch
 from fastperc.ops import onednn
+from fastperc.ops.conv3x3 import unsupported as conv3x3_unsupported
 from fastperc.ops.conv_bn_relu import library_unsupported
 from fastperc.ops.frozen import channels_last, native_unsupported
 from fastperc.ops.gram_loss import triton_unsupported as gram_loss_by_triton
@@ -30,6 +31,7 @@ OPERATIONS: dict[str, dict[str, Callable[[Tensor], str | None]]] = {
         "native": lambda x: library_unsupported(x, (1, 1, 1, 1), "zeros", None, relu=True),
     },
     "subpixel_conv_bn_relu": {"triton": backends.triton_product_unsupported, "native": onednn.unsupported},
+    "conv3x3": {"native": lambda x: conv3x3_unsupported(*_trunk(x))},
     "norm_relu": {"native": lambda x: norm_relu_unsupported(channels_last(x), nn.BatchNorm2d(x.shape[1]))},
     "rgb_conv": {"native": columns_unsupported},
     "rgb_conv_stem": {"triton": backends.triton_product_unsupported, "native": lambda x: None},
@@ -37,6 +39,11 @@ OPERATIONS: dict[str, dict[str, Callable[[Tensor], str | None]]] = {
     "instance_norm": {"triton": backends.triton_unsupported, "native": native_unsupported},
     "image_io": {"native": native_unsupported},
 }
+
+
+def _trunk(x: Tensor) -> tuple[Tensor, Tensor]:
+    """An activation where ``x`` is, and the weight of a 3×3 convolution of it."""
+    return channels_last(x.new_empty(1, 64, 64, 64)), x.new_empty(64, 64, 3, 3)
 
 
 def report() -> str:

@@ -123,6 +123,10 @@ OPERATIONS = {
         lambda x, weight: lambda: ops.subpixel_conv_bn_relu(x, weight, weight.new_zeros(weight.shape[1])),
         frozen=True,
     ),
+    "conv3x3": Operation(
+        lambda batch, size: [((batch, 128, size // 4, size // 4), (128, 128, 3, 3))],
+        lambda x, weight: lambda: ops.conv3x3(x, weight, weight.new_zeros(weight.shape[0])),
+    ),
     "rgb_conv": Operation(
         lambda batch, size: [((batch, 32, size, size), (3, 32, 9, 9))],
         lambda x, weight: lambda: ops.rgb_conv(x, weight, weight.new_zeros(3), 4),

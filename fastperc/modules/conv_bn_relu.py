@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastperc import ops
+from fastperc.modules.conv3x3 import Conv3x3
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -45,7 +46,10 @@ class ConvBNReLU(nn.Module):
         relu: bool = True,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, padding_mode=padding_mode)
+        if (kernel_size, stride) == (3, 1):
+            self.conv: nn.Conv2d = Conv3x3(in_channels, out_channels, padding, padding_mode=padding_mode)
+        else:
+            self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, padding_mode=padding_mode)
         self.norm = make_norm(norm, out_channels)
         self.relu = relu
 

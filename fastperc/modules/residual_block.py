@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastperc import ops
+from fastperc.modules.conv3x3 import Conv3x3
 from fastperc.modules.conv_bn_relu import PaddingMode, make_norm
 
 
@@ -35,9 +36,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         if residual not in (True, False, "he"):
             raise ValueError(f"residual must be True, False or 'he', got {residual!r}")
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=padding, padding_mode=padding_mode)
+        self.conv1 = Conv3x3(channels, channels, padding, padding_mode=padding_mode)
         self.norm1 = make_norm(norm, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=padding, padding_mode=padding_mode)
+        self.conv2 = Conv3x3(channels, channels, padding, padding_mode=padding_mode)
         self.norm2 = make_norm(norm, channels)
         self.residual = residual
 

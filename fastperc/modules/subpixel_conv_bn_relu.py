@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastperc import ops
+from fastperc.modules.conv3x3 import Conv3x3
 from fastperc.modules.conv_bn_relu import PaddingMode, make_norm
 
 
@@ -35,7 +36,7 @@ class SubpixelConvBNReLU(nn.Module):
                 in_channels, out_channels, 3, stride=2, padding=1, output_padding=1
             )
         elif upsample == "nearest":
-            self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding_mode)
+            self.conv = Conv3x3(in_channels, out_channels, 1, padding_mode=padding_mode)
         else:
             raise ValueError(f"upsample must be 'transposed' or 'nearest', got {upsample!r}")
         self.norm = make_norm(norm, out_channels)

@@ -2,9 +2,10 @@
 
 Those of a frozen network (``conv_bn_relu``, ``subpixel_conv_bn_relu``, ``rgb_conv_stem``, ``rgb_conv_head``,
 ``instance_norm``, ``image_io``) are for inference: where a gradient is wanted, and inside ``torch.compile``, plain
-PyTorch runs. ``norm_relu`` and ``rgb_conv`` are for training, in plain PyTorch but on a CPU.
+PyTorch runs. ``conv3x3``, ``norm_relu`` and ``rgb_conv`` are for training, in plain PyTorch but on a CPU.
 """
 
+from fastperc.ops.conv3x3 import conv3x3
 from fastperc.ops.conv_bn_relu import conv_bn_relu
 from fastperc.ops.gram_loss import gram_loss
 from fastperc.ops.image_io import image_io
@@ -17,6 +18,7 @@ from fastperc.ops.vgg_loss import vgg_features, vgg_loss
 
 __all__ = [
     "channel_statistics",
+    "conv3x3",
     "conv_bn_relu",
     "gram_loss",
     "image_io",

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import _native
+from fastperc.ops.conv3x3 import slower, unsupported, winograd
 from fastperc.ops.frozen import empty_like
 from fastperc.ops.packing import packed
 from fastperc.reference import FrozenConv
@@ -45,10 +46,19 @@ def pack(conv: FrozenConv, dtype: torch.dtype) -> Packed:
 
 
 def convolve_relu(x: Tensor, conv: Packed) -> Tensor:
-    """Convolution, bias and ReLU; in one call where cuDNN has one. (oneDNN has one too: it turns NaN into 0.)"""
+    """Convolution, bias and ReLU; in one pass where there is one. (oneDNN has one too: it turns NaN into 0.)"""
+    if unsupported(x, conv.weight, conv.bias) is None and not slower(x):
+        return winograd(x, conv.weight, conv.bias, 1, relu=True)
     if x.device.type == "cuda" and torch.backends.cudnn.is_available():
         return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, [1, 1], [1, 1], [1, 1], 1)
     return F.conv2d(x, conv.weight, conv.bias, padding=1).relu_()
+
+
+def convolve_back(grad: Tensor, conv: Packed) -> Tensor:
+    """The gradient to the convolution's input, from that to its output."""
+    if unsupported(grad, conv.mirrored) is None and not slower(grad):
+        return winograd(grad, conv.mirrored, None, 1, relu=False)
+    return F.conv2d(grad, conv.mirrored, padding=1)
 
 
 class Layer(NamedTuple):
@@ -124,7 +134,7 @@ def backward_chain(
             else:
                 kernels.relu_mask_bwd(grad, layer.bits)
         del layer
-        grad = F.conv2d(grad, convs[i].mirrored, padding=1)
+        grad = convolve_back(grad, convs[i])
     assert grad is not None
     return grad
 
