@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fastperc import __version__
-from fastperc.commands import bench, doctor, optimize, sr, stylize, train, tune
+from fastperc.commands import bench, doctor, figure2, optimize, sr, stylize, train, tune
 from fastperc.errors import BAD_INPUT, InputError
 
-COMMANDS = stylize, train, sr, optimize, tune, bench, doctor  # as --help lists them
+COMMANDS = stylize, train, figure2, sr, optimize, tune, bench, doctor  # as --help lists them
 FAILED, INTERRUPTED = 1, 130  # exit statuses, with BAD_INPUT
 
 

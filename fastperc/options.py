@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastperc.errors import InputError
-from fastperc.presets import MINIMUM_SIDE
+from fastperc.presets import CONVENTIONS, MINIMUM_SIDE, PRESETS
 from fastperc.weights import STYLES
 
 if TYPE_CHECKING:
@@ -188,6 +188,15 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="VGG-16 weights (.npz, .pth or .safetensors); default: fetch torchvision's",
     )
+
+
+SEVERAL_GPUS = (  # of a training command's epilog
+    "Several GPUs of one machine share every batch, of which --batch gives the whole size:\n"
+    "  torchrun --nproc-per-node=2 -m fastperc {command} ... --batch 8 --sync-bn\n"
+)
+
+
+def add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", type=path, metavar="FILE", help="a trained network of the same shape to start from")
 
 
@@ -198,13 +207,31 @@ def add_loop(parser: argparse.ArgumentParser, iterations: int, size: int) -> Non
     loop.add_argument(
         "--size", type=positive, default=size, metavar="N", help="side of the training crops; default: %(default)s"
     )
-    loop.add_argument("--batch", type=positive, default=4, metavar="N", help="default: %(default)s")
+    loop.add_argument(
+        "--batch", type=positive, default=4, metavar="N", help="of all processes together; default: %(default)s"
+    )
     loop.add_argument("--lr", type=positive_float, default=1e-3, metavar="X", help="Adam's step; default: %(default)s")
     loop.add_argument("--decay", action="store_true", help="lower the step to zero along a cosine; suits short runs")
     loop.add_argument("--seed", type=natural, default=0, metavar="N", help="default: %(default)s")
     loop.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     loop.add_argument(
-        "--workers", type=natural, default=1, metavar="N", help="processes that load photos; default: %(default)s"
+        "--cache",
+        default="auto",
+        choices=["auto", "off"],
+        help="auto: decode the photos once, into a file in the cache folder that is as large as their pixels, if there "
+        "is room; default: %(default)s",
+    )
+    loop.add_argument(
+        "--workers",
+        type=natural,
+        default=1,
+        metavar="N",
+        help="processes that decode photos where there is no such file; default: %(default)s",
+    )
+    loop.add_argument(
+        "--sync-bn",
+        action="store_true",
+        help="take batch norms' statistics over all processes, not over each one's share of a batch",
     )
     loop.add_argument(
         "--checkpoint-every", type=positive, default=1000, metavar="N", help="iterations; default: %(default)s"
@@ -212,6 +239,39 @@ def add_loop(parser: argparse.ArgumentParser, iterations: int, size: int) -> Non
     loop.add_argument("--resume", action="store_true", help="continue the run in --out")
     loop.add_argument("--tensorboard", action="store_true", help="also log to DIR/tensorboard")
     add_device(loop)
+
+
+def add_style_training(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """All that a style's training is told; returns the group of the network's options."""
+    parser.add_argument("--style", required=True, type=path, metavar="IMG", help="the painting")
+    add_training(parser)
+    network = parser.add_argument_group("the network")
+    network.add_argument("--preset", default="paper", choices=PRESETS, help="default: %(default)s")
+    network.add_argument(
+        "--width", type=positive, metavar="N", help="channels of the first convolution; default: the preset's"
+    )
+    network.add_argument("--norm", choices=["batch", "instance"], help="default: the preset's")
+    network.add_argument("--padding", choices=["zero", "reflect", "reflect40"], help="default: the preset's")
+    network.add_argument("--upsample", choices=["transposed", "nearest"], help="default: the preset's")
+    loss = parser.add_argument_group("the objective")
+    add_layers(loss)
+    loss.add_argument(
+        "--convention",
+        default="relative",
+        choices=CONVENTIONS,
+        help="what the weights multiply; default: %(default)s",
+    )
+    loss.add_argument("--content-weight", type=weight, metavar="X", help="default: the convention's")
+    loss.add_argument("--style-weight", type=weight, metavar="X", help="default: the convention's")
+    loss.add_argument("--tv-weight", type=weight, metavar="X", help="default: the convention's")
+    loss.add_argument(
+        "--style-size",
+        type=positive,
+        metavar="N",
+        help="the painting's shorter side in pixels: larger, broader strokes; default: --size",
+    )
+    add_loop(parser, iterations=40_000, size=256)
+    return network
 
 
 def recipe_fields(recipe: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -19,6 +20,16 @@ SECONDS_OF_SPEED = 30.0  # the speed shown is that of so long ago until now
 def say(line: str) -> None:
     """Prints ``line`` on stderr, above the bar if one is running; as one line, whatever file names it holds."""
     console.print(" ".join(line.splitlines()), markup=False)
+
+
+@contextmanager
+def silent(silently: bool = True) -> Iterator[None]:
+    """Nothing is shown while the block runs, unless not ``silently``."""
+    before, console.quiet = console.quiet, console.quiet or silently
+    try:
+        yield
+    finally:
+        console.quiet = before
 
 
 class Meter:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from fastperc.distributed import combine_over_processes
 
 
 def widen(x: Tensor) -> Tensor:
@@ -143,6 +146,41 @@ def norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, b
     normalise = F.batch_norm if batch else F.instance_norm
     y = normalise(x, None, None, weight.to(x.dtype), bias.to(x.dtype), True, 0.0, eps)
     return y.relu() if relu else y
+
+
+def channel_statistics(x: Tensor) -> Tensor:
+    """How many values each channel of ``x`` [N, C, H, W] has, their mean and Σ (x - mean)²: [3, C]; of none, zeros."""
+    x = widen(x)
+    count = x.numel() // x.shape[1]
+    if count == 0:
+        return x.new_zeros(3, x.shape[1])
+    variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    return torch.stack([torch.full_like(mean, count), mean, variance * count])
+
+
+def sync_norm_relu(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """relu?(the batch norm of ``x`` [N, C, H, W] by the statistics of all processes of ``group``), and those: count,
+    mean and Σ (x - mean)² of each channel, float64 [3, C], without a gradient."""
+    statistics = combine_over_processes(channel_statistics(x).double(), group)
+    wide = widen(x)
+    _, mean, inverse = count_mean_inverse(statistics, eps, wide.dtype)
+    y = (wide - mean) * inverse
+    if weight is not None:
+        y = y * weight[:, None, None]
+    if bias is not None:
+        y = y + bias[:, None, None]
+    y = y.to(x.dtype)
+    return y.relu() if relu else y, statistics.detach()
+
+
+def count_mean_inverse(statistics: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of count, mean and Σ (x - mean)² of each channel, [3, C]: the count, or 1 if it is 0, the mean, and one over the
+    standard deviation; [C, 1, 1] each."""
+    count, mean, m2 = statistics[:, :, None, None].unbind()
+    count = count.clamp(min=1)
+    return count.to(dtype), mean.to(dtype), (m2 / count + eps).rsqrt().to(dtype)
 
 
 def finish(y: Tensor, norm: InstanceNorm | None, relu: bool, skip: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,19 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastperc import checkpoints, data
+from fastperc.distributed import Processes, processes
 from fastperc.errors import InputError
 from fastperc.files import check_writable, write_atomically
 from fastperc.images import contact_sheet
-from fastperc.progress import Meter, say
+from fastperc.progress import Meter, say, silent
+from fastperc.step import TrainStep, adam
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT = "checkpoint.safetensors"  # the network and the optimizer: what --resume reads
+LOSSES = "losses.csv"  # a row for each iteration
 MODEL = "model.safetensors"  # the network alone: what the other commands read
 FILES = frozenset({"data", "vgg", "init", "style"})  # fields that name files
 # What may differ between a run and its continuation without changing what is computed.
-FREE_TO_CHANGE = FILES - {"style"} | {"iterations", "checkpoint_every", "workers", "tensorboard", "device"}
+FREE_TO_CHANGE = FILES - {"style"} | {"iterations", "checkpoint_every", "workers", "tensorboard", "device", "cache"}
+LOG_EVERY = 50  # iterations on a GPU between looks at the losses, for which it must have finished them
 
 
 class Task(NamedTuple):
@@ -60,6 +64,8 @@ class Recipe:
     amp: bool = False
     checkpoint_every: int = 1000
     workers: int = 1
+    cache: str = "auto"  # or "off": photos are decoded whenever they are needed
+    sync_bn: bool = False  # batch statistics over all processes rather than each one's own
     tensorboard: bool = False
     device: str = "cpu"
 
@@ -73,67 +79,176 @@ class Recipe:
 
 
 def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
-    """Trains the network of ``recipe`` and leaves the result, previews and checkpoints in ``out``.
+    """Trains the network of ``recipe`` and leaves the result, previews, losses and checkpoints in ``out``.
 
     SIGINT and SIGTERM save and stop after the step under way. With ``resume`` the run goes on from its checkpoint,
-    bit for bit on the CPU, or begins where there is none.
+    bit for bit on the CPU, or begins where there is none. Started by ``torchrun``, every process trains on its share
+    of each batch, and the first alone writes and speaks; they stop together, a GPU's within ``LOG_EVERY`` steps. What
+    they descend is the mean of the losses of their shares, which is the loss of the batch where that is a mean over
+    its photos.
 
     Raises:
         InputError: something in the recipe cannot be used, or ``out`` holds a run and ``resume`` is false.
         FloatingPointError: the loss or a weight is no longer finite. The last checkpoint stays as it was.
     """
-    checkpoint = check_writable(out / CHECKPOINT)
+    with processes(recipe.device) as together, silent(not together.first):
+        _train(recipe, out, resume, together)
+
+
+def _train(recipe: Recipe, out: Path, resume: bool, together: Processes) -> None:
+    if recipe.batch % together.count:
+        raise InputError(f"a batch of {recipe.batch} cannot be shared evenly by {together.count} processes")
+    with together.one_first():  # or one would remove the folders that another has just made to see whether it can
+        checkpoint = check_writable(out / CHECKPOINT)
     if checkpoint.exists() and not resume:
         raise InputError(f"{out}: holds a run already; continue it with --resume, or name another folder")
     start = check_same_recipe(recipe, checkpoint) if checkpoint.exists() else 0
 
     torch.manual_seed(recipe.seed)
-    device = torch.device(recipe.device)
-    title, net, loss, degrade = recipe.task()
+    device = together.device
+    with together.one_first():  # it may fetch weights
+        title, net, loss, degrade = recipe.task()
     if recipe.init is not None and not start:
         initialise(net, recipe.init)
     net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loss = loss.to(device) if isinstance(loss, nn.Module) else loss
-    optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr)
+    optimizer = adam(net.parameters(), recipe.lr, device)
     if start:
         checkpoints.load_training(checkpoint, net, optimizer)
-    crops = data.PhotoCrops(recipe.data, recipe.size, recipe.seed, recipe.resize)
+    with together.one_first():  # it may pack the photos
+        crops = data.PhotoCrops(recipe.data, recipe.size, recipe.seed, recipe.resize, cache=recipe.cache == "auto")
     previews = torch.stack([crops[i][0] for i in range(min(4, len(crops.paths)))]).to(device) / 255
-    board = open_tensorboard(out, start) if recipe.tensorboard else None
-    say(f"{len(crops.paths)} photos · {title} · {device}" + f" · from iteration {start}" * bool(start))
+    step_of = TrainStep(shared(net, together, recipe.sync_bn), loss, optimizer, recipe.amp, degrade)
+    say(
+        f"{len(crops.paths)} photos · {title} · {device}"
+        + f" · {together.count} processes" * (together.count > 1)
+        + f" · from iteration {start}" * bool(start)
+    )
 
     unreadable: set[str] = set()
     step = saved = start
-    with stop_requests() as stop, Meter("training", recipe.iterations, start) as meter:
-        for photos, skipped in data.batches(crops, recipe.batch, start, recipe.iterations, recipe.workers):
+    log = Log(recipe, out, start, together)
+    with closing(log), stop_requests(patient=together.count > 1) as stop:
+        photo_batches = data.batches(
+            crops, recipe.batch, start, recipe.iterations, recipe.workers, together.rank, together.count
+        )
+        for photos, skipped in photo_batches:
             step += 1
             unreadable |= skipped
-            photos = photos.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
-            optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
-            terms = train_step(net, loss, optimizer, photos, photos if degrade is None else degrade(photos), recipe.amp)
-            values = dict(zip(terms._fields, torch.stack(terms).tolist()))
-            total = values.pop("total")
-            if not math.isfinite(total):
-                kept = f"iteration {saved} is kept in {out}" if saved else "none was saved yet"
-                raise FloatingPointError(f"the loss is {total} at iteration {step}; {kept}; try a lower --lr")
-            parts = " + ".join(f"{name} {value:.4g}" for name, value in values.items())
-            meter.advance(f"loss {total:.4g}" + f" = {parts}" * bool(parts))
-            if board is not None:
-                for name, value in terms._asdict().items():
-                    board.add_scalar(f"loss/{name}", value, step)
-            if stop.requested or step % recipe.checkpoint_every == 0 or step == recipe.iterations:
+            log.add(step_of(photos, learning_rate(recipe, step)))
+            due = step % recipe.checkpoint_every == 0 or step == recipe.iterations
+            looks = due or step % log.every == 0
+            # Alone, a request is heard at once; several processes hear it where they look, together.
+            stops = together.any(stop.requested) if looks or together.count == 1 else False
+            if looks or stops:
+                log.write(saved)
+            if (due or stops) and together.first:
                 save(recipe, step, net, optimizer, out)
                 write_preview(net, previews, degrade, out / "previews" / f"{step:06d}.png")
+            if due or stops:
                 saved = step
-            if stop.requested:
+            if stops:
                 break
-    if board is not None:
-        board.close()
     for path in sorted(unreadable):
         say(f"skipped {path}: cannot be read")
     if unreadable:
         say(f"{len(unreadable)} of {len(crops.paths)} photos skipped")
     say(f"{'finished' if step >= recipe.iterations else 'stopped'} at iteration {step}: {out / MODEL}")
+
+
+def shared(net: nn.Module, together: Processes, sync_bn: bool) -> nn.Module:
+    """``net`` with its gradients averaged over the processes and, with ``sync_bn``, batch norms over their values.
+
+    Running statistics are those of the first, which are the same in all where the norms are.
+    """
+    if together.count == 1:
+        return net
+    devices = [together.device] if together.device.type == "cuda" else None
+    model = nn.parallel.DistributedDataParallel(net, devices)
+    if sync_bn:  # now, for it would refuse such norms on a CPU; the parameters stay the same
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return model
+
+
+class Log:
+    """What becomes of the terms of each step: they wait on the device, and are fetched and written now and then.
+
+    They go to the meter on the screen, to ``losses.csv``, a row for each iteration, and to TensorBoard; each the mean
+    over the processes. A context's end, by whatever cause, leaves whole rows.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, start: int, together: Processes) -> None:
+        self.every = LOG_EVERY if together.device.type == "cuda" else 1
+        self._out, self._together, self._written = out, together, start
+        self._waiting: list[Tensor] = []  # [terms] each
+        self._fields: tuple[str, ...] = ()
+        self._path = out / LOSSES
+        self._kept: list[str] | None = rows_until(self._path, start) if start else []
+        self._board = open_tensorboard(out, start) if recipe.tensorboard and together.first else None
+        self._meter = Meter("training", recipe.iterations, start).__enter__()
+
+    def add(self, terms: Any) -> None:
+        """Keeps the terms of the next step, a NamedTuple of scalars."""
+        self._fields = terms._fields
+        self._waiting.append(torch.stack(terms))
+
+    def write(self, saved: int) -> None:
+        """Fetches what waits, and writes it.
+
+        Raises:
+            FloatingPointError: a loss is not finite; ``saved`` is the iteration of the last checkpoint.
+        """
+        rows = self._together.mean(torch.stack(self._waiting)).tolist() if self._waiting else []
+        self._waiting.clear()
+        lines = []
+        bad = next((i for i, (total, *_) in enumerate(rows) if not math.isfinite(total)), len(rows))
+        for row in rows[:bad]:
+            self._written += 1
+            lines.append(",".join([str(self._written), *(f"{value:.9g}" for value in row)]))
+            self._show(dict(zip(self._fields, row)))
+        self._append(lines)
+        if bad < len(rows):
+            kept = f"iteration {saved} is kept in {self._out}" if saved else "none was saved yet"
+            raise FloatingPointError(
+                f"the loss is {rows[bad][0]} at iteration {self._written + 1}; {kept}; try a lower --lr"
+            )
+
+    def _show(self, values: dict[str, float]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"loss/{name}", value, self._written)
+        total = values.pop("total")
+        parts = " + ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._meter.advance(f"loss {total:.4g}" + f" = {parts}" * bool(parts))
+
+    def _append(self, lines: list[str]) -> None:
+        if not lines or not self._together.first:
+            return
+        if self._kept is not None:  # the first time: without what a resumed run repeats
+            header = ",".join(["iteration", *self._fields])
+            lines = [header, *(self._kept[1:] if self._kept[:1] == [header] else []), *lines]
+            self._kept = None
+            with write_atomically(self._path) as temporary:
+                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            return
+        with self._path.open("ab", buffering=0) as file:
+            file.write(("\n".join(lines) + "\n").encode())  # in one piece
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._meter.__exit__()
+        if self._board is not None:
+            self._board.close()
+
+
+def rows_until(path: Path, step: int) -> list[str]:
+    """The header and the whole rows of the losses in ``path`` up to iteration ``step``; nothing if there are none."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # behind the last line break stands nothing, or half
+    except (OSError, ValueError):
+        return []
+    found = [line for line in lines[1:] if (first := line.partition(",")[0]).isdecimal() and int(first) <= step]
+    return [*lines[:1], *found]
 
 
 def initialise(net: nn.Module, path: str) -> None:
@@ -152,24 +267,6 @@ def initialise(net: nn.Module, path: str) -> None:
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Adam's step size at iteration ``step``, counted from 1."""
     return recipe.lr * (1 + math.cos(math.pi * (step - 1) / recipe.iterations)) / 2 if recipe.decay else recipe.lr
-
-
-def train_step(
-    net: nn.Module,
-    loss: Callable[[Tensor, Tensor], Any],
-    optimizer: torch.optim.Optimizer,
-    photos: Tensor,
-    inputs: Tensor,
-    amp: bool,
-) -> Any:
-    """One iteration on ``photos``, RGB in 0–1 [N, 3, H, W], of which the network sees ``inputs``; returns the terms of
-    the loss before the update."""
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(photos.device.type, torch.bfloat16, enabled=amp):
-        terms = loss(net(inputs), photos)
-    terms.total.backward()
-    optimizer.step()
-    return type(terms)(*(term.detach() for term in terms))
 
 
 def check_same_recipe(recipe: Recipe, checkpoint: Path) -> int:
@@ -220,15 +317,18 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turns SIGINT and SIGTERM into a flag while the block runs; a second one acts as usual."""
+def stop_requests(patient: bool = False) -> Iterator[StopRequest]:
+    """Turns SIGINT and SIGTERM into a flag while the block runs; a second one acts as usual, unless ``patient``: a
+    launcher passes on what its processes have heard themselves."""
     stop = StopRequest()
     previous = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if not stop.requested:
+            say("stopping after this step …")
         stop.requested = True
-        say("stopping after this step …")
-        signal.signal(number, previous[number])
+        if not patient:
+            signal.signal(number, previous[number])
 
     for number in previous:
         signal.signal(number, ask)

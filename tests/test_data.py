@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import threading
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from conftest import picture
 from PIL import Image
 
-from fastperc import InputError
-from fastperc.data import PhotoCrops, batches
+from fastperc import InputError, data, dispatch
+from fastperc.data import PhotoCrops, ahead, batches
 
 
 def test_crops_depend_on_seed_and_position_alone(photo_folder):
@@ -109,3 +116,178 @@ def test_photos_are_read_as_everywhere_else(tmp_path):
     crop, _ = PhotoCrops(tmp_path, 24)[0]
     small = torch.from_numpy(np.array(large.resize((24, 24), Image.Resampling.BOX))).permute(2, 0, 1)
     assert min((crop.float() - side.float()).abs().mean() for side in (small, small.flip(2))) < 3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("cache", [False, True], ids=["decoded", "packed"])
+def test_processes_share_batches(photo_folder, cache, processes):
+    crops = PhotoCrops(photo_folder, 16, cache=cache)
+    shares = [list(batches(crops, 4, 1, 3, 0, rank, processes)) for rank in range(processes)]
+    for position in range(2):
+        batch = torch.cat([share[position][0] for share in shares])
+        assert torch.equal(batch, torch.stack([crops[4 + 4 * position + i][0] for i in range(4)]))
+    assert shares[0][0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def packs():
+    folder = dispatch.cache_folder() / "photos"
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "some photos"
+    (folder / "within").mkdir(parents=True)
+    for i in range(5):
+        picture(30 + 9 * i, 40, seed=i).save(folder / ("within" if i % 2 else "") / f"{i}.png")
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    return folder
+
+
+def same(a, b):
+    return all(torch.equal(a[i][0], b[i][0]) and a[i][1] == b[i][1] for i in range(2 * len(a.paths)))
+
+
+@pytest.mark.parametrize("size", [16, 35], ids=str)
+@pytest.mark.parametrize("resize", [True, False], ids=["resized", "own-pixels"])
+def test_packed_photos_give_the_same_crops(photos, resize, size):
+    decoded = PhotoCrops(photos, size, 5, resize)
+    assert same(decoded, PhotoCrops(photos, size, 5, resize, cache=True))
+    assert same(decoded, PhotoCrops(photos, size, 5, resize, cache=True)), "as found again"
+    assert not all(one[1] == frozenset() for one in map(decoded.__getitem__, range(6)))
+
+
+def test_photos_are_packed_once(photos, monkeypatch, capsys):
+    crops = PhotoCrops(photos, 16, cache=True)
+    first = capsys.readouterr().err
+    (place,) = packs()
+    assert f"photos packed: {place} (0 MiB); --cache off does without" in first
+    monkeypatch.setattr(data, "prepared", None)  # it cannot be called
+    again = PhotoCrops(photos, 16, cache=True)
+    assert same(crops, again) and f"photos as packed before: {place} (0 MiB)" in capsys.readouterr().err
+    entries = json.loads((place / "index.json").read_text())["photos"]
+    assert (place / "photos.u8").stat().st_size == 3 * sum(entry[1] * entry[2] for entry in entries if entry)
+
+
+@pytest.mark.parametrize("change", ["another", "fewer", "touched"])
+def test_a_changed_folder_is_packed_anew(photos, change):
+    for size in (16, 20):
+        PhotoCrops(photos, size, cache=True)
+    before = packs()
+    if change == "another":
+        picture(33, 33).save(photos / "9.png")
+    elif change == "fewer":
+        (photos / "0.png").unlink()
+    else:
+        os.utime(photos / "0.png", ns=(1, 1))
+    assert same(PhotoCrops(photos, 16), PhotoCrops(photos, 16, cache=True))
+    after = packs()
+    assert len(after) == 2 and len(set(before) & set(after)) == 1, "what was packed at another size stays"
+
+
+@pytest.mark.parametrize("damage", ["cut", "no-index", "half-an-index"])
+def test_damaged_packs_are_made_anew(photos, damage):
+    crops = PhotoCrops(photos, 16, cache=True)
+    (place,) = packs()
+    del crops
+    if damage == "cut":
+        os.truncate(place / "photos.u8", 1000)
+    elif damage == "no-index":
+        (place / "index.json").unlink()
+    else:
+        (place / "index.json").write_text('{"bytes": 1000, "pho')
+    assert same(PhotoCrops(photos, 16), PhotoCrops(photos, 16, cache=True))
+    assert len(packs()) == 1 and packs()[0] == place
+
+
+def test_what_a_killed_run_left_is_never_read_and_goes_in_the_end(photos, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    PhotoCrops(photos, 16, cache=True)
+    (place,) = packs()
+    left = [place.with_name(f".{place.name}.{name}") for name in ("0000", "1111")]
+    for folder in left:
+        shutil.copytree(place, folder)
+        (folder / "index.json").unlink()
+    old = time.time() - 2 * data.ABANDONED
+    for entry in (left[0], *left[0].iterdir()):
+        os.utime(entry, (old, old))
+    shutil.rmtree(place)
+    assert same(PhotoCrops(photos, 16), PhotoCrops(photos, 16, cache=True))
+    assert packs() == sorted([place, left[1]]), "the other may still be at work"
+
+    shutil.rmtree(place)
+    monkeypatch.setattr(data.os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        PhotoCrops(photos, 16, cache=True)
+    assert packs() == [left[1]]
+
+
+def test_runs_pack_at_the_same_time(photos, monkeypatch):
+    """All of them decode; the first to be done wins, the others take what is there."""
+    together, real = threading.Barrier(3), os.fsync
+    monkeypatch.setattr(data.os, "fsync", lambda file: (real(file), together.wait(30)))
+    found = []
+    runs = [threading.Thread(target=lambda: found.append(PhotoCrops(photos, 16, cache=True))) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert len(found) == 3 and len(packs()) == 1
+    assert all(same(crops, PhotoCrops(photos, 16)) for crops in found)
+
+
+@pytest.mark.parametrize("cause", ["limit", "disk", "file"])
+def test_photos_that_cannot_be_packed_are_decoded(photos, monkeypatch, capsys, cause):
+    needed = 3 * 16 * 16 * 5
+    if cause == "limit":
+        monkeypatch.setattr(data, "LARGEST", needed - 1)
+    elif cause == "disk":
+        monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * needed - 1))
+    else:
+        dispatch.cache_folder().mkdir(parents=True)
+        (dispatch.cache_folder() / "photos").write_text("in the way")
+    crops = PhotoCrops(photos, 16, cache=True)
+    (told,) = capsys.readouterr().err.splitlines()
+    wanted = "cannot be written (" if cause == "file" else "packed they would take 0 MiB"
+    assert told.startswith("photos are decoded as they are needed: ") and wanted in told
+    assert crops.packed is None and same(crops, PhotoCrops(photos, 16))
+
+
+@pytest.mark.parametrize("content", ["no image", "half an image"])
+def test_nothing_is_packed_of_a_folder_without_a_readable_photo(tmp_path, content):
+    picture(60, 50).save(tmp_path / "a.jpg")
+    half = (tmp_path / "a.jpg").read_bytes()[:700]
+    (tmp_path / "a.jpg").write_bytes(b"no image" if content == "no image" else half)
+    with pytest.raises(InputError, match=f"{tmp_path}: none of the 1 images can be read"):
+        PhotoCrops(tmp_path, 16, cache=True)[0]
+    assert packs() == []
+
+
+def test_a_photo_too_long_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_PIXELS", 16 * 100)
+    picture(200, 8).save(tmp_path / "long.png")
+    picture(20, 20).save(tmp_path / "square.png")
+    for cache in (False, True):
+        crops = PhotoCrops(tmp_path, 16, cache=cache)
+        assert set().union(*(crops[i][1] for i in range(2))) == {str(tmp_path / "long.png")}
+
+
+def test_work_is_done_ahead_and_in_order():
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        time.sleep(0.01 * (item % 3))
+        return item * item
+
+    results = ahead(work, iter(range(50)), threads=3, depth=5)
+    assert [next(results) for _ in range(4)] == [0, 1, 4, 9]
+    results.close()
+    assert len(begun) <= 4 + 5, "no more than was asked for and five"
+    assert list(ahead(work, range(20), 3, 5)) == [item * item for item in range(20)]
+    failing = ahead(lambda item: 1 // (item - 2), range(9), 2, 4)
+    assert [next(failing), next(failing)] == [-1, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(failing)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from fastperc import SRCNN, SuperResolutionNet, checkpoints, load, reference, save
 from fastperc.images import Photo
 from fastperc.sr_training import SuperResolutionRecipe
-from fastperc.training import train_step
+from fastperc.step import train_step
 
 
 @pytest.mark.parametrize("size", [(12, 9), (31, 50), (80, 64)], ids=lambda size: f"{size[0]}x{size[1]}")

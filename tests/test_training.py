@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from safetensors import safe_open
 from fastperc import TransformNet, TVLoss, style_training, training
 from fastperc.cli import build_parser, main
 from fastperc.commands.train import recipe_from
+from fastperc.distributed import Processes
+from fastperc.step import train_step
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,12 @@ def whole_run(options, tmp_path_factory):
 
 def test_leaves_a_network_a_checkpoint_and_previews(whole_run):
     out, errors = whole_run
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.safetensors", "model.safetensors", "previews"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoint.safetensors",
+        "losses.csv",
+        "model.safetensors",
+        "previews",
+    ]
     previews = sorted(path.name for path in (out / "previews").iterdir())
     assert previews == ["000003.png", "000006.png", "000009.png", "000012.png"]
     with Image.open(out / "previews" / "000012.png") as sheet:
@@ -76,6 +84,21 @@ def test_leaves_a_network_a_checkpoint_and_previews(whole_run):
         recipe["step"] == 12 and recipe["style"] == "painting.png" and recipe["style_layers"] == ["relu1_2", "relu2_2"]
     )
     assert "1 of 7 photos skipped" in errors and "broken.jpg" in errors and "finished at iteration 12" in errors
+
+
+def losses(out):
+    """The names and the rows of a run's losses."""
+    text = (out / "losses.csv").read_text()
+    assert text.endswith("\n")
+    header, *rows = [line.split(",") for line in text.splitlines()]
+    return header, [[int(row[0]), *map(float, row[1:])] for row in rows]
+
+
+def test_leaves_the_losses_of_each_iteration(whole_run):
+    header, rows = losses(whole_run[0])
+    assert header == ["iteration", "total", "content", "style", "tv"]
+    assert [row[0] for row in rows] == list(range(1, 13))
+    assert all(abs(total - sum(terms)) < 1e-5 * total for _, total, *terms in rows)
 
 
 def test_the_result_stylizes(whole_run, tmp_path):
@@ -107,6 +130,66 @@ def test_killed_and_resumed_is_bit_for_bit_the_whole_run(options, whole_run, tmp
         assert expected.keys() == resumed.keys()
         for name, tensor in expected.items():
             assert torch.equal(resumed[name], tensor), name
+    assert (out / "losses.csv").read_bytes() == (whole_run[0] / "losses.csv").read_bytes()
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_resumed_losses_hold_no_iteration_twice(options, whole_run, tmp_path, cache):
+    """What came after the checkpoint is dropped, and half a line with it; photos may be packed or not."""
+    out = tmp_path / "run"
+    assert run(options, out, "--iterations", "6", "--cache", cache) == 0
+    text = (out / "losses.csv").read_text()
+    (out / "losses.csv").write_text(text + "7,0.1,0.1,0.1,0.1\n8,0.2,0.1,0.1,0.1\n9,0.3")
+    assert run(options, out, "--resume", "--cache", "auto") == 0
+    assert (out / "losses.csv").read_text().startswith(text)
+    (header, mine), (wanted, whole) = losses(out), losses(whole_run[0])
+    assert header == wanted and [row[0] for row in mine] == list(range(1, 13))
+    assert all(abs(row[1] - expected[1]) < 0.1 * expected[1] for row, expected in zip(mine, whole))
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "of other terms"])
+def test_losses_begin_anew_where_there_are_none(options, tmp_path, damage):
+    out = tmp_path / "run"
+    assert run(options, out, "--iterations", "3") == 0
+    if damage == "gone":
+        (out / "losses.csv").unlink()
+    else:
+        (out / "losses.csv").write_text("" if damage == "empty" else "iteration,total\n1,0.5\n")
+    assert run(options, out, "--iterations", "5", "--resume") == 0
+    header, rows = losses(out)
+    assert header == ["iteration", "total", "content", "style", "tv"] and [row[0] for row in rows] == [4, 5]
+
+
+class Terms(NamedTuple):
+    total: torch.Tensor
+    tv: torch.Tensor
+
+
+def log_of(tmp_path, start=0, **fields):
+    alone = Processes(torch.device("cpu"))
+    return training.Log(training.Recipe(data="", iterations=100, **fields), tmp_path, start, alone)
+
+
+def test_losses_are_fetched_together_and_the_first_that_is_not_finite_is_named(tmp_path):
+    log = log_of(tmp_path)
+    for values in ([1.0, 2.0], [1 / 3, 1e-12]):
+        log.add(Terms(*torch.tensor(values)))
+    assert not (tmp_path / "losses.csv").exists(), "nothing is looked at before it is asked for"
+    log.write(saved=0)
+    log.write(saved=0)
+    assert losses(tmp_path) == (["iteration", "total", "tv"], [[1, 1.0, 2.0], [2, 0.333333343, 9.99999996e-13]])
+    for total in (4.0, float("nan"), float("inf")):
+        log.add(Terms(torch.tensor(total), torch.tensor(1.0)))
+    with pytest.raises(FloatingPointError, match=f"the loss is nan at iteration 4; iteration 2 is kept in {tmp_path}"):
+        log.write(saved=2)
+    log.close()
+    assert [row[0] for row in losses(tmp_path)[1]] == [1, 2, 3]
+
+
+def test_a_gpus_losses_wait_for_many_iterations(tmp_path):
+    together = Processes(torch.device("cuda"))
+    log = training.Log(training.Recipe(data=""), tmp_path, 0, together)
+    assert log.every == training.LOG_EVERY > 1 == log_of(tmp_path).every
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -170,7 +253,7 @@ def test_it_learns(options, tmp_path):
     loss = style_training.build_loss(recipe.style, 32, recipe.vgg, recipe.style_layers, recipe.content_layer)
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
     photos = torch.rand(2, 3, 32, 32)
-    totals = [training.train_step(net, loss, optimizer, photos, photos, amp=False).total.item() for _ in range(40)]
+    totals = [train_step(net, loss, optimizer, photos, photos, amp=False).total.item() for _ in range(40)]
     assert totals[-1] < 0.6 * totals[0]
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastperc.errors import BAD_INPUT, InputError
 from fastperc.options import (
+    SEVERAL_GPUS,
     add_device,
     add_files,
+    add_init,
     add_loop,
     add_tile,
     add_training,
@@ -137,9 +139,12 @@ def add_train(commands: argparse._SubParsersAction[Any]) -> None:
         "  fastperc sr train --data photos/ --out runs/pixel --device cuda --amp\n"
         "  fastperc sr train --data photos/ --out runs/feature --loss feature --init runs/pixel/model.safetensors\n"
         "  fastperc sr train ... --resume                          go on after a stop, bit for bit on the CPU\n"
-        "Ctrl-C saves and stops. The result is DIR/model.safetensors; DIR/previews shows how it came about.",
+        + SEVERAL_GPUS.format(command="sr train")
+        + "Ctrl-C saves and stops. The result is DIR/model.safetensors; DIR/previews shows how it came about,\n"
+        "DIR/losses.csv what each iteration's loss was.",
     )
     add_training(parser)
+    add_init(parser)
     parser.add_argument("--scale", type=int, default=4, choices=SCALES, help="default: %(default)s")
     parser.add_argument(
         "--loss",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from fastperc.options import add_layers, add_loop, add_training, path, positive, recipe_fields, weight
-from fastperc.presets import CONVENTIONS, PRESETS
+from fastperc.options import SEVERAL_GPUS, add_init, add_style_training, recipe_fields
 
 if TYPE_CHECKING:
     from fastperc.style_training import StyleRecipe
@@ -21,39 +20,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         epilog="examples:\n"
         "  fastperc train --style painting.jpg --data photos/ --out runs/mine --device cuda --amp\n"
         "  fastperc train ... --resume                             go on after a stop, bit for bit on the CPU\n"
-        "Ctrl-C saves and stops. The result is DIR/model.safetensors; DIR/previews shows how it came about.",
+        + SEVERAL_GPUS.format(command="train")
+        + "Ctrl-C saves and stops. The result is DIR/model.safetensors; DIR/previews shows how it came about,\n"
+        "DIR/losses.csv what each iteration's loss was.",
     )
-    parser.add_argument("--style", required=True, type=path, metavar="IMG", help="the painting")
-    add_training(parser)
-    network = parser.add_argument_group("the network")
-    network.add_argument("--preset", default="paper", choices=PRESETS, help="default: %(default)s")
-    network.add_argument(
+    add_style_training(parser).add_argument(
         "--residual", default="yes", choices=["yes", "no", "he"], help="kind of block (Figure 1); default: %(default)s"
     )
-    network.add_argument(
-        "--width", type=positive, metavar="N", help="channels of the first convolution; default: the preset's"
-    )
-    network.add_argument("--norm", choices=["batch", "instance"], help="default: the preset's")
-    network.add_argument("--padding", choices=["zero", "reflect", "reflect40"], help="default: the preset's")
-    network.add_argument("--upsample", choices=["transposed", "nearest"], help="default: the preset's")
-    loss = parser.add_argument_group("the objective")
-    add_layers(loss)
-    loss.add_argument(
-        "--convention",
-        default="relative",
-        choices=CONVENTIONS,
-        help="what the weights multiply; default: %(default)s",
-    )
-    loss.add_argument("--content-weight", type=weight, metavar="X", help="default: the convention's")
-    loss.add_argument("--style-weight", type=weight, metavar="X", help="default: the convention's")
-    loss.add_argument("--tv-weight", type=weight, metavar="X", help="default: the convention's")
-    loss.add_argument(
-        "--style-size",
-        type=positive,
-        metavar="N",
-        help="the painting's shorter side in pixels: larger, broader strokes; default: --size",
-    )
-    add_loop(parser, iterations=40_000, size=256)
+    add_init(parser)
     parser.set_defaults(run=run)
 
 

@@ -1,0 +1,216 @@
+"""A step of training: the same whether it runs op by op or from a recording, on any device, with any one's state."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import DEVICES, GPU, error
+from conftest import picture
+from torch import Tensor, nn
+
+from fastperc import SuperResolutionNet, TransformNet, checkpoints, reference, step
+from fastperc.images import Photo
+from fastperc.step import EAGER_STEPS, Recording, TrainStep, adam, train_step
+
+
+class Terms(NamedTuple):
+    total: Tensor
+    pixels: Tensor
+    tv: Tensor
+
+
+def objective(output, photos):
+    pixels, tv = (output - photos).square().mean(), reference.tv_loss(output, reduction="mean")
+    return Terms(pixels + tv, pixels, tv)
+
+
+def batches(count, size=32):
+    """uint8 [2, 3, size, size] each."""
+    photos = [torch.stack([Photo(picture(size, size, 2 * i + j)).levels() for j in (0, 1)]) for i in range(count)]
+    return [one.permute(0, 3, 1, 2) for one in photos]
+
+
+def build(device="cpu", make=lambda: TransformNet("paper", width=4)):
+    torch.manual_seed(1)
+    return make().to(device, memory_format=torch.channels_last)
+
+
+def rate(i):
+    return 1e-3 / (1 + i)
+
+
+def trained(count, device="cpu", amp=False, degrade=None, prepare=None, make=None):
+    """The network after ``count`` steps, and the terms of each."""
+    net = build(device, make) if make else build(device)
+    run = TrainStep(net, objective, adam(net.parameters(), 1.0, torch.device(device)), amp, degrade)
+    if prepare is not None:
+        prepare(run)
+    terms = [torch.stack(run(photos, rate(i))) for i, photos in enumerate(batches(count))]
+    return net, torch.stack(terms).cpu(), run
+
+
+def equal(a, b):
+    return all(torch.equal(one, other) for one, other in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+@pytest.mark.parametrize("scale", [None, 2], ids=["style", "sr"])
+def test_is_a_step_of_adam_on_photos_in_0_to_1(scale):
+    degrade = partial(reference.degrade, scale=scale, blur=1.0) if scale else None
+    make = (lambda: SuperResolutionNet(scale, width=4)) if scale else (lambda: TransformNet("paper", width=4))
+    net, terms, _ = trained(3, degrade=degrade, make=make)
+    other = build(make=make)
+    optimizer = torch.optim.Adam(other.parameters(), lr=1e-3, fused=True)
+    for i, levels in enumerate(batches(3)):
+        photos = levels.to(memory_format=torch.channels_last).float() / 255
+        optimizer.param_groups[0]["lr"] = rate(i)
+        expected = train_step(other, objective, optimizer, photos, degrade(photos) if degrade else photos, amp=False)
+        assert torch.equal(terms[i], torch.stack(expected)) and not expected.total.requires_grad
+    assert equal(net, other)
+
+
+def test_fused_adam_is_adam():
+    net, other = build(), build()
+    optimizers = adam(net.parameters(), 1e-3, torch.device("cpu")), torch.optim.Adam(other.parameters(), 1e-3)
+    photos = batches(1)[0].to(memory_format=torch.channels_last).float() / 255
+    for one, optimizer in zip((net, other), optimizers):
+        for _ in range(4):
+            train_step(one, objective, optimizer, photos, photos, amp=False)
+    assert optimizers[0].defaults["fused"] and not optimizers[1].defaults["fused"]
+    for mine, theirs in zip(net.parameters(), other.parameters()):  # a bias before a norm moves by rounding alone
+        assert (mine - theirs).abs().max() < 1e-5 or mine.dim() == 1
+
+
+@pytest.mark.parametrize("before", ["fused", "not fused"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_checkpoints_state_fits_any_optimizer(tmp_path, device, before):
+    """Written by one, read by the other, then trained on: as if the first had gone on."""
+    net, _, run = trained(3)
+    optimizer = run.optimizer
+    if before == "not fused":
+        other = torch.optim.Adam(net.parameters(), lr=1e-3)
+        other.load_state_dict({**optimizer.state_dict(), "param_groups": other.state_dict()["param_groups"]})
+        optimizer = other
+    checkpoints.save(net, tmp_path / "c.safetensors", optimizer=optimizer)
+
+    again = build(device)
+    for one in again.parameters():
+        nn.init.zeros_(one)
+    fresh = adam(again.parameters(), 1.0, torch.device(device))
+    checkpoints.load_training(tmp_path / "c.safetensors", again, fresh)
+    go_on = TrainStep(again, objective, fresh)
+    for i, photos in enumerate(batches(2)):
+        run(photos, rate(i)), go_on(photos, rate(i))
+    assert equal(net, again) if device == "cpu" else similar(again, net)
+    checkpoints.save(again, tmp_path / "d.safetensors", optimizer=fresh)  # and back
+    twin = build()
+    state = adam(twin.parameters(), 1.0, torch.device("cpu"))
+    checkpoints.load_training(tmp_path / "d.safetensors", twin, state)
+    TrainStep(twin, objective, state)(batches(1)[0], 1e-3)
+    assert {float(one["step"]) for one in state.state_dict()["state"].values()} == {6.0}
+
+
+def similar(net, other, tolerance=2e-3):
+    pairs = zip(net.state_dict().items(), other.state_dict().values())
+    return all(error(mine.cpu(), theirs.cpu()) < tolerance for (name, mine), theirs in pairs if "weight" in name)
+
+
+def replayed(run):
+    """A stand-in for a CUDA graph: recording computes nothing, and a replay leaves its terms where they always are."""
+    terms: list[Tensor] = []
+
+    def replay():
+        found = run()
+        terms[:] = terms or [torch.empty_like(term) for term in found]
+        for kept, term in zip(terms, found):
+            kept.copy_(term)
+
+    class Static:
+        def __iter__(self):
+            return iter(terms)
+
+    return Recording(replay, Static())
+
+
+def stack(terms):
+    return torch.stack(tuple(terms))
+
+
+def test_the_first_steps_run_op_by_op_and_none_is_lost(monkeypatch):
+    expected, terms, _ = trained(EAGER_STEPS + 4)
+    recorded, done = [], []
+
+    def record(run):
+        recorded.append(len(done))
+        return replayed(run)
+
+    monkeypatch.setattr(step, "record", record)
+    net = build()
+    run = TrainStep(net, objective, adam(net.parameters(), 1.0, torch.device("cpu")))
+    assert not run.records, "not on a CPU"
+    run.records = True
+    static = torch.empty(2, 3, 32, 32, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(run._way, "bring", static.copy_)
+    for i, photos in enumerate(batches(EAGER_STEPS + 4)):
+        assert torch.equal(stack(run(photos, rate(i))), terms[i])
+        done.append(i)
+    assert recorded == [EAGER_STEPS] and equal(net, expected)
+
+
+def test_what_cannot_be_recorded_goes_on_op_by_op(monkeypatch, capsys):
+    expected, terms, _ = trained(EAGER_STEPS + 3)
+    attempts = []
+
+    def record(run):
+        attempts.append(None)
+        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+
+    monkeypatch.setattr(step, "record", record)
+    net, found, _ = trained(EAGER_STEPS + 3, prepare=lambda run: setattr(run, "records", True))
+    assert len(attempts) == 1 and equal(net, expected) and torch.equal(found, terms)
+    told = "training goes on without a CUDA graph: operation not permitted when stream is capturing\n"
+    assert capsys.readouterr().err == told
+
+
+needs_gpu = pytest.mark.skipif(not GPU, reason="CUDA graphs are a GPU's")
+
+
+@needs_gpu
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "amp"])
+@pytest.mark.parametrize("scale", [None, 2], ids=["style", "sr"])
+def test_cuda_graphs_train_as_op_by_op(scale, amp, capsys):
+    """The step size changes from step to step, and so does what is seen."""
+    degrade = partial(reference.degrade, scale=scale, blur=1.0) if scale else None
+    make = (lambda: SuperResolutionNet(scale, width=16)) if scale else (lambda: TransformNet("paper", width=16))
+    arguments = dict(device="cuda", amp=amp, degrade=degrade, make=make)
+    eager, expected, _ = trained(12, **arguments, prepare=lambda run: setattr(run, "records", False))
+    graphed, terms, run = trained(12, **arguments)
+    assert run._recording is not None and "without a CUDA graph" not in capsys.readouterr().err
+    assert error(terms, expected) < (3e-2 if amp else 1e-3)
+    assert similar(graphed, eager, 5e-2 if amp else 5e-3)
+    counts = {int(n) for name, n in graphed.state_dict().items() if name.endswith("num_batches_tracked")}
+    assert counts <= {12}, "recording is no step"
+
+
+@needs_gpu
+def test_cuda_graphs_follow_the_step_size():
+    net = build("cuda")
+    run = TrainStep(net, objective, adam(net.parameters(), 1.0, torch.device("cuda")))
+    (photos,) = batches(1)
+    for _ in range(EAGER_STEPS + 2):
+        run(photos, 1e-3)
+    before = copy.deepcopy(dict(net.named_parameters()))
+    run(photos, 0.0)
+    assert all(torch.equal(one, before[name]) for name, one in net.named_parameters())
+    run(photos, 1e-3)
+    assert not torch.equal(net.stem.conv.weight, before["stem.conv.weight"])
+
+
+@needs_gpu
+def test_cuda_graphs_read_photos_of_one_shape():
+    _, _, run = trained(EAGER_STEPS + 1, device="cuda")
+    with pytest.raises(ValueError, match=r"expected photos \[2, 3, 32, 32\] as before, got \[1, 3, 32, 32\]"):
+        run(batches(1)[0][:1], 1e-3)
