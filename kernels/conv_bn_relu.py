@@ -4,8 +4,12 @@
 
 A program makes a tile of pixels × output channels, one tap and one block of input channels at a time. It takes the
 shifted tiles of x by tensor descriptors, whose zeros outside the image are the padding; and where those cannot go
-(strides, mirrored borders, rows of bytes that 16 does not divide, sm_80) by masked pointers. Neighbouring programs
-take the channel blocks of one tile, then the next tile of its row.
+(strides, mirrored borders, rows of bytes that 16 does not divide, sm_80) by masked pointers; by those also what is
+still to be normalised (``fastperc.kernels.deferred``). Neighbouring programs take the channel blocks of one tile, then
+the next tile of its row.
+
+In training the same kernel gives the gradient to the input: a convolution of the output's gradient, in whose place x
+stands, with the weights turned round.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from fastperc.kernels.configs import ConvTile, Variant, conv_tile
+from fastperc.kernels.configs import ConvTile, Variant, conv_tile, deferred_tile
+from fastperc.kernels.deferred import Deferred, load_deferred, store_gradient, stride_of
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -49,11 +54,17 @@ def conv_bn_relu_kernel(
     x_desc,  # [N, H, W, I] fp16|bf16, blocks [1, TILE_H, TILE_W, BLOCK_I]; or None
     weight_desc,  # [O, KERNEL² · I], blocks [BLOCK_O, BLOCK_I]; or None
     x_ptr,  # [N, H, W, I] fp16|bf16|fp32
+    other_ptr,  # as x, and
+    coefficients_ptr,  # [N or 1, rows, I] fp32: what is to be made of x; or None
     weight_ptr,  # [O, KERNEL², I]
-    bias_ptr,  # [O] fp32
+    bias_ptr,  # [O] fp32; or None
     skip_ptr,  # [N, H', W', O] with strides for all but O; or None
+    saved_ptr,  # as out, and
+    saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: the activation whose gradient out is; or None
     out_ptr,  # [N, H', W', O]
-    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of what is stored; or None
+    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of what is stored; of a gradient, [N, tiles, 2, O]; or None
+    coefficients_stride,
+    saved_coefficients_stride,
     height,
     width,
     out_height,
@@ -68,7 +79,8 @@ def conv_bn_relu_kernel(
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     REFLECT: tl.constexpr,
-    RELU: tl.constexpr,
+    X_RELU: tl.constexpr,  # in what is to be made of x
+    RELU: tl.constexpr,  # last, or in the activation whose gradient out is
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -83,6 +95,8 @@ def conv_bn_relu_kernel(
     block = pid % BLOCKS_O * BLOCK_O
     tile = pid // BLOCKS_O % tiles
     image = pid // BLOCKS_O // tiles
+    if coefficients_ptr is not None:
+        coefficients_ptr += image * coefficients_stride
     first_row = tile // tiles_w * TILE_H
     first_column = tile % tiles_w * TILE_W
 
@@ -91,8 +105,9 @@ def conv_bn_relu_kernel(
     columns = first_column + offs_p % TILE_W
     offs_o = block + tl.arange(0, BLOCK_O)
     # Channels × pixels where the tensor cores take that (64 rows or more): then both factors come from shared memory,
-    # where a reshaped x on the left would pass through registers; and a channel's statistics are sums along a row.
-    CHANNELS_FIRST: tl.constexpr = BLOCK_O >= 64
+    # where a reshaped x on the left would pass through registers; and a channel's statistics are sums along a row. An x
+    # still to be normalised is in registers anyway.
+    CHANNELS_FIRST: tl.constexpr = BLOCK_O >= 64 and coefficients_ptr is None
     if CHANNELS_FIRST:
         acc = tl.zeros([BLOCK_O, TILE_H * TILE_W], dtype=tl.float32)
     else:
@@ -116,8 +131,9 @@ def conv_bn_relu_kernel(
             offs_i = first_i + tl.arange(0, BLOCK_I)
             mask_i = offs_i < CHANNELS_IN
             pixels = (image.to(tl.int64) * height + row) * width + column
-            x_ptrs = x_ptr + pixels[:, None] * CHANNELS_IN + offs_i[None, :]
-            x = tl.load(x_ptrs, mask=mask_p[:, None] & mask_i[None, :], other=0.0)
+            offs_x = pixels[:, None] * CHANNELS_IN + offs_i[None, :]
+            mask_x = mask_p[:, None] & mask_i[None, :]
+            x = load_deferred(x_ptr, other_ptr, coefficients_ptr, offs_x, offs_i, mask_x, CHANNELS_IN, X_RELU)
             weight_ptrs = weight_ptr + (offs_o[:, None] * TAPS + tap) * CHANNELS_IN + offs_i[None, :]
             weight = tl.load(weight_ptrs, mask=(offs_o[:, None] < CHANNELS_OUT) & mask_i[None, :], other=0.0)
         if CHANNELS_FIRST:
@@ -128,51 +144,58 @@ def conv_bn_relu_kernel(
         acc = acc.T
 
     image = image.to(tl.int64)
-    if partials_ptr is not None:
-        partials_ptr += (image * tiles + tile) * 3 * CHANNELS_OUT
-    if skip_ptr is None:
+    if skip_ptr is None and saved_ptr is None:
         parts = (acc,)
     else:  # the upper half and the lower, lest a thread runs out of registers
         parts = acc.reshape(BLOCK_O, 2, TILE_H * TILE_W // 2).permute(0, 2, 1).split()
     PART_H: tl.constexpr = TILE_H // len(parts)
     mask_o = offs_o < CHANNELS_OUT
-    bias = tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)
     for part in tl.static_range(len(parts)):
         offs_p = tl.arange(0, PART_H * TILE_W)
         rows = first_row + part * PART_H + offs_p // TILE_W
         columns = first_column + offs_p % TILE_W
         mask_p = (rows < out_height) & (columns < out_width)
         mask = mask_o[:, None] & mask_p[None, :]
-        y = parts[part] + bias[:, None]
+        y = parts[part]
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)[:, None]
         if skip_ptr is not None:
             offs_skip = image * skip_stride_image + rows.to(tl.int64) * skip_stride_row
             offs_skip += columns.to(tl.int64) * skip_stride_column
             y += tl.load(skip_ptr + offs_skip[None, :] + offs_o[:, None], mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        y = y.to(out_ptr.dtype.element_ty)
         pixels = (image * out_height + rows) * out_width + columns
-        tl.store(out_ptr + pixels[None, :] * CHANNELS_OUT + offs_o[:, None], y, mask=mask)
-        if partials_ptr is not None:
-            store_partials(partials_ptr, y.to(tl.float32), offs_o, mask_p, CHANNELS_OUT)
+        offs = pixels[None, :] * CHANNELS_OUT + offs_o[:, None]
+        if saved_ptr is not None:
+            coefficients = saved_coefficients_ptr + image * saved_coefficients_stride
+            sums_ptr = partials_ptr + ((image * tiles + tile) * len(parts) + part) * 2 * CHANNELS_OUT
+            store_gradient(y, out_ptr, offs, offs_o, mask, saved_ptr, coefficients, sums_ptr, CHANNELS_OUT, RELU)
+        else:
+            if RELU:
+                y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            y = y.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + offs, y, mask=mask)
+            if partials_ptr is not None:
+                tile_ptr = partials_ptr + (image * tiles + tile) * 3 * CHANNELS_OUT
+                store_partials(tile_ptr, y.to(tl.float32), offs_o, mask_p, CHANNELS_OUT)
 
 
-def conv_bn_relu_tiles(out_shape: Sequence[int], channels_in: int, dtype: torch.dtype) -> int:
+def conv_bn_relu_tiles(x: Deferred, out_shape: Sequence[int], gradient: bool = False) -> int:
     """How many tiles an image of ``out_shape`` [N, O, H', W'] is made of: the second size of ``partials``."""
     _, _, height, width = out_shape
-    tile = _tile(out_shape, channels_in, dtype)
-    return triton.cdiv(height, tile.height) * triton.cdiv(width, tile.width)
+    tile = _tile(x, out_shape)
+    return triton.cdiv(height, tile.height) * triton.cdiv(width, tile.width) * (2 if gradient else 1)
 
 
-def _tile(out_shape: Sequence[int], channels_in: int, dtype: torch.dtype) -> ConvTile:
+def _tile(x: Deferred, out_shape: Sequence[int]) -> ConvTile:
     images, channels_out, height, width = out_shape
-    return conv_tile(dtype.itemsize, channels_in, channels_out, images * height * width)
+    choose = conv_tile if x.coefficients is None else deferred_tile
+    return choose(x.x.element_size(), x.x.shape[1], channels_out, images * height * width)
 
 
 def conv_bn_relu_fwd(
-    x: Tensor,
+    x: Deferred,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     skip: Tensor | None,
     out: Tensor,
     stride: int,
@@ -186,31 +209,69 @@ def conv_bn_relu_fwd(
     All tensors but ``bias`` and ``partials`` have their channels innermost; ``skip`` may be a window of a larger one.
     ``padding`` is (left, right, top, bottom); its mode ``"zeros"`` or ``"reflect"``.
     """
-    images, channels_in, height, width = x.shape
+    reflect = padding_mode == "reflect" and any(padding)
+    _launch(x, weight, bias, skip, None, out, stride, padding, reflect, relu, partials)
+
+
+def conv_bn_relu_bwd(
+    grad: Deferred,
+    weight: Tensor,
+    skip: Tensor | None,
+    below: Deferred | None,
+    out: Tensor,
+    stride: int,
+    padding: tuple[int, int, int, int],
+    partials: Tensor | None,
+) -> None:
+    """Fills ``out`` with the gradient of ``below``, conv(``grad``) + ``skip`` by weights that are turned round already,
+    and ``partials`` [N, tiles, 2, O]; without below, that of a plain map. The padding is of zeros."""
+    relu = below is not None and below.relu
+    _launch(grad, weight, None, skip, below, out, stride, padding, False, relu, partials)
+
+
+def _launch(
+    x: Deferred,
+    weight: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    saved: Deferred | None,
+    out: Tensor,
+    stride: int,
+    padding: tuple[int, int, int, int],
+    reflect: bool,
+    relu: bool,
+    partials: Tensor | None,
+) -> None:
+    images, channels_in, height, width = x.x.shape
     _, channels_out, out_height, out_width = out.shape
     kernel = weight.shape[-1]
-    reflect = padding_mode == "reflect" and any(padding)
-    tile = _tile(out.shape, channels_in, x.dtype)
+    tile = _tile(x, out.shape)
     x_desc = weight_desc = None
-    if stride == 1 and not reflect and descriptors_fit(x, weight):
+    if stride == 1 and not reflect and x.coefficients is None and descriptors_fit(x.x, weight):
         strides = (height * width * channels_in, width * channels_in, channels_in, 1)
         block = [1, tile.height, tile.width, tile.channels_in]
-        x_desc = TensorDescriptor(x, [images, height, width, channels_in], strides, block)
+        x_desc = TensorDescriptor(x.x, [images, height, width, channels_in], strides, block)
         elements = kernel * kernel * channels_in
         block = [tile.channels_out, tile.channels_in]
         weight_desc = TensorDescriptor(weight, [channels_out, elements], (elements, 1), block)
-    programs = images * conv_bn_relu_tiles(out.shape, channels_in, x.dtype)
+    programs = images * triton.cdiv(out_height, tile.height) * triton.cdiv(out_width, tile.width)
     programs *= triton.cdiv(channels_out, tile.channels_out)
     skip_strides = (0, 0, 0) if skip is None else (skip.stride(0), skip.stride(2), skip.stride(3))
     conv_bn_relu_kernel[(programs,)](
         x_desc,
         weight_desc,
-        None if x_desc else x,
+        None if x_desc else x.x,
+        x.other,
+        x.coefficients,
         None if x_desc else weight,
         bias,
         skip,
+        None if saved is None else saved.x,
+        None if saved is None else saved.coefficients,
         out,
         partials,
+        stride_of(x.coefficients),
+        0 if saved is None else stride_of(saved.coefficients),
         height,
         width,
         out_height,
@@ -223,6 +284,7 @@ def conv_bn_relu_fwd(
         KERNEL=kernel,
         STRIDE=stride,
         REFLECT=reflect,
+        X_RELU=x.relu,
         RELU=relu,
         **tile.constants,
         **tile.options,
@@ -237,7 +299,8 @@ def descriptors_fit(*tensors: Tensor) -> bool:
 
 
 def variants() -> Iterator[Variant]:
-    """The paper's networks: the trunks, of images of 256², 512² and 1920×1080, and the convolutions of stride 2."""
+    """The paper's networks: the trunks, of images of 256², 512² and 1920×1080, and the convolutions of stride 2; what
+    training makes of them, of four images of 256²."""
     small, medium, large = 64 * 64, 128 * 128, 270 * 480
     for dtype in ("bf16", "fp16"):
         for end in ("relu", "skip", "partials"):
@@ -250,30 +313,57 @@ def variants() -> Iterator[Variant]:
         for channels_in, channels_out in ((16, 32), (32, 64), (64, 128)):
             for end in ("relu", "partials"):
                 yield _variant(dtype, channels_in, channels_out, 2, large, end, "pointers")
+        for pixels in (small, large):
+            yield _variant(dtype, 128, 128, 1, pixels, "partials", "deferred")
+            yield _variant(dtype, 128, 128, 1, pixels, "gradient", "deferred gradient")
+            yield _variant(dtype, 128, 128, 1, pixels, "gradient", "deferred gradient", skip=True)
+        yield _variant(dtype, 64, 64, 1, large, "gradient", "deferred gradient", skip=True)
+        for channels_in, channels_out in ((32, 64), (64, 128)):
+            yield _variant(dtype, channels_in, channels_out, 2, large, "partials", "deferred")
+            yield _variant(dtype, channels_in, channels_out, 2, large, "gradient", "deferred gradient")
     for end in ("relu", "skip", "partials"):
         yield _variant("fp32", 128, 128, 1, large, end, "pointers")
+    yield _variant("fp32", 128, 128, 1, large, "partials", "deferred")
+    yield _variant("fp32", 128, 128, 1, large, "gradient", "deferred gradient", skip=True)
     yield _variant("fp32", 32, 64, 2, large, "relu", "reflect")
 
 
-def _variant(dtype: str, channels_in: int, channels_out: int, stride: int, pixels: int, end: str, path: str) -> Variant:
+def _variant(
+    dtype: str,
+    channels_in: int,
+    channels_out: int,
+    stride: int,
+    pixels: int,
+    end: str,  # "relu", "skip", "partials" or "gradient"
+    path: str,  # "descriptors", "pointers", "reflect", "deferred" or "deferred gradient": how x is taken
+    skip: bool = False,
+) -> Variant:
     descriptors = path == "descriptors"
-    tile = conv_tile(4 if dtype == "fp32" else 2, channels_in, channels_out, pixels)
+    skip = skip or end == "skip"
+    choose = deferred_tile if path.startswith("deferred") else conv_tile
+    tile = choose(4 if dtype == "fp32" else 2, channels_in, channels_out, pixels)
     pointer = f"*{dtype}"
     given = dict(
         x_desc=f"tensordesc<{dtype}[1, {tile.height}, {tile.width}, {tile.channels_in}]>" if descriptors else None,
         weight_desc=f"tensordesc<{dtype}[{tile.channels_out}, {tile.channels_in}]>" if descriptors else None,
         x_ptr=None if descriptors else pointer,
+        other_ptr=pointer if path == "deferred gradient" else None,
+        coefficients_ptr="*fp32" if path.startswith("deferred") else None,
         weight_ptr=None if descriptors else pointer,
-        bias_ptr="*fp32",
-        skip_ptr=pointer if end == "skip" else None,
+        bias_ptr=None if end == "gradient" else "*fp32",
+        skip_ptr=pointer if skip else None,
+        saved_ptr=pointer if end == "gradient" else None,
+        saved_coefficients_ptr="*fp32" if end == "gradient" else None,
         out_ptr=pointer,
-        partials_ptr="*fp32" if end == "partials" else None,
+        partials_ptr="*fp32" if end in ("partials", "gradient") else None,
+        **dict.fromkeys(("coefficients_stride", "saved_coefficients_stride"), "i32"),
         **dict.fromkeys(("height", "width", "out_height", "out_width", "left", "top"), "i32"),
         **dict.fromkeys(("skip_stride_image", "skip_stride_row", "skip_stride_column"), "i32"),
     )
     return Variant(
         conv_bn_relu_kernel,
-        f"{dtype} {channels_in}-{channels_out} s{stride} {tile.height}x{tile.width} {end} {path}",
+        f"{dtype} {channels_in}-{channels_out} s{stride} {tile.height}x{tile.width} {end}"
+        f"{' skip' if skip and end != 'skip' else ''} {path}",
         {name: kind for name, kind in given.items() if kind},
         dict(
             CHANNELS_IN=channels_in,
@@ -281,7 +371,8 @@ def _variant(dtype: str, channels_in: int, channels_out: int, stride: int, pixel
             KERNEL=3,
             STRIDE=stride,
             REFLECT=path == "reflect",
-            RELU=end == "relu",
+            X_RELU=path == "deferred",
+            RELU=end in ("relu", "gradient"),
             **tile.constants,
             **{name: None for name, kind in given.items() if not kind},
         ),

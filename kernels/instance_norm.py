@@ -1,29 +1,32 @@
 """Instance norm from statistics by tiles: each (count, mean, M2 about that mean), as the convolutions leave them.
 
     statistics      the tiles of a tensor that a library's convolution made; reads it once
-    scale_shift     weight / σ and bias − μ · weight / σ, from an image's tiles by Chan's formula, in fixed order
+    coefficients    weight / σ, bias − μ · weight / σ and more, from an image's tiles by Chan's formula, in fixed order
     instance_norm   x · scale + shift, the skip, ReLU; in one pass
 
-All tensors are NHWC; a skip may be a window of a larger map. No atomics: the result is the same bit for bit.
+In training also batch norm: there all images are one. All tensors are NHWC; a skip may be a window of a larger map. No
+atomics: the result is the same bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from fastperc.kernels.configs import Variant
 from fastperc.kernels.conv_bn_relu import store_partials
+from fastperc.kernels.deferred import GRADIENT_ROWS, NORM_ROWS, coefficient, stride_of
 from torch import Tensor
 
 BLOCK = 8192  # elements to a program of the passes over memory
 MAX_BLOCK_CHANNELS = 64  # of them: 128 bytes in half precision
-BLOCK_TILES, BLOCK_CHANNELS = 512, 8  # of scale_shift: 32 bytes of a tile's line
+BLOCK_TILES, BLOCK_CHANNELS = 512, 8  # of the coefficients: 32 bytes of a tile's line
 PASS_OPTIONS = dict(num_warps=8, num_stages=1)
-SCALE_SHIFT_OPTIONS = dict(num_warps=8, num_stages=1)
+COEFFICIENTS_OPTIONS = dict(num_warps=8, num_stages=1)
 
 
 @triton.jit
@@ -55,14 +58,18 @@ def statistics_kernel(
 
 
 @triton.jit
-def scale_shift_kernel(
-    partials_ptr,  # [N, tiles, 3, C] fp32
-    weight_ptr,  # [C]
-    bias_ptr,  # [C]
-    scale_ptr,  # [N, C] fp32
-    shift_ptr,  # [N, C] fp32
+def norm_coefficients_kernel(
+    partials_ptr,  # [N, tiles, 3, C] fp32; or None: the running statistics are applied
+    weight_ptr,  # [C] fp32
+    bias_ptr,  # [C] fp32
+    mean_ptr,  # [C]: running statistics, updated with momentum, or
+    variance_ptr,  # [C]: applied; or None
+    batches_ptr,  # int64: how many batches were tracked, this one too, where that makes the momentum; or None
+    coefficients_ptr,  # [N, NORM_ROWS, C] fp32
+    statistics_ptr,  # [N, 3, C] fp32: of the tiles together; or None
     tiles,
     eps,
+    momentum,
     CHANNELS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -72,40 +79,114 @@ def scale_shift_kernel(
     image = (pid // BLOCKS).to(tl.int64)
     offs_c = pid % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < CHANNELS
-    partials_ptr += image * tiles * 3 * CHANNELS
-    count = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
-    mean = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
-    m2 = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
+    if partials_ptr is None:
+        total = tl.zeros([BLOCK_C], dtype=tl.float32)
+        center = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        variance = tl.load(variance_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    else:
+        partials_ptr += image * tiles * 3 * CHANNELS
+        count = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
+        mean = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
+        m2 = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
+        for first in tl.range(0, tiles, BLOCK_T):
+            offs_t = first + tl.arange(0, BLOCK_T)
+            mask = (offs_t[:, None] < tiles) & mask_c[None, :]
+            partial_ptrs = partials_ptr + offs_t[:, None].to(tl.int64) * 3 * CHANNELS + offs_c[None, :]
+            tile_count = tl.load(partial_ptrs, mask=mask, other=0.0)
+            difference = tl.load(partial_ptrs + CHANNELS, mask=mask, other=0.0) - mean
+            sum_count = count + tile_count
+            share = tile_count / tl.maximum(sum_count, 1.0)  # 0 beyond the tiles
+            mean += difference * share
+            tile_m2 = tl.load(partial_ptrs + 2 * CHANNELS, mask=mask, other=0.0)
+            m2 += tile_m2 + difference * difference * count * share
+            count = sum_count
+        total = tl.sum(count, axis=0)
+        center = tl.sum(count * mean, axis=0) / total
+        difference = mean - center[None, :]
+        squares = tl.sum(m2 + difference * difference * count, axis=0)
+        variance = squares / total
+        if statistics_ptr is not None:
+            offs = image * 3 * CHANNELS + offs_c
+            tl.store(statistics_ptr + offs, total, mask=mask_c)
+            tl.store(statistics_ptr + offs + CHANNELS, center, mask=mask_c)
+            tl.store(statistics_ptr + offs + 2 * CHANNELS, squares, mask=mask_c)
+        if mean_ptr is not None:
+            if batches_ptr is not None:
+                momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
+            before = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            after = before + momentum * (center - before)
+            tl.store(mean_ptr + offs_c, after.to(mean_ptr.dtype.element_ty), mask=mask_c)
+            before = tl.load(variance_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            after = before + momentum * (squares / (total - 1) - before)
+            tl.store(variance_ptr + offs_c, after.to(variance_ptr.dtype.element_ty), mask=mask_c)
+    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0)
+    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
+    inverse = 1.0 / tl.sqrt(variance + eps)
+    scale = weight * inverse
+    coefficient_ptrs = coefficients_ptr + image * NORM_ROWS * CHANNELS + offs_c
+    tl.store(coefficient_ptrs, scale, mask=mask_c)
+    tl.store(coefficient_ptrs + CHANNELS, bias - center * scale, mask=mask_c)
+    tl.store(coefficient_ptrs + 2 * CHANNELS, center, mask=mask_c)
+    tl.store(coefficient_ptrs + 3 * CHANNELS, inverse, mask=mask_c)
+    tl.store(coefficient_ptrs + 4 * CHANNELS, total, mask=mask_c)
+
+
+@triton.jit
+def gradient_coefficients_kernel(
+    partials_ptr,  # [N, tiles, 2, C] fp32: Σ g and Σ g · x̂
+    weight_ptr,  # [C] fp32
+    norm_ptr,  # [N, NORM_ROWS, C] fp32
+    coefficients_ptr,  # [N, GRADIENT_ROWS, C] fp32
+    sums_ptr,  # [N, 2, C] fp32: of the tiles together, the gradients of bias and weight
+    tiles,
+    FROZEN: tl.constexpr,  # whether the statistics are constants
+    CHANNELS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    image = (pid // BLOCKS).to(tl.int64)
+    offs_c = pid % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < CHANNELS
+    partials_ptr += image * tiles * 2 * CHANNELS
+    total = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
+    product = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
     for first in tl.range(0, tiles, BLOCK_T):
         offs_t = first + tl.arange(0, BLOCK_T)
         mask = (offs_t[:, None] < tiles) & mask_c[None, :]
-        partial_ptrs = partials_ptr + offs_t[:, None].to(tl.int64) * 3 * CHANNELS + offs_c[None, :]
-        tile_count = tl.load(partial_ptrs, mask=mask, other=0.0)
-        difference = tl.load(partial_ptrs + CHANNELS, mask=mask, other=0.0) - mean
-        total = count + tile_count
-        share = tile_count / tl.maximum(total, 1.0)  # 0 beyond the tiles
-        mean += difference * share
-        m2 += tl.load(partial_ptrs + 2 * CHANNELS, mask=mask, other=0.0) + difference * difference * count * share
-        count = total
-    total = tl.sum(count, axis=0)
-    center = tl.sum(count * mean, axis=0) / total
-    difference = mean - center[None, :]
-    variance = tl.sum(m2 + difference * difference * count, axis=0) / total
-    weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    scale = weight / tl.sqrt(variance + eps)
-    offs = image * CHANNELS + offs_c
-    tl.store(scale_ptr + offs, scale, mask=mask_c)
-    tl.store(shift_ptr + offs, bias - center * scale, mask=mask_c)
+        partial_ptrs = partials_ptr + offs_t[:, None].to(tl.int64) * 2 * CHANNELS + offs_c[None, :]
+        total += tl.load(partial_ptrs, mask=mask, other=0.0)
+        product += tl.load(partial_ptrs + CHANNELS, mask=mask, other=0.0)
+    total = tl.sum(total, axis=0)
+    product = tl.sum(product, axis=0)
+    tl.store(sums_ptr + image * 2 * CHANNELS + offs_c, total, mask=mask_c)
+    tl.store(sums_ptr + (image * 2 + 1) * CHANNELS + offs_c, product, mask=mask_c)
+
+    norm_ptr += image * NORM_ROWS * CHANNELS
+    mean = coefficient(norm_ptr, 2, offs_c, CHANNELS)
+    inverse = coefficient(norm_ptr, 3, offs_c, CHANNELS)
+    scale = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0) * inverse
+    if FROZEN:
+        of_x = tl.zeros_like(scale)
+        constant = of_x
+    else:
+        count = tl.maximum(coefficient(norm_ptr, 4, offs_c, CHANNELS), 1.0)  # 0 beyond the channels
+        of_x = -scale * inverse * product / count
+        constant = -scale * total / count - of_x * mean
+    coefficient_ptrs = coefficients_ptr + image * GRADIENT_ROWS * CHANNELS + offs_c
+    tl.store(coefficient_ptrs, scale, mask=mask_c)
+    tl.store(coefficient_ptrs + CHANNELS, constant, mask=mask_c)
+    tl.store(coefficient_ptrs + 2 * CHANNELS, of_x, mask=mask_c)
 
 
 @triton.jit
 def instance_norm_kernel(
     x_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    scale_ptr,  # [N, C] fp32
-    shift_ptr,  # [N, C] fp32
+    coefficients_ptr,  # [N or 1, NORM_ROWS, C] fp32
     skip_ptr,  # [N, H, W, C] with strides for all but C; or None
     out_ptr,  # [N, H, W, C]; may be x_ptr
+    coefficients_stride,
     height,
     width,
     skip_stride_image,
@@ -118,10 +199,10 @@ def instance_norm_kernel(
 ):
     pixels = height * width
     image, _, offs_p, offs_c = place(tl.program_id(0), pixels, CHANNELS, BLOCK_P, BLOCK_C)
-    mask_c = offs_c < CHANNELS
-    mask = (offs_p[:, None] < pixels) & mask_c[None, :]
-    scale = tl.load(scale_ptr + image * CHANNELS + offs_c, mask=mask_c, other=0.0)
-    shift = tl.load(shift_ptr + image * CHANNELS + offs_c, mask=mask_c, other=0.0)
+    mask = (offs_p[:, None] < pixels) & (offs_c[None, :] < CHANNELS)
+    coefficients_ptr += image * coefficients_stride
+    scale = coefficient(coefficients_ptr, 0, offs_c, CHANNELS)
+    shift = coefficient(coefficients_ptr, 1, offs_c, CHANNELS)
     offs = (image * pixels + offs_p[:, None]) * CHANNELS + offs_c[None, :]
     y = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
     if skip_ptr is not None:
@@ -155,39 +236,85 @@ def statistics_fwd(x: Tensor, partials: Tensor) -> None:
     )
 
 
-def instance_norm_fwd(
-    x: Tensor,
-    partials: Tensor,
+class RunningStatistics(NamedTuple):
+    """What a batch norm remembers of its batches."""
+
+    mean: Tensor  # [C]
+    variance: Tensor  # [C]
+    momentum: float | None  # None: the mean over all batches
+    batches: Tensor  # int64: how many there were, this one too
+
+
+def norm_coefficients(
+    partials: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    skip: Tensor | None,
-    relu: bool,
-    out: Tensor,
-) -> None:
-    """Fills ``out``, which may be ``x`` [N, C, H, W], with relu(norm(``x``) + ``skip``), given the partials of x."""
-    images, channels, height, width = x.shape
-    scale, shift = torch.empty(2, images, channels, device=x.device)
-    scale_shift_kernel[(images * triton.cdiv(channels, BLOCK_CHANNELS),)](
+    running: RunningStatistics | None = None,
+    statistics: Tensor | None = None,
+) -> Tensor:
+    """The coefficients [N, NORM_ROWS, C] of a norm, given the ``partials`` [N, tiles, 3, C] of what it normalises; N
+    is 1 for a batch norm.
+
+    Updates ``running``; without partials applies it. Fills ``statistics`` [N, 3, C] with count, mean and M2.
+    """
+    images, tiles = (1, 0) if partials is None else partials.shape[:2]
+    channels = len(weight)
+    coefficients = torch.empty(images, NORM_ROWS.value, channels, device=weight.device)
+    tracked = running is not None and running.momentum is None
+    norm_coefficients_kernel[(images * triton.cdiv(channels, BLOCK_CHANNELS),)](
         partials,
         weight,
         bias,
-        scale,
-        shift,
-        partials.shape[1],
+        running and running.mean,
+        running and running.variance,
+        running.batches if running is not None and tracked else None,
+        coefficients,
+        statistics,
+        tiles,
         eps,
+        (running and running.momentum) or 0.0,
         CHANNELS=channels,
         BLOCK_T=BLOCK_TILES,
         BLOCK_C=BLOCK_CHANNELS,
-        **SCALE_SHIFT_OPTIONS,
+        **COEFFICIENTS_OPTIONS,
     )
+    return coefficients
+
+
+def gradient_coefficients(partials: Tensor, weight: Tensor, norm: Tensor, frozen: bool) -> tuple[Tensor, Tensor]:
+    """What makes the gradient of a norm's input from that of its output: [N, GRADIENT_ROWS, C]; and the gradients of
+    its bias and weight, for each image: [N, 2, C]. Given the ``partials`` [N, tiles, 2, C] of the output's gradient and
+    the coefficients ``norm`` [N, NORM_ROWS, C]."""
+    images, tiles, _, channels = partials.shape
+    coefficients = torch.empty(images, GRADIENT_ROWS.value, channels, device=weight.device)
+    sums = torch.empty(images, 2, channels, device=weight.device)
+    gradient_coefficients_kernel[(images * triton.cdiv(channels, BLOCK_CHANNELS),)](
+        partials,
+        weight,
+        norm,
+        coefficients,
+        sums,
+        tiles,
+        FROZEN=frozen,
+        CHANNELS=channels,
+        BLOCK_T=BLOCK_TILES,
+        BLOCK_C=BLOCK_CHANNELS,
+        **COEFFICIENTS_OPTIONS,
+    )
+    return coefficients, sums
+
+
+def instance_norm_fwd(x: Tensor, coefficients: Tensor, skip: Tensor | None, relu: bool, out: Tensor) -> None:
+    """Fills ``out``, which may be ``x`` [N, C, H, W], with relu(norm(``x``) + ``skip``)."""
+    _, channels, height, width = x.shape
     skip_strides = (0, 0, 0) if skip is None else (skip.stride(0), skip.stride(2), skip.stride(3))
     instance_norm_kernel[(_programs(x.shape),)](
         x,
-        scale,
-        shift,
+        coefficients,
         skip,
         out,
+        stride_of(coefficients),
         height,
         width,
         *skip_strides,
@@ -214,21 +341,47 @@ def variants() -> Iterator[Variant]:
                 aligned=("x_ptr", "partials_ptr", "pixels"),
             )
             for skip in (dict(skip_ptr=x), {}):
-                pointers = dict(x_ptr=x, scale_ptr="*fp32", shift_ptr="*fp32", out_ptr=x, **skip)
+                pointers = dict(x_ptr=x, coefficients_ptr="*fp32", out_ptr=x, **skip)
+                sizes = ("coefficients_stride", "height", "width", *strides)
                 yield Variant(
                     instance_norm_kernel,
                     f"{dtype} C{channels} {'skip' if skip else 'relu'}",
-                    dict(height="i32", width="i32", **pointers, **dict.fromkeys(strides, "i32")),
+                    dict(**pointers, **dict.fromkeys(sizes, "i32")),
                     dict(RELU=not skip, **constants, **({} if skip else dict(skip_ptr=None))),
                     **PASS_OPTIONS,
                     aligned=(*pointers, *strides),
                 )
-        pointers = dict.fromkeys(("partials_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr"), "*fp32")
+        yield from _coefficients_variants(channels)
+
+
+def _coefficients_variants(channels: int) -> Iterator[Variant]:
+    constants = dict(CHANNELS=channels, BLOCK_T=BLOCK_TILES, BLOCK_C=BLOCK_CHANNELS)
+    given = dict.fromkeys(("weight_ptr", "bias_ptr", "coefficients_ptr"), "*fp32")
+    optional = dict(
+        partials_ptr="*fp32", mean_ptr="*fp32", variance_ptr="*fp32", batches_ptr="*i64", statistics_ptr="*fp32"
+    )
+    uses = {
+        "instance": ("partials_ptr",),
+        "running": ("partials_ptr", "mean_ptr", "variance_ptr"),
+        "frozen": ("mean_ptr", "variance_ptr"),
+        "all": tuple(optional),
+    }
+    for use, names in uses.items():
+        pointers = given | {name: optional[name] for name in names}
         yield Variant(
-            scale_shift_kernel,
-            f"fp32 C{channels}",
-            dict(tiles="i32", eps="fp32", **pointers),
-            dict(CHANNELS=channels, BLOCK_T=BLOCK_TILES, BLOCK_C=BLOCK_CHANNELS),
-            **SCALE_SHIFT_OPTIONS,
+            norm_coefficients_kernel,
+            f"fp32 C{channels} {use}",
+            dict(tiles="i32", eps="fp32", momentum="fp32", **pointers),
+            constants | {name: None for name in optional if name not in names},
+            **COEFFICIENTS_OPTIONS,
             aligned=tuple(pointers),
         )
+    pointers = dict.fromkeys(("partials_ptr", "weight_ptr", "norm_ptr", "coefficients_ptr", "sums_ptr"), "*fp32")
+    yield Variant(
+        gradient_coefficients_kernel,
+        f"fp32 C{channels}",
+        dict(tiles="i32", **pointers),
+        dict(FROZEN=False, **constants),
+        **COEFFICIENTS_OPTIONS,
+        aligned=tuple(pointers),
+    )

@@ -7,6 +7,8 @@ for all of them, and not k times for each.
 Where a column has no tap its weight is zero: at k = 9 with 32 channels 1.7 products are made for one that counts. By
 count the kernel waits for what it reads and not for the products; that is not measured yet. A NaN or infinite number
 reaches the pixels that share its product too.
+
+In training the gradient to the input of a network's first convolution is a last one of its output's gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import triton
 import triton.language as tl
 from fastperc.kernels.configs import Variant, channel_step
 from fastperc.kernels.conv_bn_relu import mirrored
+from fastperc.kernels.deferred import Deferred, load_deferred, stride_of
 from torch import Tensor
 
 ROWS = tl.constexpr(4)  # of the output that share a row of the product
@@ -27,9 +30,12 @@ ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2²³: added and taken off, it rou
 @triton.jit
 def rgb_conv_head_kernel(
     x_ptr,  # [N, H, W, C] fp16|bf16|fp32
+    other_ptr,  # as x, and
+    coefficients_ptr,  # [N or 1, rows, C] fp32: what is to be made of x; or None
     weight_ptr,  # [COLUMNS, KERNEL + 2 * ROWS - 2, C]
-    bias_ptr,  # [3] fp32
+    bias_ptr,  # [3] fp32; or None
     out_ptr,  # [N, 3, H', W'] uint8|fp16|bf16|fp32 of any strides
+    coefficients_stride,
     height,
     width,
     out_height,
@@ -43,7 +49,8 @@ def rgb_conv_head_kernel(
     CHANNELS: tl.constexpr,
     KERNEL: tl.constexpr,
     REFLECT: tl.constexpr,
-    TANH: tl.constexpr,
+    X_RELU: tl.constexpr,  # in what is to be made of x
+    OUTPUT: tl.constexpr,  # "tanh": 0.5 + 150/255 · tanh; "linear": over 255; or None: as it is
     COLUMNS: tl.constexpr,  # 3 * KERNEL or more
     BLOCK_P: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -58,6 +65,8 @@ def rgb_conv_head_kernel(
     first_row = pid % tiles // tiles_w * ROWS
     first_column = pid % tiles_w * WIDTH
 
+    if coefficients_ptr is not None:
+        coefficients_ptr += image * coefficients_stride
     offs_p = tl.arange(0, BLOCK_P)
     offs_n = tl.arange(0, ROWS * COLUMNS)
     column = first_column + offs_p - left
@@ -71,9 +80,10 @@ def rgb_conv_head_kernel(
             row = mirrored(row, height)
         offs_i = step % BLOCKS_I * BLOCK_I + tl.arange(0, BLOCK_I)
         mask_i = offs_i < CHANNELS
-        x_ptrs = x_ptr + ((image * height + row) * width + column)[:, None] * CHANNELS + offs_i[None, :]
+        offs_x = ((image * height + row) * width + column)[:, None] * CHANNELS + offs_i[None, :]
         mask_p = (column >= 0) & (column < tl.where((row >= 0) & (row < height), width, 0))
-        x = tl.load(x_ptrs, mask=mask_p[:, None] & mask_i[None, :], other=0.0)
+        mask_x = mask_p[:, None] & mask_i[None, :]
+        x = load_deferred(x_ptr, other_ptr, coefficients_ptr, offs_x, offs_i, mask_x, CHANNELS, X_RELU)
         filters = offs_n // ROWS * (LINES + ROWS - 1) + offs_n % ROWS + (LINES - 1 - line)
         weight_ptrs = weight_ptr + filters[:, None] * CHANNELS + offs_i[None, :]
         weight = tl.load(weight_ptrs, mask=mask_i[None, :], other=0.0)
@@ -91,10 +101,12 @@ def rgb_conv_head_kernel(
     out_ptrs = out_ptr + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
     for o in tl.static_range(3):
         own = (offs_n % 3 == o) & (offs_n < 3 * KERNEL)
-        v = tl.sum(tl.where(own[None, :, None], acc, 0.0), axis=1).T + tl.load(bias_ptr + o)
-        if TANH:
+        v = tl.sum(tl.where(own[None, :, None], acc, 0.0), axis=1).T
+        if bias_ptr is not None:
+            v += tl.load(bias_ptr + o)
+        if OUTPUT == "tanh":
             v = 0.5 + 150 / 255 * (2 * tl.sigmoid(2 * v) - 1)
-        else:
+        elif OUTPUT == "linear":
             v = v / 255
         if out_ptr.dtype.element_ty == tl.uint8:
             v = tl.where(v > 0, tl.minimum(v, 1.0), 0.0)  # NaN becomes 0
@@ -115,29 +127,32 @@ def _columns(kernel: int) -> int:
 
 
 def rgb_conv_head_fwd(
-    x: Tensor,
+    x: Deferred,
     packed: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     out: Tensor,
     padding: tuple[int, int, int, int],
     padding_mode: str,
-    output: str,
+    output: str | None,
 ) -> None:
     """Fills ``out`` [N, 3, H', W'], of any strides, with the picture that conv(``x``) + ``bias`` is.
 
     ``x`` [N, C, H, W] has its channels innermost; ``packed`` is what :func:`pack` makes, in its dtype; ``padding``
-    is (left, right, top, bottom); ``output`` ``"tanh"`` or ``"linear"``.
+    is (left, right, top, bottom); ``output`` ``"tanh"``, ``"linear"`` or ``None``, for the convolution's own values.
     """
-    images, channels, height, width = x.shape
+    images, channels, height, width = x.x.shape
     _, _, out_height, out_width = out.shape
     kernel = height + padding[2] + padding[3] - out_height + 1
-    tile = _tile(x.element_size(), channels)
+    tile = _tile(x.x.element_size(), channels, x.coefficients is not None)
     programs = triton.cdiv(out_height, ROWS.value) * triton.cdiv(out_width, tile["BLOCK_P"] - kernel + 1)
     rgb_conv_head_kernel[(images * programs,)](
-        x,
+        x.x,
+        x.other,
+        x.coefficients,
         packed,
         bias,
         out,
+        stride_of(x.coefficients),
         height,
         width,
         out_height,
@@ -148,17 +163,19 @@ def rgb_conv_head_fwd(
         CHANNELS=channels,
         KERNEL=kernel,
         REFLECT=padding_mode == "reflect",
-        TANH=output == "tanh",
+        X_RELU=x.relu,
+        OUTPUT=output,
         COLUMNS=_columns(kernel),
         **tile,
     )
 
 
-def _tile(itemsize: int, channels: int) -> dict[str, int]:
+def _tile(itemsize: int, channels: int, deferred: bool) -> dict[str, int]:
     """Not measured yet."""
     if itemsize == 4:
         return dict(BLOCK_P=64, BLOCK_I=16, num_warps=8, num_stages=2)
-    return dict(BLOCK_P=128, BLOCK_I=channel_step(channels), num_warps=4, num_stages=3)
+    step = min(channel_step(channels), 32 if deferred else 64)  # normalising takes registers
+    return dict(BLOCK_P=128, BLOCK_I=step, num_warps=4, num_stages=3)
 
 
 def variants() -> Iterator[Variant]:
@@ -166,36 +183,44 @@ def variants() -> Iterator[Variant]:
     for dtype in ("bf16", "fp16", "fp32"):
         for channels in (16, 32, 64):
             for picture in ("u8", "fp32"):
-                yield _variant(dtype, channels, picture, "tanh", False)
-        yield _variant(dtype, 32, "u8", "linear", False)
-        yield _variant(dtype, 32, "u8", "tanh", True)
+                yield _variant(dtype, channels, picture, "tanh")
+            yield _variant(dtype, channels, dtype, None, "deferred")
+            yield _variant(dtype, channels, dtype, None, "deferred gradient")
+        yield _variant(dtype, 32, "u8", "linear")
+        yield _variant(dtype, 32, "u8", "tanh", "reflect")
 
 
-def _variant(dtype: str, channels: int, picture: str, output: str, reflect: bool) -> Variant:
-    tile = _tile(4 if dtype == "fp32" else 2, channels)
-    sizes = ("height", "width", "out_height", "out_width", "left", "top")
+def _variant(dtype: str, channels: int, picture: str, output: str | None, path: str = "") -> Variant:
+    tile = _tile(4 if dtype == "fp32" else 2, channels, path.startswith("deferred"))
+    sizes = ("coefficients_stride", "height", "width", "out_height", "out_width", "left", "top")
     strides = ("stride_image", "stride_channel", "stride_row", "stride_column")
+    gradient = path == "deferred gradient"
+    pointers = dict(
+        x_ptr=f"*{dtype}",
+        other_ptr=f"*{dtype}" if gradient else None,
+        coefficients_ptr="*fp32" if path.startswith("deferred") else None,
+        weight_ptr=f"*{dtype}",
+        bias_ptr=None if gradient else "*fp32",
+        out_ptr=f"*{picture}",
+    )
+    given = {name: pointer for name, pointer in pointers.items() if pointer}
     return Variant(
         rgb_conv_head_kernel,
-        f"{dtype} {channels} {picture} {output}{' reflect' if reflect else ''}",
-        dict(
-            x_ptr=f"*{dtype}",
-            weight_ptr=f"*{dtype}",
-            bias_ptr="*fp32",
-            out_ptr=f"*{picture}",
-            **dict.fromkeys((*sizes, *strides), "i32"),
-        ),
+        f"{dtype} {channels} {picture} {output or 'plain'} {path}".rstrip(),
+        dict(**given, **dict.fromkeys((*sizes, *strides), "i32")),
         dict(
             CHANNELS=channels,
             KERNEL=9,
-            REFLECT=reflect,
-            TANH=output == "tanh",
+            REFLECT=path == "reflect",
+            X_RELU=path == "deferred",
+            OUTPUT=output,
             COLUMNS=_columns(9),
             BLOCK_P=tile["BLOCK_P"],
             BLOCK_I=tile["BLOCK_I"],
+            **{name: None for name in pointers if name not in given},
         ),
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
-        aligned=("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"),
+        aligned=(*given, "coefficients_stride"),
         matrix=dtype != "fp32",
     )

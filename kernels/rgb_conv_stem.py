@@ -7,6 +7,8 @@
 Where a column has no tap its weight is zero: at k = 9 with 32 channels 1.4 products are made for one that counts. By
 count the kernel waits for what it reads and not for the products; that is not measured yet. A NaN or infinite number
 reaches the pixels that share its product too.
+
+In training the gradient to the input of a network's last convolution is a first one of the picture's gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import triton
 import triton.language as tl
 from fastperc.kernels.configs import PROGRAMS, Variant
 from fastperc.kernels.conv_bn_relu import store_partials
+from fastperc.kernels.deferred import Deferred, store_gradient, stride_of
 from torch import Tensor
 
 PIXELS = tl.constexpr(4)  # that share a row of the product
@@ -82,9 +85,12 @@ def rgb_prepare_kernel(
 def rgb_conv_stem_kernel(
     x_ptr,  # [N, H' + KERNEL - 1, pitch] fp16|bf16|fp32
     weight_ptr,  # [PIXELS, O, STEPS * BLOCK_K]
-    bias_ptr,  # [O] fp32
+    bias_ptr,  # [O] fp32; or None
+    saved_ptr,  # as out, and
+    saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: the activation whose gradient out is; or None
     out_ptr,  # [N, H', W', O]
-    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of what is stored; or None
+    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of what is stored; of a gradient, [N, tiles, 2, O]; or None
+    saved_coefficients_stride,
     height,  # of out
     width,
     pitch,
@@ -127,15 +133,27 @@ def rgb_conv_stem_kernel(
     mask_p = (row < height) & (column < width)
     offs_o = first_o + tl.arange(0, BLOCK_O)
     mask_o = offs_o < CHANNELS_OUT
-    acc = acc.reshape(PIXELS * BLOCK_G, BLOCK_O) + tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)[None, :]
-    if RELU:
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    out = acc.to(out_ptr.dtype.element_ty)
+    acc = acc.reshape(PIXELS * BLOCK_G, BLOCK_O)
     pixels = (image * height + row) * width + column
-    tl.store(out_ptr + pixels[:, None] * CHANNELS_OUT + offs_o[None, :], out, mask=mask_p[:, None] & mask_o[None, :])
-    if partials_ptr is not None:
-        partials_ptr += (image * tiles + tile) * 3 * CHANNELS_OUT
-        store_partials(partials_ptr, out.to(tl.float32).T, offs_o, mask_p, CHANNELS_OUT)
+    if saved_ptr is not None:
+        offs = pixels[None, :] * CHANNELS_OUT + offs_o[:, None]
+        mask = mask_o[:, None] & mask_p[None, :]
+        saved_coefficients_ptr += image * saved_coefficients_stride
+        partials_ptr += (image * tiles + tile) * 2 * CHANNELS_OUT
+        store_gradient(
+            acc.T, out_ptr, offs, offs_o, mask, saved_ptr, saved_coefficients_ptr, partials_ptr, CHANNELS_OUT, RELU
+        )
+    else:
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)[None, :]
+        if RELU:
+            acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        out = acc.to(out_ptr.dtype.element_ty)
+        mask = mask_p[:, None] & mask_o[None, :]
+        tl.store(out_ptr + pixels[:, None] * CHANNELS_OUT + offs_o[None, :], out, mask=mask)
+        if partials_ptr is not None:
+            partials_ptr += (image * tiles + tile) * 3 * CHANNELS_OUT
+            store_partials(partials_ptr, out.to(tl.float32).T, offs_o, mask_p, CHANNELS_OUT)
 
 
 def _run(kernel: int) -> int:
@@ -158,7 +176,7 @@ def _block(channels_out: int) -> int:
 def _tile(out: Tensor) -> tuple[int, int]:
     """Groups of pixels to a program, and its warps; not measured yet."""
     if out.element_size() == 4:
-        return 32, 4
+        return 32, 8
     enough = out.numel() >= 128 * PIXELS.value * _block(out.shape[1]) * PROGRAMS
     return (128, 8) if enough else (64, 4)
 
@@ -169,32 +187,22 @@ def rgb_conv_stem_tiles(out: Tensor) -> int:
     return triton.cdiv(height * triton.cdiv(width, PIXELS.value), _tile(out)[0])
 
 
-def rgb_conv_stem_fwd(
+def rgb_prepare(
     image: Tensor,
-    packed: Tensor,
-    bias: Tensor,
-    out: Tensor,
     window: Sequence[int],
     padding: tuple[int, int, int, int],
     padding_mode: str,
     scale: float,
     shift: float,
-    relu: bool,
-    partials: Tensor | None = None,
-) -> None:
-    """Fills ``out`` [N, O, H', W'] with relu(conv(the ``window`` of ``image`` · scale + shift, padded) + ``bias``).
-
-    ``image`` [N, 3, H, W] has any strides, ``out`` its channels innermost; ``packed`` is what :func:`pack` makes,
-    in the dtype of out; ``window`` is (top, left, height, width) and ``padding`` (left, right, top, bottom).
-    """
-    images, channels_out, height, width = out.shape
-    left, _, top, bottom = padding
+    dtype: torch.dtype,
+) -> Tensor:
+    """What the stem's kernel takes: the ``window`` of ``image`` [N, 3, H, W] · scale + shift, padded; and zeros to the
+    right of it, to whole groups of pixels and aligned rows: [N, rows, columns, 3]."""
+    left, right, top, bottom = padding
     rows = window[2] + top + bottom
-    kernel = rows - height + 1
-    run = _run(kernel)
-    columns = 16 * triton.cdiv(width + PIXELS.value - 1 + kernel, 16)  # whole groups, the rest of a run, aligned rows
-    x = out.new_empty(images, rows, columns, 3)
-    rgb_prepare_kernel[(images * rows * triton.cdiv(3 * columns, PREPARE_BLOCK),)](
+    columns = 16 * triton.cdiv(window[3] + left + right + PIXELS.value, 16)
+    x = torch.empty(len(image), rows, columns, 3, dtype=dtype, device=image.device)
+    rgb_prepare_kernel[(len(image) * rows * triton.cdiv(3 * columns, PREPARE_BLOCK),)](
         image,
         x,
         *image.shape[2:],
@@ -210,21 +218,55 @@ def rgb_conv_stem_fwd(
         BLOCK=PREPARE_BLOCK,
         **PREPARE_OPTIONS,
     )
+    return x
+
+
+def rgb_conv_stem_fwd(
+    x: Tensor, packed: Tensor, bias: Tensor, out: Tensor, relu: bool, partials: Tensor | None = None
+) -> None:
+    """Fills ``out`` [N, O, H', W'], channels innermost, with relu(conv(``x``) + ``bias``), and ``partials``
+    [N, tiles, 3, O]; ``x`` is what :func:`rgb_prepare` makes, ``packed`` what :func:`pack` does, all in one dtype."""
+    _launch(x, packed, bias, None, out, relu, partials)
+
+
+def rgb_conv_head_bwd(
+    grad: Tensor, packed: Tensor, below: Deferred | None, out: Tensor, partials: Tensor | None
+) -> None:
+    """Fills ``out`` with the gradient of ``below``, the input of a convolution to three channels whose output's
+    gradient ``grad`` is, prepared, and ``partials`` [N, tiles, 2, O]; without below, that of a plain map."""
+    _launch(grad, packed, None, below, out, below is not None and below.relu, partials)
+
+
+def _launch(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    saved: Deferred | None,
+    out: Tensor,
+    relu: bool,
+    partials: Tensor | None,
+) -> None:
+    images, channels_out, height, width = out.shape
+    _, rows, columns, _ = x.shape
+    kernel = rows - height + 1
     block, (groups, num_warps) = _block(channels_out), _tile(out)
     programs = images * rgb_conv_stem_tiles(out) * triton.cdiv(channels_out, block)
     rgb_conv_stem_kernel[(programs,)](
         x,
         packed,
         bias,
+        None if saved is None else saved.x,
+        None if saved is None else saved.coefficients,
         out,
         partials,
+        0 if saved is None else stride_of(saved.coefficients),
         height,
         width,
         3 * columns,
         KERNEL=kernel,
         CHANNELS_OUT=channels_out,
         RELU=relu,
-        RUN=run,
+        RUN=_run(kernel),
         STEPS=packed.shape[2] // STEP,
         BLOCK_G=groups,
         BLOCK_O=block,
@@ -257,35 +299,40 @@ def variants() -> Iterator[Variant]:
             )
         for channels in (16, 32, 64):
             for groups in (64, 128) if dtype != "fp32" else (32,):
-                yield _variant(dtype, channels, groups, True)
-                yield _variant(dtype, channels, groups, False)
+                for end in ("relu", "partials", "gradient"):
+                    yield _variant(dtype, channels, groups, end)
 
 
-def _variant(dtype: str, channels: int, groups: int, statistics: bool) -> Variant:
+def _variant(dtype: str, channels: int, groups: int, end: str) -> Variant:
     run = _run(9)
-    pointers = dict(x_ptr=f"*{dtype}", weight_ptr=f"*{dtype}", bias_ptr="*fp32", out_ptr=f"*{dtype}")
-    absent = {}
-    if statistics:
-        pointers["partials_ptr"] = "*fp32"
-    else:
-        absent["partials_ptr"] = None
+    gradient = end == "gradient"
+    pointers = dict(
+        x_ptr=f"*{dtype}",
+        weight_ptr=f"*{dtype}",
+        bias_ptr=None if gradient else "*fp32",
+        saved_ptr=f"*{dtype}" if gradient else None,
+        saved_coefficients_ptr="*fp32" if gradient else None,
+        out_ptr=f"*{dtype}",
+        partials_ptr=None if end == "relu" else "*fp32",
+    )
+    given = {name: pointer for name, pointer in pointers.items() if pointer}
     return Variant(
         rgb_conv_stem_kernel,
-        f"{dtype} {channels} {groups} {'partials' if statistics else 'relu'}",
-        dict(**pointers, height="i32", width="i32", pitch="i32"),
+        f"{dtype} {channels} {groups} {end}",
+        dict(**given, saved_coefficients_stride="i32", height="i32", width="i32", pitch="i32"),
         dict(
             KERNEL=9,
             CHANNELS_OUT=channels,
-            RELU=not statistics,
+            RELU=end != "partials",
             RUN=run,
             STEPS=triton.cdiv(9 * run, STEP),
             BLOCK_G=groups,
             BLOCK_O=_block(channels),
             BLOCK_K=STEP,
-            **absent,
+            **{name: None for name in pointers if name not in given},
         ),
-        num_warps=8 if groups == 128 else 4,
+        num_warps=4 if groups == 64 else 8,
         num_stages=STAGES,
-        aligned=(*pointers, "pitch"),
+        aligned=(*given, "saved_coefficients_stride", "pitch"),
         matrix=dtype != "fp32",
     )

@@ -11,6 +11,9 @@ where the upsampled map takes 36. A program makes a tile of patches × columns: 
 those of one row, which are neighbours in memory. Of the transposed kind's products 7 have no weight: the 4 of the
 patch's second row for the first row of outputs are left out where a program makes one row, the others are not. An
 accumulator for each phase would spare them all, and makes narrow products that wait for each other on sm_90.
+
+In training the transposed kind is the gradient to the input of a convolution of stride 2 as well; of one with mirrored
+borders on the padded map, a pixel further out.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import triton
 import triton.language as tl
 from fastperc.kernels.configs import PROGRAMS, ConvTile, Variant, channel_step
 from fastperc.kernels.conv_bn_relu import store_partials
+from fastperc.kernels.deferred import Deferred, load_deferred, store_gradient, stride_of
 from torch import Tensor
 
 TAPS = {  # how much of which weight [k] a pixel of the patch [2] has for a phase [2]
@@ -45,17 +49,27 @@ def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> t
 @triton.jit
 def subpixel_conv_bn_relu_kernel(
     x_ptr,  # [N, H, W, I] fp16|bf16|fp32
+    other_ptr,  # as x, and
+    coefficients_ptr,  # [N or 1, rows, I] fp32: what is to be made of x; or None
     weight_ptr,  # [2, 2, 4, O, I]: row and column in the patch, phase
-    bias_ptr,  # [O] fp32
-    out_ptr,  # [N, 2H, 2W, O]
-    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of what is stored; or None
+    bias_ptr,  # [O] fp32; or None
+    saved_ptr,  # as out, and
+    saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: the activation whose gradient out is; or None
+    out_ptr,  # [N, H', W', O]
+    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of what is stored; of a gradient, [N, tiles, 2, O]; or None
+    coefficients_stride,
+    saved_coefficients_stride,
     height,
     width,
+    out_height,
+    out_width,
     CHANNELS_IN: tl.constexpr,
     CHANNELS_OUT: tl.constexpr,
     NEAREST: tl.constexpr,
+    BACK: tl.constexpr,  # pixels before the border where the first patch begins
     REFLECT: tl.constexpr,
-    RELU: tl.constexpr,
+    X_RELU: tl.constexpr,  # in what is to be made of x
+    RELU: tl.constexpr,  # last, or in the activation whose gradient out is
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     PHASES: tl.constexpr,
@@ -65,14 +79,15 @@ def subpixel_conv_bn_relu_kernel(
     BLOCKS_O: tl.constexpr = (CHANNELS_OUT + BLOCK_O - 1) // BLOCK_O
     BLOCKS_I: tl.constexpr = (CHANNELS_IN + BLOCK_I - 1) // BLOCK_I
     GROUPS: tl.constexpr = 4 // PHASES
-    BACK: tl.constexpr = 1 if NEAREST else 0  # how far before the border the first patch begins
-    tiles_w = tl.cdiv(width + BACK, TILE_W)
-    tiles = tl.cdiv(height + BACK // GROUPS, TILE_H) * tiles_w
+    tiles_w = tl.cdiv(out_width + BACK, 2 * TILE_W)
+    tiles = tl.cdiv(out_height + BACK // GROUPS, 2 * TILE_H) * tiles_w
     pid = tl.program_id(0)
     group = pid % GROUPS
     first_o = pid // GROUPS % BLOCKS_O * BLOCK_O
     tile = pid // GROUPS // BLOCKS_O % tiles
     image = (pid // GROUPS // BLOCKS_O // tiles).to(tl.int64)
+    if coefficients_ptr is not None:
+        coefficients_ptr += image * coefficients_stride
 
     offs_p = tl.arange(0, TILE_H * TILE_W)
     up = BACK if PHASES == 4 else BACK * group  # the first row of outputs has none before the border
@@ -95,8 +110,9 @@ def subpixel_conv_bn_relu_kernel(
         offs_i = step % BLOCKS_I * BLOCK_I + tl.arange(0, BLOCK_I)
         mask_i = offs_i < CHANNELS_IN
         pixels = (image * height + row) * width + column
-        x_ptrs = x_ptr + pixels[:, None] * CHANNELS_IN + offs_i[None, :]
-        x = tl.load(x_ptrs, mask=mask_p[:, None] & mask_i[None, :], other=0.0)
+        offs_x = pixels[:, None] * CHANNELS_IN + offs_i[None, :]
+        mask_x = mask_p[:, None] & mask_i[None, :]
+        x = load_deferred(x_ptr, other_ptr, coefficients_ptr, offs_x, offs_i, mask_x, CHANNELS_IN, X_RELU)
         filters = (tap * 4 + phases) * CHANNELS_OUT + offs_o
         weight_ptrs = weight_ptr + filters[:, None] * CHANNELS_IN + offs_i[None, :]
         weight = tl.load(weight_ptrs, mask=mask_o[:, None] & mask_i[None, :], other=0.0)
@@ -108,18 +124,31 @@ def subpixel_conv_bn_relu_kernel(
     columns = tile % tiles_w * TILE_W + offs_q // PHASES % TILE_W - BACK
     rows = 2 * rows + BACK + phases // 2
     columns = 2 * columns + BACK + phases % 2
-    mask_q = (rows >= 0) & (rows < 2 * height) & (columns >= 0) & (columns < 2 * width)
+    mask_q = (rows >= 0) & (rows < out_height) & (columns >= 0) & (columns < out_width)
     offs_o = first_o + tl.arange(0, BLOCK_O)
     mask_o = offs_o < CHANNELS_OUT
-    acc = acc.reshape(TILE_H * TILE_W * PHASES, BLOCK_O) + tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)[None, :]
-    if RELU:
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    out = acc.to(out_ptr.dtype.element_ty)
-    pixels = (image * 2 * height + rows) * 2 * width + columns
-    tl.store(out_ptr + pixels[:, None] * CHANNELS_OUT + offs_o[None, :], out, mask=mask_q[:, None] & mask_o[None, :])
-    if partials_ptr is not None:
-        partials_ptr += ((image * tiles + tile) * GROUPS + group) * 3 * CHANNELS_OUT
-        store_partials(partials_ptr, out.to(tl.float32).T, offs_o, mask_q, CHANNELS_OUT)
+    acc = acc.reshape(TILE_H * TILE_W * PHASES, BLOCK_O)
+    pixels = (image * out_height + rows) * out_width + columns
+    tile = (image * tiles + tile) * GROUPS + group
+    if saved_ptr is not None:
+        offs = pixels[None, :] * CHANNELS_OUT + offs_o[:, None]
+        mask = mask_o[:, None] & mask_q[None, :]
+        saved_coefficients_ptr += image * saved_coefficients_stride
+        partials_ptr += tile * 2 * CHANNELS_OUT
+        store_gradient(
+            acc.T, out_ptr, offs, offs_o, mask, saved_ptr, saved_coefficients_ptr, partials_ptr, CHANNELS_OUT, RELU
+        )
+    else:
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)[None, :]
+        if RELU:
+            acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        out = acc.to(out_ptr.dtype.element_ty)
+        mask = mask_q[:, None] & mask_o[None, :]
+        tl.store(out_ptr + pixels[:, None] * CHANNELS_OUT + offs_o[None, :], out, mask=mask)
+        if partials_ptr is not None:
+            partials_ptr += tile * 3 * CHANNELS_OUT
+            store_partials(partials_ptr, out.to(tl.float32).T, offs_o, mask_q, CHANNELS_OUT)
 
 
 def pack(weight: Tensor, upsample: str) -> Tensor:
@@ -130,21 +159,29 @@ def pack(weight: Tensor, upsample: str) -> Tensor:
     return packed.to(weight.dtype).flatten(2, 3).contiguous()
 
 
-def _tile_of(x: Tensor, out: Tensor) -> tuple[ConvTile, int]:
-    images, channels_in, height, width = x.shape
-    return _tile(x.element_size(), channels_in, out.shape[1], images * height * width)
+def _tile_of(x: Deferred, out: Tensor) -> tuple[ConvTile, int]:
+    images, channels_in, height, width = x.x.shape
+    return _tile(x.x.element_size(), channels_in, out.shape[1], images * height * width)
 
 
-def subpixel_conv_bn_relu_tiles(x: Tensor, out: Tensor, upsample: str) -> int:
-    """How many tiles an image is made of: the second size of ``partials``."""
+def _tiles(x: Deferred, out: Tensor, back: int) -> int:
     tile, phases = _tile_of(x, out)
-    groups, back = 4 // phases, int(upsample == "nearest")
-    height, width = x.shape[2] + back // groups, x.shape[3] + back
-    return triton.cdiv(height, tile.height) * triton.cdiv(width, tile.width) * groups
+    groups, (height, width) = 4 // phases, out.shape[2:]
+    return triton.cdiv(height + back // groups, 2 * tile.height) * triton.cdiv(width + back, 2 * tile.width) * groups
+
+
+def subpixel_conv_bn_relu_tiles(x: Deferred, out: Tensor, upsample: str) -> int:
+    """How many tiles an image is made of: the second size of ``partials``."""
+    return _tiles(x, out, int(upsample == "nearest"))
+
+
+def strided_conv_bwd_tiles(grad: Deferred, out: Tensor) -> int:
+    """How many tiles the gradient of an image is made of: the second size of ``partials``."""
+    return _tiles(grad, out, 0)
 
 
 def subpixel_conv_bn_relu_fwd(
-    x: Tensor,
+    x: Deferred,
     packed: Tensor,
     bias: Tensor,
     out: Tensor,
@@ -157,22 +194,60 @@ def subpixel_conv_bn_relu_fwd(
 
     ``x`` and ``out`` have their channels innermost; ``packed`` is what :func:`pack` makes, in their dtype.
     """
-    images, channels_in, height, width = x.shape
-    channels_out = out.shape[1]
+    _launch(x, packed, bias, None, out, upsample, int(upsample == "nearest"), padding_mode == "reflect", relu, partials)
+
+
+def strided_conv_bwd(
+    grad: Deferred, packed: Tensor, below: Deferred | None, out: Tensor, beyond: int, partials: Tensor | None
+) -> None:
+    """Fills ``out`` [N, O, H', W'] with the gradient of ``below``, the input of a 3×3 convolution of stride 2 and
+    padding 1 whose output's gradient is ``grad``, and ``partials`` [N, tiles, 2, O]; without below, that of a plain
+    map, of which it has ``beyond``, 0 or 1, more pixels on each side.
+
+    ``packed`` is what :func:`pack` makes of the convolution's weight, taken as a transposed one's.
+    """
+    relu = below is not None and below.relu
+    _launch(grad, packed, None, below, out, "transposed", beyond, False, relu, partials)
+
+
+def _launch(
+    x: Deferred,
+    packed: Tensor,
+    bias: Tensor | None,
+    saved: Deferred | None,
+    out: Tensor,
+    upsample: str,
+    back: int,
+    reflect: bool,
+    relu: bool,
+    partials: Tensor | None,
+) -> None:
+    images, channels_in, height, width = x.x.shape
+    _, channels_out, out_height, out_width = out.shape
     tile, phases = _tile_of(x, out)
-    programs = images * subpixel_conv_bn_relu_tiles(x, out, upsample)
-    subpixel_conv_bn_relu_kernel[(programs * triton.cdiv(channels_out, tile.channels_out),)](
-        x,
+    programs = images * _tiles(x, out, back) * triton.cdiv(channels_out, tile.channels_out)
+    subpixel_conv_bn_relu_kernel[(programs,)](
+        x.x,
+        x.other,
+        x.coefficients,
         packed,
         bias,
+        None if saved is None else saved.x,
+        None if saved is None else saved.coefficients,
         out,
         partials,
+        stride_of(x.coefficients),
+        0 if saved is None else stride_of(saved.coefficients),
         height,
         width,
+        out_height,
+        out_width,
         CHANNELS_IN=channels_in,
         CHANNELS_OUT=channels_out,
         NEAREST=upsample == "nearest",
-        REFLECT=padding_mode == "reflect",
+        BACK=back,
+        REFLECT=reflect,
+        X_RELU=x.relu,
         RELU=relu,
         PHASES=phases,
         **tile.constants,
@@ -183,11 +258,13 @@ def subpixel_conv_bn_relu_fwd(
 def variants() -> Iterator[Variant]:
     """The paper's networks at full and half width, super-resolution's, of few pixels and of many."""
     for dtype in ("bf16", "fp16", "fp32"):
-        for upsample in TAPS:
-            for channels_in, channels_out in ((128, 64), (64, 64), (64, 32), (32, 16)):
-                for patches in (64 * 64, 270 * 480)[dtype == "fp32" :]:
+        for channels_in, channels_out in ((128, 64), (64, 64), (64, 32), (32, 16)):
+            for patches in (64 * 64, 270 * 480)[dtype == "fp32" :]:
+                for upsample in TAPS:
                     yield _variant(dtype, channels_in, channels_out, patches, upsample, "relu")
                     yield _variant(dtype, channels_in, channels_out, patches, upsample, "partials")
+                    yield _variant(dtype, channels_in, channels_out, patches, upsample, "partials", deferred=True)
+                yield _variant(dtype, channels_in, channels_out, patches, "transposed", "gradient", deferred=True)
         yield _variant(dtype, 64, 32, 270 * 480, "nearest", "relu", reflect=True)
 
 
@@ -197,32 +274,43 @@ def _variant(
     channels_out: int,
     patches: int,
     upsample: str,
-    end: str,
+    end: str,  # "relu", "partials" or "gradient"
     reflect: bool = False,
+    deferred: bool = False,
 ) -> Variant:
     tile, phases = _tile(4 if dtype == "fp32" else 2, channels_in, channels_out, patches)
-    kind = f"{upsample} reflect" if reflect else upsample
-    pointers = dict(x_ptr=f"*{dtype}", weight_ptr=f"*{dtype}", bias_ptr="*fp32", out_ptr=f"*{dtype}")
-    absent = {}
-    if end == "partials":
-        pointers["partials_ptr"] = "*fp32"
-    else:
-        absent["partials_ptr"] = None
+    kind = f"{upsample}{' reflect' if reflect else ''}{' deferred' if deferred else ''}"
+    gradient = end == "gradient"
+    pointers = dict(
+        x_ptr=f"*{dtype}",
+        other_ptr=f"*{dtype}" if gradient else None,
+        coefficients_ptr="*fp32" if deferred else None,
+        weight_ptr=f"*{dtype}",
+        bias_ptr=None if gradient else "*fp32",
+        saved_ptr=f"*{dtype}" if gradient else None,
+        saved_coefficients_ptr="*fp32" if gradient else None,
+        out_ptr=f"*{dtype}",
+        partials_ptr=None if end == "relu" else "*fp32",
+    )
+    sizes = ("coefficients_stride", "saved_coefficients_stride", "height", "width", "out_height", "out_width")
+    given = {name: pointer for name, pointer in pointers.items() if pointer}
     return Variant(
         subpixel_conv_bn_relu_kernel,
         f"{dtype} {channels_in}-{channels_out} {tile.height}x{tile.width} {kind} {end}",
-        dict(**pointers, height="i32", width="i32"),
+        dict(**given, **dict.fromkeys(sizes, "i32")),
         dict(
             CHANNELS_IN=channels_in,
             CHANNELS_OUT=channels_out,
             NEAREST=upsample == "nearest",
+            BACK=int(upsample == "nearest"),
             REFLECT=reflect,
-            RELU=end == "relu",
+            X_RELU=deferred and not gradient,
+            RELU=end != "partials",
             PHASES=phases,
             **tile.constants,
-            **absent,
+            **{name: None for name in pointers if name not in given},
         ),
         **tile.options,
-        aligned=tuple(pointers),
+        aligned=(*given, "coefficients_stride", "saved_coefficients_stride"),
         matrix=dtype != "fp32",
     )

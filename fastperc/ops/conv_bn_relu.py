@@ -138,6 +138,7 @@ def triton_conv_bn_relu(
     skip: Tensor | None,
 ) -> Tensor:
     from fastperc.kernels import conv_bn_relu as kernels
+    from fastperc.kernels.deferred import Deferred
 
     n, _, height, width = x.shape
     left, right, top, bottom = padding
@@ -149,9 +150,9 @@ def triton_conv_bn_relu(
     def fill(relu: bool, partials: Tensor | None) -> None:
         added = skip if partials is None else None  # else after the norm
         arguments = stride, padding, padding_mode, relu, partials
-        kernels.conv_bn_relu_fwd(x, weight, bias.float(), added, out, *arguments)
+        kernels.conv_bn_relu_fwd(Deferred(x), weight, bias.float(), added, out, *arguments)
 
     def tiles() -> int:
-        return kernels.conv_bn_relu_tiles(out.shape, x.shape[1], x.dtype)
+        return kernels.conv_bn_relu_tiles(Deferred(x), out.shape)
 
     return triton_finish(out, tiles, fill, norm, relu, skip)

@@ -87,8 +87,8 @@ def triton_apply(
     from fastperc.kernels import instance_norm as kernels
 
     with backends.on_device(x):
-        weight, bias = norm.weight.float(), norm.bias.float()
-        kernels.instance_norm_fwd(x, partials, weight, bias, norm.eps, side_by_side(skip), relu, out)
+        coefficients = kernels.norm_coefficients(partials, norm.weight.float(), norm.bias.float(), norm.eps)
+        kernels.instance_norm_fwd(x, coefficients, side_by_side(skip), relu, out)
     return out
 
 

@@ -157,10 +157,11 @@ def rgb_conv_stem(
     rows, columns = window.height + sum(padding[2:]) - kernel + 1, window.width + sum(padding[:2]) - kernel + 1
     out = empty_like(like, (len(image), len(bias), rows, columns))
     weights = packed(("stem", dtype), lambda: kernels.pack(weight.detach().float()).to(dtype), weight)
-    pixels = window, padding, padding_mode, scale_of(image, scale), shift
+    with backends.on_device(image):
+        x = kernels.rgb_prepare(image, window, padding, padding_mode, scale_of(image, scale), shift, dtype)
 
     def fill(relu: bool, partials: Tensor | None) -> None:
-        kernels.rgb_conv_stem_fwd(image, weights, bias.float(), out, *pixels, relu, partials)
+        kernels.rgb_conv_stem_fwd(x, weights, bias.float(), out, relu, partials)
 
     return triton_finish(out, lambda: kernels.rgb_conv_stem_tiles(out), fill, norm, relu)
 
@@ -205,10 +206,11 @@ def rgb_conv_head(
         return native_head(x, weight, bias, padding, padding_mode, output, out)
 
     from fastperc.kernels import rgb_conv_head as kernels
+    from fastperc.kernels.deferred import Deferred
 
     weights = packed(("head", x.dtype), lambda: kernels.pack(weight.detach().float()).to(x.dtype), weight)
     with backends.on_device(x):
-        kernels.rgb_conv_head_fwd(x, weights, bias.float(), out, padding, padding_mode, output)
+        kernels.rgb_conv_head_fwd(Deferred(x), weights, bias.float(), out, padding, padding_mode, output)
 
 
 def native_head(

@@ -104,6 +104,7 @@ def triton_subpixel(
 ) -> Tensor:
     """The Triton kernel, on all of ``x``; what only neighbours give is cut off."""
     from fastperc.kernels import subpixel_conv_bn_relu as kernels
+    from fastperc.kernels.deferred import Deferred
 
     x = channels_last(x)
     n, _, height, width = x.shape
@@ -113,10 +114,12 @@ def triton_subpixel(
     )
 
     def fill(relu: bool, partials: Tensor | None) -> None:
-        kernels.subpixel_conv_bn_relu_fwd(x, weights, bias.float(), out, upsample, padding_mode, relu, partials)
+        kernels.subpixel_conv_bn_relu_fwd(
+            Deferred(x), weights, bias.float(), out, upsample, padding_mode, relu, partials
+        )
 
     def tiles() -> int:
-        return kernels.subpixel_conv_bn_relu_tiles(x, out, upsample)
+        return kernels.subpixel_conv_bn_relu_tiles(Deferred(x), out, upsample)
 
     if norm is None or padding == (1, 1, 1, 1):
         return inner(triton_finish(out, tiles, fill, norm, relu), padding)
