@@ -29,6 +29,7 @@ CASES = [
         module=lambda c_in=c_in, c_out=c_out: trained(ConvBNReLU(c_in, c_out, 3, stride=2, padding=1)),
         inputs=lambda n=n, c=c_in, h=h, w=w: (features(n, c, h, w, requires_grad=True),),
         directions=directions,
+        trains=DEVICE == "cuda",
     )
 ]
 

@@ -27,6 +27,7 @@ CASES = [
         module=lambda c=c: trained(ResidualBlock(c)),
         inputs=lambda n=n, c=c, h=h, w=w: (features(n, c, h, w, requires_grad=True),),
         directions=directions,
+        trains=True,
     )
 ]
 

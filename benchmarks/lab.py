@@ -61,7 +61,7 @@ class Stage:
 
 
 FROZEN = ("conv_bn_relu", "subpixel_conv_bn_relu", "rgb_conv", "instance_norm", "image_io", "engine")
-TRAINING = ("tv_loss", "gram_loss", "vgg_loss", "norm_relu", "conv3x3")
+TRAINING = ("tv_loss", "gram_loss", "vgg_loss", "norm_relu", "conv3x3", "conv_chain")
 LAYERS = ("rgb_conv", "subpixel_conv_bn_relu", "conv_bn_relu", "residual_block")
 COMPILED = "compile or autotune"  # providers that take minutes before anything is timed
 OTHERS = f"not ({COMPILED})"
@@ -103,6 +103,7 @@ STAGES = (
     bench("gram_loss", 45, "Gram loss"),
     bench("vgg_loss", 90, "the whole loss network, and its memory"),
     bench("training", 120, "a training step"),
+    Stage("train", 60, "fastperc train, photos and all", (str(ROOT / "benchmarks" / "training_speed.py"),), gpu=True),
     bench("norm_relu", 30, "norms and the ReLU after them in training", OTHERS),
     bench("conv3x3", 30, "3×3 convolutions in training", OTHERS),
     bench("layers_compiled", 600, "layers by torch.compile and max-autotune", COMPILED, LAYERS),

@@ -66,18 +66,29 @@ ADDED = {
 
 # What an operation runs on. In the kernels' folders, files of these names; of an operation not listed, its own name.
 KERNEL_FOLDERS = ("csrc", "kernels", "fastperc/ops")
-CONVOLUTION = ("conv_bn_relu", "configs", "frozen", "image_io", "instance_norm", "norm_relu", "onednn", "packing")
+CONVOLUTION = (
+    "conv3x3",
+    "conv_bn_relu",
+    "configs",
+    "frozen",
+    "image_io",
+    "instance_norm",
+    "onednn",
+    "packing",
+    "winograd",
+)
+CHAIN = ("conv_chain", "deferred", "fold_gradient", "norm_relu", "weight_gradient")
 RGB = ("rgb_conv", "rgb_conv_head", "rgb_conv_stem")
 LOSS = ("vgg_loss", "configs", "conv3x3", "frozen", "gram_loss", "packing", "tv_loss", "vgg_chain", "winograd")
 KERNELS = {
     "conv3x3": ("conv3x3", "frozen", "packing", "winograd"),
-    "conv_bn_relu": CONVOLUTION,
-    "residual_block": CONVOLUTION,
+    "conv_bn_relu": (*CONVOLUTION, *CHAIN),
+    "residual_block": (*CONVOLUTION, *CHAIN),
     "rgb_conv": (*CONVOLUTION, *RGB),
-    "subpixel_conv_bn_relu": (*CONVOLUTION, "subpixel_conv_bn_relu"),
+    "subpixel_conv_bn_relu": (*CONVOLUTION, *CHAIN, "subpixel_conv_bn_relu"),
     "inference": (*CONVOLUTION, *RGB, "subpixel_conv_bn_relu"),
     "vgg_loss": LOSS,
-    "training": (*LOSS, "norm_relu", "onednn", "rgb_conv"),
+    "training": (*LOSS, *CONVOLUTION, *CHAIN, *RGB, "subpixel_conv_bn_relu"),
 }
 # Besides, these files, and the Python files in these folders.
 MODULES = ("fastperc/models", "fastperc/modules")

@@ -42,6 +42,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The backend that ``use_backend`` asks for, if it does."""
+    return _forced
+
+
 class CannotServe(RuntimeError):
     """``use_backend`` asks for a backend that cannot take the call."""
 

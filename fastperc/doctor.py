@@ -31,6 +31,7 @@ OPERATIONS: dict[str, dict[str, Callable[[Tensor], str | None]]] = {
         "native": lambda x: library_unsupported(x, (1, 1, 1, 1), "zeros", None, relu=True),
     },
     "subpixel_conv_bn_relu": {"triton": backends.triton_product_unsupported, "native": onednn.unsupported},
+    "conv_chain": {"triton": backends.triton_product_unsupported},
     "conv3x3": {"native": lambda x: conv3x3_unsupported(*_trunk(x))},
     "norm_relu": {"native": lambda x: norm_relu_unsupported(channels_last(x), nn.BatchNorm2d(x.shape[1]))},
     "rgb_conv": {"native": columns_unsupported},

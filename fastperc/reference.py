@@ -143,7 +143,7 @@ def instance_norm(x: Tensor, norm: InstanceNorm) -> Tensor:
 
 def norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, batch: bool) -> Tensor:
     """relu?(the batch norm of ``x`` [N, C, H, W] by its own statistics, or its instance norm)."""
-    normalise = F.batch_norm if batch else F.instance_norm
+    normalise = F.batch_norm if batch or len(x) == 1 else F.instance_norm  # whose gradient may be wrong for one image
     y = normalise(x, None, None, weight.to(x.dtype), bias.to(x.dtype), True, 0.0, eps)
     return y.relu() if relu else y
 

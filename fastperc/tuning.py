@@ -9,12 +9,13 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastperc import backends, ops
 from fastperc.backends import BACKENDS, use_backend
 from fastperc.dispatch import Key, Milliseconds
 from fastperc.errors import InputError
+from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
 from fastperc.reference import FrozenConv, InstanceNorm, Window
 
 SMALLEST = 16  # pixels a side: what the networks take
@@ -103,6 +104,18 @@ def prepare_rgb_conv_head(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     return call
 
 
+def prepare_conv_chain(x: Tensor) -> Callable[[], Tensor]:
+    """The kind of layer of the style network that takes so many channels."""
+    layer: nn.Module = {
+        3: lambda: ConvBNReLU(3, 32, 9, padding=4),
+        32: lambda: ConvBNReLU(32, 64, 3, 2, 1),
+        64: lambda: SubpixelConvBNReLU(64, 32),
+        128: lambda: ResidualBlock(128),
+    }[x.shape[1]]()
+    layer.to(x.device, x.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return lambda: layer(x)
+
+
 def prepare_instance_norm(x: Tensor) -> Callable[[], Tensor]:
     norm = InstanceNorm(x.new_ones(x.shape[1]), x.new_zeros(x.shape[1]), 1e-5)
     return lambda: ops.instance_norm(x, norm, relu=True)
@@ -122,6 +135,10 @@ OPERATIONS = {
         upsampling_shapes,
         lambda x, weight: lambda: ops.subpixel_conv_bn_relu(x, weight, weight.new_zeros(weight.shape[1])),
         frozen=True,
+    ),
+    "conv_chain": Operation(
+        lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((3, 1), (32, 1), (64, 2), (128, 4))],
+        prepare_conv_chain,
     ),
     "conv3x3": Operation(
         lambda batch, size: [((batch, 128, size // 4, size // 4), (128, 128, 3, 3))],

@@ -1,6 +1,6 @@
 """The gradient of an activation from that of its padded copy: a mirrored border's is added to the pixels it showed.
 
-Without a border it is where a gradient comes in: let through by the ReLU, with what the norm's own gradient wants of it.
+Without a border it is where a gradient comes in: let through by the ReLU, and summed for the norm's own gradient.
 """
 
 from __future__ import annotations

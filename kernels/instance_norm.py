@@ -101,10 +101,11 @@ def norm_coefficients_kernel(
             m2 += tile_m2 + difference * difference * count * share
             count = sum_count
         total = tl.sum(count, axis=0)
-        center = tl.sum(count * mean, axis=0) / total
+        values = tl.maximum(total, 1.0)  # 0 beyond the channels
+        center = tl.sum(count * mean, axis=0) / values
         difference = mean - center[None, :]
         squares = tl.sum(m2 + difference * difference * count, axis=0)
-        variance = squares / total
+        variance = squares / values
         if statistics_ptr is not None:
             offs = image * 3 * CHANNELS + offs_c
             tl.store(statistics_ptr + offs, total, mask=mask_c)
@@ -117,7 +118,7 @@ def norm_coefficients_kernel(
             after = before + momentum * (center - before)
             tl.store(mean_ptr + offs_c, after.to(mean_ptr.dtype.element_ty), mask=mask_c)
             before = tl.load(variance_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            after = before + momentum * (squares / (total - 1) - before)
+            after = before + momentum * (squares / tl.maximum(total - 1, 1.0) - before)
             tl.store(variance_ptr + offs_c, after.to(variance_ptr.dtype.element_ty), mask=mask_c)
     weight = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0)
     bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)
@@ -171,7 +172,7 @@ def gradient_coefficients_kernel(
         of_x = tl.zeros_like(scale)
         constant = of_x
     else:
-        count = tl.maximum(coefficient(norm_ptr, 4, offs_c, CHANNELS), 1.0)  # 0 beyond the channels
+        count = tl.maximum(coefficient(norm_ptr, 4, offs_c, CHANNELS), 1.0)
         of_x = -scale * inverse * product / count
         constant = -scale * total / count - of_x * mean
     coefficient_ptrs = coefficients_ptr + image * GRADIENT_ROWS * CHANNELS + offs_c

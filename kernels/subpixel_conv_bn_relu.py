@@ -175,9 +175,9 @@ def subpixel_conv_bn_relu_tiles(x: Deferred, out: Tensor, upsample: str) -> int:
     return _tiles(x, out, int(upsample == "nearest"))
 
 
-def strided_conv_bwd_tiles(grad: Deferred, out: Tensor) -> int:
+def strided_conv_bwd_tiles(grad: Deferred, out: Tensor, beyond: int) -> int:
     """How many tiles the gradient of an image is made of: the second size of ``partials``."""
-    return _tiles(grad, out, 0)
+    return _tiles(grad, out, beyond)
 
 
 def subpixel_conv_bn_relu_fwd(

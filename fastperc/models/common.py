@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fastperc import reference
+from fastperc import ops, reference
 from fastperc.presets import MINIMUM_SIDE
 
 
@@ -27,6 +28,18 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int, border: int = 0) -> Tensor
     """``x`` with ``border`` mirrored pixels on each side, and more at the right and bottom up to the next multiple."""
     height, width = x.shape[-2:]
     return reference.reflect_pad(x, border, border + -width % multiple, border, border + -height % multiple)
+
+
+def in_a_row(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+    """``modules`` one after the other: as one chain of convolutions, where kernels can take that and nobody looks at
+    what lies between."""
+    if not any(ops.has_hooks(part) for module in modules for part in module.modules()):
+        layers = [layer for module in modules for layer in module.layers()]  # type: ignore[operator]
+        if ops.conv_chain_unsupported(x, layers) is None:
+            return ops.conv_chain(x, layers)
+    for module in modules:
+        x = module(x)
+    return x
 
 
 def initialise_as_authors(net: nn.Module) -> None:

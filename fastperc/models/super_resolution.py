@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 
 from fastperc import reference
-from fastperc.models.common import check_image, initialise_as_authors, to_network_range
+from fastperc.models.common import check_image, in_a_row, initialise_as_authors, to_network_range
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 
 
@@ -39,7 +39,7 @@ class SuperResolutionNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
         x = to_network_range(x, "tanh")
-        x = self.head(self.up(self.blocks(self.stem(x))))
+        x = in_a_row(x, (self.stem, *self.blocks, *self.up, self.head))
         return reference.to_image_range(x, "tanh")
 
 

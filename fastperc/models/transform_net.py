@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastperc import reference
 from fastperc.models.common import (
     check_image,
+    in_a_row,
     initialise_as_authors,
     reflect_pad_to_multiple,
     to_network_range,
@@ -92,6 +93,5 @@ class TransformNet(nn.Module):
         height, width = x.shape[-2:]
         x = to_network_range(x, self.output)
         x = reflect_pad_to_multiple(x, 4, self.border)
-        x = self.up(self.blocks(self.down(self.stem(x))))
-        x = self.head(x)[..., :height, :width]
-        return reference.to_image_range(x, self.output)
+        x = in_a_row(x, (self.stem, *self.down, *self.blocks, *self.up, self.head))
+        return reference.to_image_range(x[..., :height, :width], self.output)

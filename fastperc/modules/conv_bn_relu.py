@@ -53,5 +53,9 @@ class ConvBNReLU(nn.Module):
         self.norm = make_norm(norm, out_channels)
         self.relu = relu
 
+    def layers(self) -> tuple[ops.Layer, ...]:
+        """For :func:`fastperc.ops.conv_chain`."""
+        return (ops.Layer(self.conv, self.norm, self.relu),)
+
     def forward(self, x: Tensor) -> Tensor:
-        return ops.norm_relu(self.conv(x), self.norm, self.relu)
+        return ops.conv_chain(x, self.layers())

@@ -42,10 +42,10 @@ class ResidualBlock(nn.Module):
         self.norm2 = make_norm(norm, channels)
         self.residual = residual
 
+    def layers(self) -> tuple[ops.Layer, ...]:
+        """For :func:`fastperc.ops.conv_chain`."""
+        last = ops.Layer(self.conv2, self.norm2, relu=self.residual is not True, skip=bool(self.residual))
+        return ops.Layer(self.conv1, self.norm1), last
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(ops.norm_relu(self.conv1(x), self.norm1))
-        skip = None
-        if self.residual:
-            top, left = (x.shape[-2] - y.shape[-2]) // 2, (x.shape[-1] - y.shape[-1]) // 2
-            skip = x[..., top : top + y.shape[-2], left : left + y.shape[-1]]
-        return ops.norm_relu(y, self.norm2, self.residual is not True, skip)
+        return ops.conv_chain(x, self.layers())

@@ -19,6 +19,10 @@ class RGBConv(nn.Conv2d):
     ) -> None:
         super().__init__(in_channels, 3, kernel_size, padding=padding, padding_mode=padding_mode)
 
+    def layers(self) -> tuple[ops.Layer, ...]:
+        """For :func:`fastperc.ops.conv_chain`."""
+        return (ops.Layer(self, None, relu=False),)
+
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None and isinstance(self.padding, tuple)
         return ops.rgb_conv(x, self.weight, self.bias, self.padding[0], self.padding_mode)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastperc import ops
@@ -42,7 +41,9 @@ class SubpixelConvBNReLU(nn.Module):
         self.norm = make_norm(norm, out_channels)
         self.upsample = upsample
 
+    def layers(self) -> tuple[ops.Layer, ...]:
+        """For :func:`fastperc.ops.conv_chain`."""
+        return (ops.Layer(self.conv, self.norm, upsample=self.upsample),)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.upsample == "nearest":
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return ops.norm_relu(self.conv(x), self.norm)
+        return ops.conv_chain(x, self.layers())

@@ -44,6 +44,14 @@ def transformed() -> str | None:
     return None
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What the convolutions of ``x`` are done in: autocast's choice, or its own dtype."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def native_unsupported(x: Tensor) -> str | None:
     """Why no C++ kernel can take ``x``, or ``None`` if one can."""
     if x.device.type != "cpu" or x.dtype == torch.float64:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -62,7 +63,15 @@ def group_of(norm: nn.Module) -> dist.ProcessGroup | None:
 
 def _by_pytorch(x: Tensor, norm: nn.Module, group: dist.ProcessGroup | None) -> Tensor:
     """``norm(x)``."""
-    if type(norm) is not nn.SyncBatchNorm or x.device.type != "cpu" or _has_hooks(norm):
+    if (
+        type(norm) is nn.InstanceNorm2d
+        and len(x) == 1
+        and not (norm.track_running_stats or has_hooks(norm) or transformed())
+    ):
+        # Of one image that is a batch norm. PyTorch 2.13's instance norm has a wrong gradient on a CPU where that of
+        # its output lies in NHWC.
+        return F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+    if type(norm) is not nn.SyncBatchNorm or x.device.type != "cpu" or has_hooks(norm):
         return norm(x)
     if group is None:
         return _BatchNorm.forward(norm, x)
@@ -73,8 +82,10 @@ def _by_pytorch(x: Tensor, norm: nn.Module, group: dist.ProcessGroup | None) -> 
     return y
 
 
-def _has_hooks(norm: nn.Module) -> bool:
-    return bool(norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes in or out of ``module``."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def unsupported(x: Tensor, norm: nn.Module, relu: bool = True, skip: Tensor | None = None) -> str | None:
@@ -83,7 +94,7 @@ def unsupported(x: Tensor, norm: nn.Module, relu: bool = True, skip: Tensor | No
         return obstacle
     if type(norm) not in NORMS or norm.weight is None:
         return "the norm is no plain one with scale and shift"
-    if _has_hooks(norm):
+    if has_hooks(norm):
         return "the norm has hooks"
     batch = type(norm) in BATCH_NORMS
     if norm.track_running_stats and not (batch and norm.training):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastperc import _native, backends, reference
+from fastperc.ops.frozen import compute_dtype
 from fastperc.ops.gram_loss import gram_loss
 from fastperc.ops.gram_loss import triton_unsupported as gram_loss_by_triton
 from fastperc.ops.vgg_chain import Layer, Packed, backward_chain, forward_chain, kernels_of, pack, unpool
@@ -114,14 +115,6 @@ def triton_obstacle(x: Tensor, convs: Sequence[FrozenConv]) -> str | None:
 def native_unsupported(x: Tensor) -> str | None:
     """Why the C++ kernels cannot take images like ``x``, or ``None`` if they can."""
     return _native.unsupported(x) if x.device.type == "cpu" else f"no C++ kernel for {x.device.type} tensors"
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What the convolutions of ``x`` are done in: autocast's choice, or its own dtype."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def chunks(x: Tensor) -> list[slice]:
