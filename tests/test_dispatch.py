@@ -99,6 +99,8 @@ def test_a_measurement_holds_for_nothing_else(other):
 @pytest.mark.parametrize("name", tuning.OPERATIONS)
 def test_operations_ask_for_what_is_tuned(name, monkeypatch):
     """The key that an operation looks up is the one that its cases were measured under."""
+    if name == "conv_chain":
+        pytest.skip("it looks up nothing where only plain PyTorch can serve, as on a CPU")
     dispatch.save(CPU, {key(): measured("native", "reference")})
     asked = []
     monkeypatch.setattr(dispatch, "_measured", lambda device, key: asked.append(key) or ())

@@ -106,7 +106,7 @@ class TestRows:
             ("fastperc/ops/rgb_conv.py", {"rgb_conv", "inference", "training"}),
             (
                 "kernels/instance_norm.py",
-                {"conv_bn_relu", "residual_block", "rgb_conv", "subpixel_conv_bn_relu", "inference"},
+                {"conv_bn_relu", "residual_block", "rgb_conv", "subpixel_conv_bn_relu", "inference", "training"},
             ),
             ("fastperc/engine.py", {"inference"}),
             ("fastperc/models/transform_net.py", {"vgg_loss", "training", "inference"}),

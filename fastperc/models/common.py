@@ -31,9 +31,10 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int, border: int = 0) -> Tensor
 
 
 def in_a_row(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-    """``modules`` one after the other: as one chain of convolutions, where kernels can take that and nobody looks at
-    what lies between."""
-    if not any(ops.has_hooks(part) for module in modules for part in module.modules()):
+    """``modules`` one after the other: as one chain of convolutions, where kernels can take that, nobody looks at what
+    lies between, and none was exchanged for something else."""
+    known = all(hasattr(module, "layers") for module in modules)
+    if known and not any(ops.has_hooks(part) for module in modules for part in module.modules()):
         layers = [layer for module in modules for layer in module.layers()]  # type: ignore[operator]
         if ops.conv_chain_unsupported(x, layers) is None:
             return ops.conv_chain(x, layers)
