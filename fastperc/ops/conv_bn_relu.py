@@ -2,7 +2,7 @@
 skip; ReLU.
 
 ``"triton"`` is the fused kernel; ``"native"`` is the library's convolution with what that can fuse: oneDNN's on the
-CPU, cuDNN's on a GPU.
+CPU, or one by Winograd, cuDNN's on a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastperc import backends, reference
 from fastperc.ops import onednn
+from fastperc.ops.conv3x3 import slower, winograd
+from fastperc.ops.conv3x3 import unsupported as winograd_unsupported
 from fastperc.ops.frozen import (
     channels_last,
     check,
@@ -77,9 +79,30 @@ def conv_bn_relu(
         return cudnn_conv_relu(x, weight, bias, stride, padding, skip)
     x, around = padded(x, padding, padding_mode)
     if norm is None:
-        return onednn.convolution(x, weight, bias, stride, around, relu, skip)
-    y = onednn.convolution(x, weight, bias, stride, around)
+        return native_convolution(x, weight, bias, stride, around, relu, skip)
+    y = native_convolution(x, weight, bias, stride, around)
     return native_instance_norm(y, norm, relu, skip, y)
+
+
+def native_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    around: tuple[int, int],
+    relu: bool = False,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """relu?(conv(``x``) + ``bias`` + ``skip``) on a CPU: by Winograd where that was measured faster, else oneDNN's."""
+    padding = around[0]
+    same = stride == 1 and around[1] == padding
+    if not same or winograd_unsupported(x, weight, bias, padding) or slower(x, padding):
+        return onednn.convolution(x, weight, bias, stride, around, relu, skip)
+    y = winograd(x, weight, bias, padding, relu and skip is None)
+    if skip is not None:
+        y.add_(skip)
+        y = y.relu_() if relu else y
+    return y
 
 
 def library_unsupported(
