@@ -174,7 +174,7 @@ def _tile(itemsize: int, channels: int, deferred: bool) -> dict[str, int]:
     """Not measured yet."""
     if itemsize == 4:
         return dict(BLOCK_P=64, BLOCK_I=16, num_warps=8, num_stages=2)
-    step = min(channel_step(channels), 32 if deferred else 64)  # normalising takes registers
+    step = min(channel_step(channels), 16 if deferred else 64)  # normalising takes registers
     return dict(BLOCK_P=128, BLOCK_I=step, num_warps=4, num_stages=3)
 
 

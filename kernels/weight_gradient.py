@@ -132,12 +132,11 @@ class Geometry(NamedTuple):
 
 def _block(itemsize: int, dense_channels: int, channels: int) -> dict[str, int]:
     """Not measured yet."""
-    limit = 64 if itemsize == 4 else 128
-    fewest = 16 if itemsize == 4 else 64  # rows that the tensor cores take
-    block_d = min(max(triton.next_power_of_2(dense_channels), fewest), limit)
-    block_g = min(max(triton.next_power_of_2(channels), 16), limit)
-    wide = itemsize == 4 or block_d * block_g > 64 * 64
-    return dict(BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_P=16 if itemsize == 4 else 32, num_warps=8 if wide else 4)
+    block_d, block_g = (max(triton.next_power_of_2(c), 16) for c in (dense_channels, channels))
+    if itemsize == 4:
+        return dict(BLOCK_D=min(block_d, 64), BLOCK_G=min(block_g, 32), BLOCK_P=16, num_warps=8)
+    block_d, block_g = min(max(block_d, 64), 128), min(block_g, 128)  # 64 rows, as the tensor cores take them
+    return dict(BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_P=32, num_warps=8 if block_d * block_g > 64 * 64 else 4)
 
 
 def weight_gradient(dense: Deferred, gathered: Deferred, geometry: Geometry) -> Tensor:
