@@ -72,5 +72,5 @@ def deferred_tile(itemsize: int, channels_in: int, channels_out: int, pixels: in
     if itemsize == 4:
         return ConvTile(8, 8, min(block, 32), 16, 4, 2)
     if programs < PROGRAMS:
-        return ConvTile(8, 8, min(block, 64), min(step, 32), 4, 3)
+        return ConvTile(8, 8, min(block, 64), min(step, 32), 8, 3)
     return ConvTile(8, 16, block, min(step, 32), 8, 3)
