@@ -271,6 +271,17 @@ def test_hooks_between_modules_are_called():
     assert seen == [(1, 16, 4, 4)]
 
 
+def test_a_subclass_does_what_it_does():
+    class Negative(ConvBNReLU):
+        def forward(self, x):
+            return -super().forward(x)
+
+    net = Row(Negative(4, 8, 3, padding=1), ConvBNReLU(8, 8, 3, padding=1, relu=False)).to(DEVICE)
+    x = torch.randn(2, 4, 6, 7, device=DEVICE)
+    with use_backend("triton"):
+        assert torch.equal(net(x), net.parts[1](-ConvBNReLU.forward(net.parts[0], x)))
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 6, 6), (2, 4, 1, 1), (1, 4, 1, 1)], ids=["empty", "few", "one"])
 def test_what_has_few_values_is_pytorchs(shape):
     block = ConvBNReLU(4, 8, 3, padding=1).to(DEVICE)

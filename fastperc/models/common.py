@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastperc import ops, reference
+from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 from fastperc.presets import MINIMUM_SIDE
+
+CHAINED = (ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU)  # a subclass may do something else
 
 
 def check_image(x: Tensor) -> None:
@@ -33,7 +36,7 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int, border: int = 0) -> Tensor
 def in_a_row(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
     """``modules`` one after the other: as one chain of convolutions, where kernels can take that, nobody looks at what
     lies between, and none was exchanged for something else."""
-    known = all(hasattr(module, "layers") for module in modules)
+    known = all(type(module) in CHAINED for module in modules)
     if known and not any(ops.has_hooks(part) for module in modules for part in module.modules()):
         layers = [layer for module in modules for layer in module.layers()]  # type: ignore[operator]
         if ops.conv_chain_unsupported(x, layers) is None:
