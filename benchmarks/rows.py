@@ -77,7 +77,7 @@ CONVOLUTION = (
     "packing",
     "winograd",
 )
-CHAIN = ("conv_chain", "deferred", "fold_gradient", "norm_relu", "weight_gradient")
+CHAIN = ("conv_chain", "deferred", "fold_gradient", "layer", "norm_relu", "weight_gradient")
 RGB = ("rgb_conv", "rgb_conv_head", "rgb_conv_stem")
 LOSS = ("vgg_loss", "configs", "conv3x3", "frozen", "gram_loss", "packing", "tv_loss", "vgg_chain", "winograd")
 KERNELS = {

@@ -8,11 +8,12 @@ PyTorch runs. ``conv_chain`` is for training: on a GPU kernels of its own, on a 
 
 from fastperc.ops.conv3x3 import conv3x3
 from fastperc.ops.conv_bn_relu import conv_bn_relu
-from fastperc.ops.conv_chain import Layer, conv_chain
-from fastperc.ops.conv_chain import unsupported as conv_chain_unsupported
+from fastperc.ops.conv_chain import conv_chain
 from fastperc.ops.gram_loss import gram_loss
 from fastperc.ops.image_io import image_io
 from fastperc.ops.instance_norm import channel_statistics, instance_norm
+from fastperc.ops.layer import Layer
+from fastperc.ops.layer import unsupported as conv_chain_unsupported
 from fastperc.ops.norm_relu import has_hooks, norm_relu
 from fastperc.ops.rgb_conv import rgb_conv, rgb_conv_head, rgb_conv_stem
 from fastperc.ops.subpixel_conv_bn_relu import subpixel_conv_bn_relu
