@@ -66,22 +66,13 @@ ADDED = {
 
 # What an operation runs on. In the kernels' folders, files of these names; of an operation not listed, its own name.
 KERNEL_FOLDERS = ("csrc", "kernels", "fastperc/ops")
-CONVOLUTION = (
-    "conv3x3",
-    "conv_bn_relu",
-    "configs",
-    "frozen",
-    "image_io",
-    "instance_norm",
-    "onednn",
-    "packing",
-    "winograd",
-)
-CHAIN = ("conv_chain", "deferred", "fold_gradient", "layer", "norm_relu", "weight_gradient")
+WINOGRAD = ("conv3x3", "frozen", "packing", "winograd", "winograd_gradient", "winograd_tile")
+CONVOLUTION = (*WINOGRAD, "conv_bn_relu", "configs", "deferred", "image_io", "instance_norm", "norm_relu", "onednn")
+CHAIN = ("conv_chain", "fold_gradient", "layer", "weight_gradient")
 RGB = ("rgb_conv", "rgb_conv_head", "rgb_conv_stem")
-LOSS = ("vgg_loss", "configs", "conv3x3", "frozen", "gram_loss", "packing", "tv_loss", "vgg_chain", "winograd")
+LOSS = (*WINOGRAD, "vgg_loss", "configs", "gram_loss", "tv_loss", "vgg_chain")
 KERNELS = {
-    "conv3x3": ("conv3x3", "frozen", "packing", "winograd"),
+    "conv3x3": WINOGRAD,
     "conv_bn_relu": (*CONVOLUTION, *CHAIN),
     "residual_block": (*CONVOLUTION, *CHAIN),
     "rgb_conv": (*CONVOLUTION, *RGB),
@@ -173,7 +164,7 @@ def is_gpu(row: Row) -> bool:
 def sources(operation: str) -> Iterator[Path]:
     """The files that decide how fast ``operation`` is."""
     for folder in KERNEL_FOLDERS:
-        for name in KERNELS.get(operation, (operation,)):
+        for name in dict.fromkeys(KERNELS.get(operation, (operation,))):
             yield from sorted(p for p in (ROOT / folder).glob(f"{name}.*") if p.is_file())
     for name in OTHERS.get(operation, ()):
         path = ROOT / name

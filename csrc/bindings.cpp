@@ -207,14 +207,14 @@ PYBIND11_MODULE(_C, m) {
       py::arg("threads"));
   m.def(
       "winograd_conv_cpu",
-      [](Address x, Address weights, Address bias, Address out, const std::array<std::int64_t, 6>& shape, bool relu,
-         int threads) {
+      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 6>& shape,
+         const std::array<std::int64_t, 4>& skip_strides, bool relu, int threads) {
         py::gil_scoped_release release;
-        winograd_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(out),
-                          winograd_shape(shape), relu, threads);
+        winograd_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(skip),
+                          pointer<float>(out), winograd_shape(shape), image_strides(skip_strides), relu, threads);
       },
-      py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("out"), py::arg("shape"), py::arg("relu"),
-      py::arg("threads"));
+      py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
+      py::arg("skip_strides"), py::arg("relu"), py::arg("threads"));
   m.def(
       "winograd_weight_gradient_cpu",
       [](Address x, Address grad, Address weight, Address bias, const std::array<std::int64_t, 6>& shape,

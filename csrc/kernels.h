@@ -48,8 +48,8 @@ void rgb_conv_head_cpu(const void* products, const float* bias, void* out, DType
 
 // statistics [N, 2, C] = mean, and Σ (x - mean)², over the pixels of x [N, H, W, C].
 void channel_statistics_cpu(const void* x, double* statistics, DType dtype, const ImageShape& shape, int threads);
-// out [N, H, W, C] = relu?(x · scale [N, C] + shift [N, C] + skip); skip, if not null, has its channels side by side. out
-// may be x.
+// out [N, H, W, C] = relu?(x · scale [N, C] + shift [N, C] + skip); skip, if not null, has its channels side by side.
+// out may be x.
 void scale_shift_cpu(const void* x, const float* scale, const float* shift, const void* skip, void* out, DType dtype,
                      const ImageShape& shape, const ImageStrides& skip_strides, bool relu, int threads);
 
@@ -63,13 +63,14 @@ void norm_gradient_cpu(const void* x, const void* grad, const NormPointers& norm
 
 // The floats in a register that the three below compute with here.
 int winograd_lanes();
-// transformed [O / panel, 16, I, panel] = weight [O, I, 3, 3] as the next takes it (see winograd.h). Channels, there and
-// below, are multiples of the panel.
+// transformed [O / panel, 16, I, panel] = weight [O, I, 3, 3] as the next takes it (see winograd.h). Channels, there
+// and below, are multiples of the panel.
 void winograd_weights_cpu(const float* weight, float* transformed, std::int64_t in, std::int64_t out,
                           const WeightStrides& strides, int threads);
-// out [N, H', W', O] = relu?(x [N, H, W, I] convolved with the transformed weights, plus bias [O] unless it is null).
-void winograd_conv_cpu(const float* x, const float* weights, const float* bias, float* out, const WinogradShape& shape,
-                       bool relu, int threads);
+// out [N, H', W', O] = relu?(x [N, H, W, I] convolved with the transformed weights, plus bias [O] and skip, unless they
+// are null); skip has its channels side by side.
+void winograd_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
+                       const WinogradShape& shape, const ImageStrides& skip_strides, bool relu, int threads);
 // weight [O, I, 3, 3] = the gradient to the weights, x and grad [N, H', W', O] given; bias [O], unless it is null, that
 // to the bias.
 void winograd_weight_gradient_cpu(const float* x, const float* grad, float* weight, float* bias,

@@ -106,8 +106,10 @@ def winograd_conv_cpu(
     x: int,
     weights: int,
     bias: int,
+    skip: int,
     out: int,
     shape: tuple[int, int, int, int, int, int],
+    skip_strides: tuple[int, int, int, int],
     relu: bool,
     threads: int,
 ) -> None: ...

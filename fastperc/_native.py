@@ -213,11 +213,24 @@ def winograd_weights(weight: Tensor, turned: bool) -> Tensor:
     return transformed
 
 
-def winograd_conv(x: Tensor, weights: Tensor, bias: Tensor | None, padding: int, relu: bool, out: Tensor) -> None:
-    """Fills ``out`` with relu?(the 3×3 convolution of ``x``, plus ``bias``); float32, both channels-last, ``weights``
-    as :func:`winograd_weights` makes them."""
-    pointers = x.data_ptr(), weights.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
-    _C.winograd_conv_cpu(*pointers, _winograd_shape(x, out, padding), relu, torch.get_num_threads())
+def winograd_conv(
+    x: Tensor, weights: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, relu: bool, out: Tensor
+) -> None:
+    """Fills ``out`` with relu?(the 3×3 convolution of ``x``, plus ``bias``, plus ``skip``); all float32, ``x`` and
+    ``out`` channels-last, a pixel's channels in ``skip`` together, ``weights`` as :func:`winograd_weights` makes
+    them."""
+    assert skip is None or (skip.shape == out.shape and skip.stride(1) == 1 and skip.dtype == out.dtype)
+    _C.winograd_conv_cpu(
+        x.data_ptr(),
+        weights.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if skip is None else skip.data_ptr(),
+        out.data_ptr(),
+        _winograd_shape(x, out, padding),
+        (0, 0, 0, 0) if skip is None else _strides(skip),
+        relu,
+        torch.get_num_threads(),
+    )
 
 
 def winograd_weight_gradient(x: Tensor, grad: Tensor, padding: int, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,20 +1,30 @@
-"""Charts of losses: curves and bands against the iteration, on a logarithmic scale. Pillow draws them."""
+"""Charts of losses: curves and bands against the iteration, on a logarithmic scale; by matplotlib."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 
-INK, MUTED, RULE, PAPER = "#1f2430", "#6b7280", "#e3e6eb", "#ffffff"
+from fastperc.errors import InputError
+
+INK, MUTED, RULE = "#1f2430", "#6b7280", "#e3e6eb"
 ORANGE, BLUE, GRAY = "#d9480f", "#1c6fb8", "#8a94a6"
-WIDTH, HEIGHT = 460, 300  # of a panel, in units of which an image's pixel is half a one
-LEFT, TOP, RIGHT, BOTTOM = 52, 46, 22, 40  # of them, around the axes
-DENSITY, SUPERSAMPLED = 2, 2  # pixels of the image to a unit; finer ones to a pixel while drawing
-TICKS = 6  # at most, on an axis
+SIZE, DENSITY = (4.6, 3.0), 200  # of a panel, inches; pixels to an inch
+STYLE: Any = {
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "ytick.minor.left": False,
+}
 
 
 class Curve(NamedTuple):
@@ -59,111 +69,52 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return [(after - before) / window for before, after in zip(sums, sums[window:])]
 
 
+def check_available() -> None:
+    """Raises an ``InputError`` where matplotlib is not installed: before the work whose result it is to draw."""
+    if find_spec("matplotlib") is None:
+        raise InputError("matplotlib is not installed: pip install 'fastperc[figures]'")
+
+
 def loss_chart(panels: Sequence[Panel]) -> Image.Image:
     """``panels`` side by side, all to one scale: iterations to the right, losses upwards, logarithmic.
 
     Raises:
         ValueError: there is no value, or one is not a finite number above 0.
+        InputError: matplotlib is not installed.
     """
-    drawn = [one for panel in panels for one in panel.drawn]
-    values = [value for one in drawn for edge in one.edges for value in edge]
+    values = [value for panel in panels for one in panel.drawn for edge in one.edges for value in edge]
     if not values or not all(0 < value < math.inf for value in values):
         raise ValueError("a logarithmic scale needs finite values above 0, one at least")
-    last = max(one.first + len(edge) - 1 for one in drawn for edge in one.edges)
-    margin = 1.01 * (max(values) / min(values)) ** 0.04
-    axes = _Axes(max(last, 2), min(values) / margin, max(values) * margin, DENSITY * SUPERSAMPLED)
+    check_available()
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    sheet = Image.new("RGB", (WIDTH * len(panels) * axes.unit, HEIGHT * axes.unit), PAPER)
-    for i, panel in enumerate(panels):
-        sheet.paste(_draw(panel, axes), (i * WIDTH * axes.unit, 0))
-    return sheet.reduce(SUPERSAMPLED)
-
-
-class _Axes(NamedTuple):
-    """Where iterations and losses lie in a panel, in pixels while drawing."""
-
-    last: int  # iteration
-    low: float
-    high: float
-    unit: int  # pixels
-
-    def x(self, iteration: float) -> float:
-        return (LEFT + (WIDTH - LEFT - RIGHT) * (iteration - 1) / (self.last - 1)) * self.unit
-
-    def y(self, loss: float) -> float:
-        share = math.log(loss / self.low) / math.log(self.high / self.low)
-        return (HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * share) * self.unit
-
-    def points(self, first: int, values: Sequence[float]) -> list[tuple[float, float]]:
-        return [(self.x(first + i), self.y(value)) for i, value in enumerate(values)]
-
-
-def _draw(panel: Panel, axes: _Axes) -> Image.Image:
-    unit = axes.unit
-    image = Image.new("RGB", (WIDTH * unit, HEIGHT * unit), PAPER)
-    draw = ImageDraw.Draw(image)
-    small, large = (ImageFont.load_default(size * unit) for size in (11, 13))
-    left, right, top, bottom = (n * unit for n in (LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM))
-    draw.text((left, 8 * unit), panel.title, INK, large)
-    draw.text((left, top - 8 * unit), "loss (log scale)", MUTED, small, anchor="ls")
-    draw.text((right, bottom + 34 * unit), "iteration", MUTED, small, anchor="rs")
-    for loss in loss_ticks(axes.low, axes.high):
-        y = axes.y(loss)
-        draw.line((left, y, right, y), RULE, unit)
-        draw.text((left - 6 * unit, y), f"{loss:g}", MUTED, small, anchor="rm")
-    for iteration in iteration_ticks(axes.last):
-        x = axes.x(iteration)
-        draw.line((x, bottom, x, bottom + 4 * unit), MUTED, unit)
-        draw.text((x, bottom + 7 * unit), f"{iteration:,}", MUTED, small, anchor="mt")
-    draw.line((left, bottom, right, bottom), MUTED, unit)
-
-    legend = right  # grows to the left
-    for one in panel.drawn[::-1]:
-        if one.label:
-            draw.text((legend, top - 8 * unit), one.label, INK, small, anchor="rs")
-            legend -= round(small.getlength(one.label)) + 4 * unit
-            half = (4 if isinstance(one, Band) else 1) * unit
-            swatch = (legend - 18 * unit, top - 12 * unit - half, legend, top - 12 * unit + half)
-            draw.rectangle(swatch, _mixed(one.color, one.opacity))
-            legend -= 34 * unit
-    for one in panel.drawn:
-        # A layer to each, so that what lies beneath shines through.
-        layer = Image.new("L", image.size)
-        pen, lines = ImageDraw.Draw(layer), [axes.points(one.first, edge) for edge in one.edges]
-        if isinstance(one, Band):
-            pen.polygon(lines[0] + lines[1][::-1], round(255 * one.opacity))
-        else:
-            pen.line(lines[0], round(255 * one.opacity), 2 * unit if one.opacity == 1 else unit, joint="curve")
-        image.paste(one.color, mask=layer)
-    return image
-
-
-def _mixed(color: str, opacity: float) -> tuple[int, ...]:
-    """``color`` as it looks on paper."""
-    return tuple(round(p + (c - p) * opacity) for c, p in zip(ImageColor.getrgb(color), ImageColor.getrgb(PAPER)))
-
-
-def loss_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from ``low`` to ``high``, for a logarithmic scale; spaced evenly where it is less than a decade."""
-    if high / low < 6:
-        step = _round_step((high - low) / TICKS)
-        return [float(f"{i * step:.12g}") for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for leading in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
-        ticks = [float(f"{digit}e{decade}") for decade in decades for digit in leading]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= TICKS:
-            break
-    return ticks
-
-
-def iteration_ticks(last: int) -> list[int]:
-    """Round numbers up to ``last``."""
-    step = max(round(_round_step(last / TICKS)), 1)
-    return list(range(step, last + 1, step))
-
-
-def _round_step(at_least: float) -> float:
-    """The smallest 1, 2 or 5 times a power of ten that is not below ``at_least``."""
-    power = 10.0 ** math.floor(math.log10(at_least))
-    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= at_least * (1 - 1e-9))
+    with rc_context(STYLE):
+        figure = Figure((SIZE[0] * len(panels), SIZE[1]), DENSITY, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        for axes, panel in zip(figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0], panels):
+            axes.set_title(panel.title, loc="left", pad=22)
+            axes.set_xlabel("iteration", loc="right")
+            axes.set_ylabel("loss (log scale)", loc="top")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.tick_params(labelbottom=True, labelleft=True)
+            axes.grid(axis="y", color=RULE)
+            axes.set_axisbelow(True)
+            axes.spines[["left", "top", "right"]].set_visible(False)
+            for one in panel.drawn:
+                iterations = range(one.first, one.first + len(one.edges[0]))
+                style = dict(color=one.color, alpha=one.opacity, label=one.label or None)
+                if isinstance(one, Band):
+                    axes.fill_between(iterations, one.low, one.high, linewidth=0, **style)
+                else:
+                    axes.plot(iterations, one.values, linewidth=1.8 if one.opacity == 1 else 0.8, **style)
+            if any(one.label for one in panel.drawn):
+                axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0)
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastperc import checkpoints
-from fastperc.charts import BLUE, ORANGE, Curve, Panel, loss_chart, running_mean
+from fastperc.charts import BLUE, ORANGE, Curve, Panel, check_available, loss_chart, running_mean
 from fastperc.distributed import processes
 from fastperc.errors import InputError
 from fastperc.files import check_readable, check_writable, write_atomically
@@ -36,9 +36,11 @@ def train_both(recipe: StyleRecipe, out: Path, resume: bool = False) -> dict[str
         processes to all but the first.
 
     Raises:
-        InputError: as :func:`fastperc.training.train`; nothing is trained if ``out`` cannot be used.
+        InputError: as :func:`fastperc.training.train`; nothing is trained if ``out`` cannot be used or matplotlib
+            is not installed.
         FloatingPointError: a loss or a weight is no longer finite.
     """
+    check_available()
     figure = check_writable(out / FIGURE)
     with processes(recipe.device) as together, silent(not together.first):
         with together.one_first():

@@ -38,6 +38,8 @@ class Operation(NamedTuple):
     """From those tensors: the call to be timed."""
     frozen: bool = False
     """Whether frozen networks alone run it: without a gradient."""
+    backends: Sequence[str] = BACKENDS
+    """What it chooses between."""
 
 
 def vgg_features(batch: int, size: int) -> Shapes:
@@ -139,6 +141,7 @@ OPERATIONS = {
     "conv_chain": Operation(
         lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((3, 1), (32, 1), (64, 2), (128, 4))],
         prepare_conv_chain,
+        backends=("reference", "triton"),
     ),
     "conv3x3": Operation(
         lambda batch, size: [((batch, 128, size // 4, size // 4), (128, 128, 3, 3))],
@@ -203,7 +206,8 @@ def measure(key: Key, device: torch.device) -> Milliseconds:
     The backends take turns, in an order that alternates, so that a machine that slows down slows all of them.
     """
     tensors = tensors_of(key, device)
-    run = OPERATIONS[key.operation].prepare(*tensors)
+    operation = OPERATIONS[key.operation]
+    run = operation.prepare(*tensors)
 
     def call() -> None:
         out = run()
@@ -211,7 +215,7 @@ def measure(key: Key, device: torch.device) -> Milliseconds:
             torch.autograd.grad(out, tensors, torch.full_like(out, 0.5))
 
     calls: dict[str, int] = {}  # of a round, by backend
-    for backend in reversed(BACKENDS):  # plain PyTorch last: it can always serve
+    for backend in reversed(operation.backends):  # plain PyTorch last: it can always serve
         if backend == "triton" and backends.interpreted():
             continue
         if backend == "reference" and not calls:

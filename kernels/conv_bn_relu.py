@@ -50,6 +50,39 @@ def store_partials(
 
 
 @triton.jit
+def store_output(
+    y,  # [channels, pixels] fp32
+    out_ptr,  # [N, H', W', CHANNELS] fp16|bf16|fp32
+    bias_ptr,  # [CHANNELS] fp32; or None
+    saved_ptr,  # as out, and
+    saved_coefficients_ptr,  # [NORM_ROWS, CHANNELS] fp32, of the image: the activation whose gradient y is; or None
+    partials_ptr,  # [tiles, 3, CHANNELS] fp32, of all images; of a gradient [tiles, 2, CHANNELS]; or None
+    tile,
+    pixels,  # of out, int64
+    offs_c,
+    mask_p,
+    CHANNELS: tl.constexpr,
+    RELU: tl.constexpr,  # last, or in the activation whose gradient y is
+):
+    """Stores relu(y + bias) and its statistics; or a gradient and its sums."""
+    offs = pixels[None, :] * CHANNELS + offs_c[:, None]
+    mask_c = offs_c < CHANNELS
+    mask = mask_c[:, None] & mask_p[None, :]
+    if saved_ptr is not None:
+        partials_ptr += tile * 2 * CHANNELS
+        store_gradient(y, out_ptr, offs, offs_c, mask, saved_ptr, saved_coefficients_ptr, partials_ptr, CHANNELS, RELU)
+    else:
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)[:, None]
+        if RELU:
+            y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = y.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offs, y, mask=mask)
+        if partials_ptr is not None:
+            store_partials(partials_ptr + tile * 3 * CHANNELS, y.to(tl.float32), offs_c, mask_p, CHANNELS)
+
+
+@triton.jit
 def conv_bn_relu_kernel(
     x_desc,  # [N, H, W, I] fp16|bf16, blocks [1, TILE_H, TILE_W, BLOCK_I]; or None
     weight_desc,  # [O, KERNEL² · I], blocks [BLOCK_O, BLOCK_I]; or None
@@ -149,34 +182,33 @@ def conv_bn_relu_kernel(
     else:  # the upper half and the lower, lest a thread runs out of registers
         parts = acc.reshape(BLOCK_O, 2, TILE_H * TILE_W // 2).permute(0, 2, 1).split()
     PART_H: tl.constexpr = TILE_H // len(parts)
-    mask_o = offs_o < CHANNELS_OUT
+    if saved_ptr is not None:
+        saved_coefficients_ptr += image * saved_coefficients_stride
     for part in tl.static_range(len(parts)):
         offs_p = tl.arange(0, PART_H * TILE_W)
         rows = first_row + part * PART_H + offs_p // TILE_W
         columns = first_column + offs_p % TILE_W
         mask_p = (rows < out_height) & (columns < out_width)
-        mask = mask_o[:, None] & mask_p[None, :]
         y = parts[part]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)[:, None]
         if skip_ptr is not None:
             offs_skip = image * skip_stride_image + rows.to(tl.int64) * skip_stride_row
             offs_skip += columns.to(tl.int64) * skip_stride_column
+            mask = (offs_o < CHANNELS_OUT)[:, None] & mask_p[None, :]
             y += tl.load(skip_ptr + offs_skip[None, :] + offs_o[:, None], mask=mask, other=0.0).to(tl.float32)
-        pixels = (image * out_height + rows) * out_width + columns
-        offs = pixels[None, :] * CHANNELS_OUT + offs_o[:, None]
-        if saved_ptr is not None:
-            coefficients = saved_coefficients_ptr + image * saved_coefficients_stride
-            sums_ptr = partials_ptr + ((image * tiles + tile) * len(parts) + part) * 2 * CHANNELS_OUT
-            store_gradient(y, out_ptr, offs, offs_o, mask, saved_ptr, coefficients, sums_ptr, CHANNELS_OUT, RELU)
-        else:
-            if RELU:
-                y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            y = y.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + offs, y, mask=mask)
-            if partials_ptr is not None:
-                tile_ptr = partials_ptr + (image * tiles + tile) * 3 * CHANNELS_OUT
-                store_partials(tile_ptr, y.to(tl.float32), offs_o, mask_p, CHANNELS_OUT)
+        store_output(
+            y,
+            out_ptr,
+            bias_ptr,
+            saved_ptr,
+            saved_coefficients_ptr,
+            partials_ptr,
+            (image * tiles + tile) * (len(parts) if saved_ptr is not None else 1) + part,
+            (image * out_height + rows) * out_width + columns,
+            offs_o,
+            mask_p,
+            CHANNELS_OUT,
+            RELU,
+        )
 
 
 def conv_bn_relu_tiles(x: Deferred, out_shape: Sequence[int], gradient: bool = False) -> int:

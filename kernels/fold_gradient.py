@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from fastperc.kernels.configs import Variant
 from fastperc.kernels.deferred import Deferred, store_gradient, stride_of
-from fastperc.kernels.instance_norm import place
+from fastperc.kernels.instance_norm import block_of, place
 from torch import Tensor
 
 BLOCK = 4096  # elements to a program
-MAX_BLOCK_CHANNELS = 64
 OPTIONS = dict(num_warps=8, num_stages=1)
 
 
@@ -86,14 +85,9 @@ def fold_gradient_kernel(
     store_gradient(grad, out_ptr, offs, offs_c, mask, saved_ptr, saved_coefficients_ptr, partials_ptr, CHANNELS, RELU)
 
 
-def _block(channels: int) -> dict[str, int]:
-    block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_CHANNELS)
-    return dict(BLOCK_P=BLOCK // block_c, BLOCK_C=block_c)
-
-
 def fold_gradient_tiles(out: Tensor) -> int:
     """How many tiles an image of ``out`` is made of: the second size of ``partials``."""
-    return triton.cdiv(out.shape[2] * out.shape[3], _block(out.shape[1])["BLOCK_P"])
+    return triton.cdiv(out.shape[2] * out.shape[3], block_of(out.shape[1], BLOCK)["BLOCK_P"])
 
 
 def fold_gradient(
@@ -112,7 +106,7 @@ def fold_gradient(
     ``edge`` the border begins with the outermost pixel itself. ``skip``, as out, is added.
     """
     images, channels, height, width = out.shape
-    block = _block(channels)
+    block = block_of(channels, BLOCK)
     programs = images * fold_gradient_tiles(out) * triton.cdiv(channels, block["BLOCK_C"])
     fold_gradient_kernel[(programs,)](
         grad,
@@ -154,7 +148,7 @@ def _variant(dtype: str, channels: int, padded: bool) -> Variant:
         fold_gradient_kernel,
         f"{dtype} C{channels} {'padded' if padded else 'plain'}",
         dict(**given, **dict.fromkeys(("saved_coefficients_stride", *sizes, *strides), "i32")),
-        dict(CHANNELS=channels, PADDED=padded, EDGE=0, RELU=True, **_block(channels), **absent),
+        dict(CHANNELS=channels, PADDED=padded, EDGE=0, RELU=True, **block_of(channels, BLOCK), **absent),
         **OPTIONS,
         aligned=tuple(given),
     )

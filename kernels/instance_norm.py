@@ -41,6 +41,13 @@ def place(pid, pixels, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: t
 
 
 @triton.jit
+def place_channels(pid, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The image, and the channels, of a program that takes BLOCK_C of them."""
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    return (pid // BLOCKS).to(tl.int64), pid % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
 def statistics_kernel(
     x_ptr,  # [N, pixels, C] fp16|bf16|fp32
     partials_ptr,  # [N, tiles, 3, C] fp32
@@ -74,10 +81,7 @@ def norm_coefficients_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    pid = tl.program_id(0)
-    image = (pid // BLOCKS).to(tl.int64)
-    offs_c = pid % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    image, offs_c = place_channels(tl.program_id(0), CHANNELS, BLOCK_C)
     mask_c = offs_c < CHANNELS
     if partials_ptr is None:
         total = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -145,10 +149,7 @@ def gradient_coefficients_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    pid = tl.program_id(0)
-    image = (pid // BLOCKS).to(tl.int64)
-    offs_c = pid % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    image, offs_c = place_channels(tl.program_id(0), CHANNELS, BLOCK_C)
     mask_c = offs_c < CHANNELS
     partials_ptr += image * tiles * 2 * CHANNELS
     total = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
@@ -215,25 +216,26 @@ def instance_norm_kernel(
     tl.store(out_ptr + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _block(channels: int) -> dict[str, int]:
+def block_of(channels: int, elements: int = BLOCK) -> dict[str, int]:
+    """What a program of a pass takes, of so many elements."""
     block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_CHANNELS)
-    return dict(BLOCK_P=BLOCK // block_c, BLOCK_C=block_c)
+    return dict(BLOCK_P=elements // block_c, BLOCK_C=block_c)
 
 
 def _programs(shape: Sequence[int]) -> int:
-    return shape[0] * statistics_tiles(shape) * triton.cdiv(shape[1], _block(shape[1])["BLOCK_C"])
+    return shape[0] * statistics_tiles(shape) * triton.cdiv(shape[1], block_of(shape[1])["BLOCK_C"])
 
 
 def statistics_tiles(x_shape: Sequence[int]) -> int:
     """How many tiles an image of ``x_shape`` [N, C, H, W] is made of: the second size of ``partials``."""
-    return triton.cdiv(prod(x_shape[2:]), _block(x_shape[1])["BLOCK_P"])
+    return triton.cdiv(prod(x_shape[2:]), block_of(x_shape[1])["BLOCK_P"])
 
 
 def statistics_fwd(x: Tensor, partials: Tensor) -> None:
     """Fills ``partials`` [N, tiles, 3, C] with the count, mean and M2 of each tile of ``x`` [N, C, H, W]."""
     _, channels, height, width = x.shape
     statistics_kernel[(_programs(x.shape),)](
-        x, partials, height * width, CHANNELS=channels, **_block(channels), **PASS_OPTIONS
+        x, partials, height * width, CHANNELS=channels, **block_of(channels), **PASS_OPTIONS
     )
 
 
@@ -321,7 +323,7 @@ def instance_norm_fwd(x: Tensor, coefficients: Tensor, skip: Tensor | None, relu
         *skip_strides,
         CHANNELS=channels,
         RELU=relu,
-        **_block(channels),
+        **block_of(channels),
         **PASS_OPTIONS,
     )
 
@@ -330,7 +332,7 @@ def variants() -> Iterator[Variant]:
     """The channels of the paper's networks."""
     strides = ("skip_stride_image", "skip_stride_row", "skip_stride_column")
     for channels in (16, 32, 64, 128):
-        constants = dict(CHANNELS=channels, **_block(channels))
+        constants = dict(CHANNELS=channels, **block_of(channels))
         for dtype in ("bf16", "fp16", "fp32"):
             x = f"*{dtype}"
             yield Variant(

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from fastperc.kernels.configs import PROGRAMS, Variant
-from fastperc.kernels.conv_bn_relu import store_partials
-from fastperc.kernels.deferred import Deferred, store_gradient, stride_of
+from fastperc.kernels.conv_bn_relu import store_output
+from fastperc.kernels.deferred import Deferred, stride_of
 from torch import Tensor
 
 PIXELS = tl.constexpr(4)  # that share a row of the product
@@ -132,28 +132,22 @@ def rgb_conv_stem_kernel(
     column = offs_g % groups_w * PIXELS + offs_p % PIXELS
     mask_p = (row < height) & (column < width)
     offs_o = first_o + tl.arange(0, BLOCK_O)
-    mask_o = offs_o < CHANNELS_OUT
-    acc = acc.reshape(PIXELS * BLOCK_G, BLOCK_O)
-    pixels = (image * height + row) * width + column
     if saved_ptr is not None:
-        offs = pixels[None, :] * CHANNELS_OUT + offs_o[:, None]
-        mask = mask_o[:, None] & mask_p[None, :]
         saved_coefficients_ptr += image * saved_coefficients_stride
-        partials_ptr += (image * tiles + tile) * 2 * CHANNELS_OUT
-        store_gradient(
-            acc.T, out_ptr, offs, offs_o, mask, saved_ptr, saved_coefficients_ptr, partials_ptr, CHANNELS_OUT, RELU
-        )
-    else:
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)[None, :]
-        if RELU:
-            acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        out = acc.to(out_ptr.dtype.element_ty)
-        mask = mask_p[:, None] & mask_o[None, :]
-        tl.store(out_ptr + pixels[:, None] * CHANNELS_OUT + offs_o[None, :], out, mask=mask)
-        if partials_ptr is not None:
-            partials_ptr += (image * tiles + tile) * 3 * CHANNELS_OUT
-            store_partials(partials_ptr, out.to(tl.float32).T, offs_o, mask_p, CHANNELS_OUT)
+    store_output(
+        acc.reshape(PIXELS * BLOCK_G, BLOCK_O).T,
+        out_ptr,
+        bias_ptr,
+        saved_ptr,
+        saved_coefficients_ptr,
+        partials_ptr,
+        image * tiles + tile,
+        (image * height + row) * width + column,
+        offs_o,
+        mask_p,
+        CHANNELS_OUT,
+        RELU,
+    )
 
 
 def _run(kernel: int) -> int:

@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from fastperc.kernels.configs import PROGRAMS, ConvTile, Variant, channel_step
-from fastperc.kernels.conv_bn_relu import store_partials
-from fastperc.kernels.deferred import Deferred, load_deferred, store_gradient, stride_of
+from fastperc.kernels.conv_bn_relu import store_output
+from fastperc.kernels.deferred import Deferred, load_deferred, stride_of
 from torch import Tensor
 
 TAPS = {  # how much of which weight [k] a pixel of the patch [2] has for a phase [2]
@@ -126,29 +126,22 @@ def subpixel_conv_bn_relu_kernel(
     columns = 2 * columns + BACK + phases % 2
     mask_q = (rows >= 0) & (rows < out_height) & (columns >= 0) & (columns < out_width)
     offs_o = first_o + tl.arange(0, BLOCK_O)
-    mask_o = offs_o < CHANNELS_OUT
-    acc = acc.reshape(TILE_H * TILE_W * PHASES, BLOCK_O)
-    pixels = (image * out_height + rows) * out_width + columns
-    tile = (image * tiles + tile) * GROUPS + group
     if saved_ptr is not None:
-        offs = pixels[None, :] * CHANNELS_OUT + offs_o[:, None]
-        mask = mask_o[:, None] & mask_q[None, :]
         saved_coefficients_ptr += image * saved_coefficients_stride
-        partials_ptr += tile * 2 * CHANNELS_OUT
-        store_gradient(
-            acc.T, out_ptr, offs, offs_o, mask, saved_ptr, saved_coefficients_ptr, partials_ptr, CHANNELS_OUT, RELU
-        )
-    else:
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)[None, :]
-        if RELU:
-            acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        out = acc.to(out_ptr.dtype.element_ty)
-        mask = mask_q[:, None] & mask_o[None, :]
-        tl.store(out_ptr + pixels[:, None] * CHANNELS_OUT + offs_o[None, :], out, mask=mask)
-        if partials_ptr is not None:
-            partials_ptr += tile * 3 * CHANNELS_OUT
-            store_partials(partials_ptr, out.to(tl.float32).T, offs_o, mask_q, CHANNELS_OUT)
+    store_output(
+        acc.reshape(TILE_H * TILE_W * PHASES, BLOCK_O).T,
+        out_ptr,
+        bias_ptr,
+        saved_ptr,
+        saved_coefficients_ptr,
+        partials_ptr,
+        (image * tiles + tile) * GROUPS + group,
+        (image * out_height + rows) * out_width + columns,
+        offs_o,
+        mask_q,
+        CHANNELS_OUT,
+        RELU,
+    )
 
 
 def pack(weight: Tensor, upsample: str) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from cases import DEVICES, GPU, error
 from frozen import FROZEN_RUNS, _poisoned, check, features, filters, instance_norm  # noqa: F401
 
-from fastperc import ops, reference, use_backend
+from fastperc import _native, ops, reference, use_backend
+from fastperc.ops.conv3x3 import FEWEST_LANES
 
 ONES, NONE, UNEVEN = (1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 2, 1)
 
@@ -26,7 +29,17 @@ CASES = {
     "B2-I8-O8-H9-W8-uneven-reflect": (2, 8, 8, 9, 8, 3, 1, UNEVEN, "reflect", "plain"),
     "B1-I16-O16-H7-W9-kernel5": (1, 16, 16, 7, 9, 5, 1, (2, 2, 2, 2), "zeros", "relu"),
     "B1-I16-O4-H1-W9-kernel1": (1, 16, 4, 1, 9, 1, 1, NONE, "zeros", "norm relu"),
+    "B1-I32-O32-H8-W15-few-pixels": (1, 32, 32, 8, 15, 3, 1, ONES, "zeros", "relu"),
 }
+WINOGRAD_CASES = {
+    "B1-I32-O64-H12-W13-plain": (1, 32, 64, 12, 13, 3, 1, ONES, "zeros", "plain"),
+    "B2-I64-O32-H11-W15-valid-cropped": (2, 64, 32, 11, 15, 3, 1, NONE, "zeros", "cropped skip relu"),
+    "B2-I32-O32-H9-W14-skip": (2, 32, 32, 9, 14, 3, 1, ONES, "zeros", "skip"),
+    "B1-I32-O32-H13-W12-reflect-skip": (1, 32, 32, 13, 12, 3, 1, ONES, "reflect", "skip relu"),
+    "B1-I32-O32-H13-W14-uneven": (1, 32, 32, 13, 14, 3, 1, UNEVEN, "zeros", "relu"),
+    "B2-I32-O32-H12-W11-norm-cropped": (2, 32, 32, 12, 11, 3, 1, ONES, "zeros", "norm cropped skip relu"),
+}
+CASES |= WINOGRAD_CASES
 
 
 def arguments(case, device, dtype):
@@ -50,6 +63,54 @@ def arguments(case, device, dtype):
 def test_matches_the_formula(device, backend, dtype, case):
     positional, options = arguments(case, device, dtype)
     check(backend, ops.conv_bn_relu, *positional, **options)
+
+
+BY_WINOGRAD = pytest.mark.skipif(_native.winograd_lanes() < FEWEST_LANES, reason="Winograd wants AVX2 to be faster")
+
+
+@pytest.fixture
+def convolve(monkeypatch):
+    mock = Mock(wraps=_native.winograd_conv)
+    monkeypatch.setattr(_native, "winograd_conv", mock)
+    return mock
+
+
+@BY_WINOGRAD
+@pytest.mark.parametrize("case", WINOGRAD_CASES)
+def test_float32_goes_by_winograd_on_a_cpu(convolve, case):
+    positional, options = arguments(case, "cpu", torch.float32)
+    with use_backend("native"):
+        ops.conv_bn_relu(*positional, **options)
+        assert convolve.call_count == 1
+        positional, options = arguments("B1-I32-O32-H8-W15-few-pixels", "cpu", torch.float32)
+        ops.conv_bn_relu(*positional, **options)
+    assert convolve.call_count == 1
+
+
+@BY_WINOGRAD
+def test_winograd_takes_a_skip_in_any_layout_of_the_right_shape():
+    (x, *rest), options = arguments("B2-I32-O32-H9-W14-skip", "cpu", torch.float32)
+    skip = options["skip"]
+    with use_backend("native"):
+        expected = ops.conv_bn_relu(x, *rest, **options)
+        assert torch.equal(ops.conv_bn_relu(x, *rest, relu=False, skip=skip.contiguous()), expected)
+        for wrong in (skip[:, :, 1:], skip[:, :16], skip[:1], skip.double()):
+            with pytest.raises(ValueError, match=r"expected a skip of \[2, 32, 9, 14\] in float32, got \["):
+                ops.conv_bn_relu(x, *rest, skip=wrong)
+
+
+@BY_WINOGRAD
+def test_winograd_weights_follow_the_weight(monkeypatch):
+    transform = Mock(wraps=_native.winograd_weights)
+    monkeypatch.setattr(_native, "winograd_weights", transform)
+    (x, weight, bias, *rest), options = arguments("B1-I32-O64-H12-W13-plain", "cpu", torch.float32)
+    with use_backend("native"):
+        before = ops.conv_bn_relu(x, weight, bias, *rest, **options)
+        assert torch.equal(ops.conv_bn_relu(x, weight, bias, *rest, **options), before)
+        assert transform.call_count == 1
+        weight.mul_(2)
+        bias.mul_(2)
+        assert torch.equal(ops.conv_bn_relu(x, weight, bias, *rest, **options), 2 * before)
 
 
 @pytest.mark.skipif(not GPU, reason="cuDNN is a GPU's")

@@ -1,7 +1,8 @@
-"""3×3 convolutions of stride 1 in training, forward and back: float32 on a CPU by Winograd's F(2×2, 3×3), in NHWC.
+"""3×3 convolutions of stride 1, forward and back: float32 on a CPU by Winograd's F(2×2, 3×3), in NHWC.
 
 It multiplies 16 times where the definition multiplies 36; csrc/winograd.cpp says how. Half precision, GPUs and narrow
-maps are left to PyTorch, whose libraries are as good or better there.
+maps are left to PyTorch, whose libraries are as good or better there. :func:`conv3x3` is for training; the convolutions
+of frozen networks come here from :mod:`fastperc.ops.conv_bn_relu`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import _native, backends
-from fastperc.ops.frozen import channels_last, empty_like, native_unsupported, transformed
+from fastperc.ops.frozen import channels_last, empty_like, native_unsupported, side_by_side, transformed
 from fastperc.ops.packing import packed
 
 FEWEST_PIXELS = 128  # of all images together, below which the weights' transforms take what the products save
@@ -63,11 +64,23 @@ def slower(x: Tensor, padding: int = 1) -> bool:
     return pixels < FEWEST_PIXELS or _native.winograd_lanes() < FEWEST_LANES
 
 
-def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu: bool, turned: bool = False) -> Tensor:
-    """The convolution and, if asked for, the ReLU after it, without gradients; of what is not :func:`unsupported`.
+def winograd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    relu: bool,
+    turned: bool = False,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """relu?(conv(``x``) + ``bias`` + ``skip``) without gradients, of what is not :func:`unsupported`.
 
     ``turned`` takes ``weight`` turned by 180°, in and out exchanged, as gradients pass to the input. A weight that
-    wants no gradient is transformed once, and kept so for as long as it lives.
+    wants no gradient is transformed once, and kept so for as long as it lives. ``skip``, in float32, has the shape of
+    the output.
+
+    Raises:
+        ValueError: ``skip`` has another shape or dtype.
     """
 
     def make() -> Tensor:
@@ -77,7 +90,11 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu:
     n, _, h, w = x.shape
     channels = weight.shape[1 if turned else 0]
     out = empty_like(x, (n, channels, h + 2 * padding - 2, w + 2 * padding - 2))
-    _native.winograd_conv(x, weights, None if bias is None else bias.contiguous(), padding, relu, out)
+    if skip is not None and (skip.shape != out.shape or skip.dtype != out.dtype):
+        raise ValueError(f"expected a skip of {list(out.shape)} in float32, got {list(skip.shape)} in {skip.dtype}")
+    _native.winograd_conv(
+        x, weights, None if bias is None else bias.contiguous(), padding, side_by_side(skip), relu, out
+    )
     return out
 
 

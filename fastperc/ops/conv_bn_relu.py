@@ -1,8 +1,8 @@
 """A frozen network's convolution with all that follows it: a batch norm folded into its weights, or an instance norm; a
 skip; ReLU.
 
-``"triton"`` is the fused kernel; ``"native"`` is the library's convolution with what that can fuse: oneDNN's on the
-CPU, or one by Winograd, cuDNN's on a GPU.
+``"triton"`` is the fused kernel; ``"native"`` is a convolution by Winograd or a library's with what that can fuse:
+oneDNN's on the CPU, cuDNN's on a GPU.
 """
 
 from __future__ import annotations
@@ -95,14 +95,10 @@ def native_convolution(
 ) -> Tensor:
     """relu?(conv(``x``) + ``bias`` + ``skip``) on a CPU: by Winograd where that was measured faster, else oneDNN's."""
     padding = around[0]
-    same = stride == 1 and around[1] == padding
-    if not same or winograd_unsupported(x, weight, bias, padding) or slower(x, padding):
+    even = stride == 1 and around[1] == padding
+    if not even or winograd_unsupported(x, weight, bias, padding) or slower(x, padding):
         return onednn.convolution(x, weight, bias, stride, around, relu, skip)
-    y = winograd(x, weight, bias, padding, relu and skip is None)
-    if skip is not None:
-        y.add_(skip)
-        y = y.relu_() if relu else y
-    return y
+    return winograd(x, weight, bias, padding, relu, skip=skip)
 
 
 def library_unsupported(

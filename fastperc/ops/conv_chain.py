@@ -75,9 +75,8 @@ def composed(x: Tensor, layers: Sequence[Layer], parameters: Sequence[Tensor | N
         x = y
         if (norm := layer.norm) is not None:
             if layer.frozen:
-                scale = norm_weight / (norm.running_var + norm.eps).sqrt()
-                shift = norm_bias - norm.running_mean * scale
-                x = (y * scale[:, None, None] + shift[:, None, None]).to(y.dtype)
+                statistics = norm.running_mean, norm.running_var
+                x = F.batch_norm(y, *statistics, norm_weight, norm_bias, False, 0.0, norm.eps)
             elif (group := group_of(norm)) is not None:
                 x = reference.sync_norm_relu(y, norm_weight, norm_bias, norm.eps, False, group)[0]
             else:

@@ -1,0 +1,163 @@
+// What the convolutions by Winograd and the gradients to their weights both do with a tile: its transform, and the
+// products. Compiled into each of their versions, see FASTPERC_VERSIONS.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "parallel.h"
+#include "winograd.h"
+
+namespace fastperc::winograd {
+
+constexpr std::int64_t panel = winograd_panel, points = 16;
+constexpr std::int64_t skew = 16;  // or what lies powers of two apart would share lines of the cache
+
+// As many floats as a register holds.
+template <int lanes>
+struct Register {
+#ifdef __GNUC__
+  typedef float Vector __attribute__((vector_size(lanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+#else
+  static_assert(lanes == 1, "this compiler has no vectors");
+  typedef float Vector;
+#endif
+};
+template <int lanes>
+using Vector = typename Register<lanes>::Vector;
+
+template <typename Vector>
+FASTPERC_INLINE void relu(Vector& x) {
+  const Vector zero = {};
+  x = x < zero ? zero : x;  // NaN stays
+}
+template <int lanes>
+FASTPERC_INLINE const Vector<lanes>& at(const float* p) {
+  return *reinterpret_cast<const Vector<lanes>*>(p);
+}
+template <int lanes>
+FASTPERC_INLINE Vector<lanes>& at(float* p) {
+  return *reinterpret_cast<Vector<lanes>*>(p);
+}
+
+// What a thread computes with, kept from one call to the next.
+inline float* scratch(std::int64_t floats) {
+  static thread_local std::unique_ptr<float[]> kept;
+  static thread_local std::int64_t size = 0;
+  constexpr std::int64_t line = 64;  // bytes
+  if (floats + line > size) kept.reset(new float[size = floats + line]);
+  const auto address = reinterpret_cast<std::uintptr_t>(kept.get());
+  return reinterpret_cast<float*>((address + line - 1) / line * line);
+}
+
+// f(task) for every task, on threads that take one after the other.
+template <typename F>
+void take_turns(std::int64_t tasks, int threads, F&& f) {
+  std::atomic<std::int64_t> next{0};
+  parallel_for(std::min<std::int64_t>(threads, tasks), threads, [&](std::int64_t) {
+    for (std::int64_t task; (task = next++) < tasks;) f(task);
+  });
+}
+
+struct Place {
+  std::int64_t image, row, column;  // of a tile's first output
+};
+FASTPERC_INLINE Place place(const WinogradShape& s, std::int64_t tile) {
+  const std::int64_t across = s.tiles_across(), down = s.tiles_down();
+  return {tile / across / down, tile / across % down * 2, tile % across * 2};
+}
+
+// to [16, step] = V of a tile, for `channels` of them from `first` on.
+template <int lanes>
+FASTPERC_INLINE void transform_tile(const float* x, const WinogradShape& s, std::int64_t tile, std::int64_t first,
+                                    std::int64_t channels, float* to, std::int64_t step) {
+  const Place p = place(s, tile);
+  const float* pixels[points];  // null beyond the border
+  for (std::int64_t i = 0; i < points; ++i) {
+    const std::int64_t row = p.row - s.padding + i / 4, column = p.column - s.padding + i % 4;
+    const bool inside = row >= 0 && row < s.rows && column >= 0 && column < s.columns;
+    pixels[i] = inside ? x + ((p.image * s.rows + row) * s.columns + column) * s.in + first : nullptr;
+  }
+  const Vector<lanes> zero = {};
+  for (std::int64_t c = 0; c < channels; c += lanes) {
+    Vector<lanes> rows[4][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Vector<lanes> d0 = pixels[j] ? at<lanes>(pixels[j] + c) : zero,
+                          d1 = pixels[4 + j] ? at<lanes>(pixels[4 + j] + c) : zero;
+      const Vector<lanes> d2 = pixels[8 + j] ? at<lanes>(pixels[8 + j] + c) : zero,
+                          d3 = pixels[12 + j] ? at<lanes>(pixels[12 + j] + c) : zero;
+      rows[0][j] = d0 - d2;
+      rows[1][j] = d1 + d2;
+      rows[2][j] = d2 - d1;
+      rows[3][j] = d1 - d3;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* row = to + 4 * i * step + c;
+      at<lanes>(row) = rows[i][0] - rows[i][2];
+      at<lanes>(row + step) = rows[i][1] + rows[i][2];
+      at<lanes>(row + 2 * step) = rows[i][2] - rows[i][1];
+      at<lanes>(row + 3 * step) = rows[i][1] - rows[i][3];
+    }
+  }
+}
+
+// c [rows, panel] = or += a [rows, inner] · b [inner, panel], of which some rows and vectors of a row fit the
+// registers; a's element (r, k) is at r · row_step + k · inner_step.
+template <int lanes, int rows, int vectors, bool add>
+FASTPERC_INLINE void multiply(const float* a, std::int64_t row_step, std::int64_t inner_step, const float* b, float* c,
+                              std::int64_t inner) {
+  Vector<lanes> sums[rows][vectors] = {};
+  for (std::int64_t k = 0; k < inner; ++k) {
+    Vector<lanes> beside[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) beside[v] = at<lanes>(b + k * panel + v * lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sums[r][v] += a[r * row_step + k * inner_step] * beside[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      Vector<lanes>& to = at<lanes>(c + r * panel + v * lanes);
+      to = add ? to + sums[r][v] : sums[r][v];
+    }
+  }
+}
+
+// The same for `count` rows, a multiple of 4.
+template <int lanes, int rows, int vectors, bool add>
+FASTPERC_INLINE void multiply_rows(const float* a, std::int64_t row_step, std::int64_t inner_step, const float* b,
+                                   float* c, std::int64_t inner, std::int64_t count) {
+  static_assert(rows % 4 == 0, "what is left is done by fours");
+  for (std::int64_t o = 0; o < panel; o += vectors * lanes) {
+    std::int64_t r = 0;
+    for (; r + rows <= count; r += rows) {
+      multiply<lanes, rows, vectors, add>(a + r * row_step, row_step, inner_step, b + o, c + r * panel + o, inner);
+    }
+    for (; r < count; r += 4) {
+      multiply<lanes, 4, vectors, add>(a + r * row_step, row_step, inner_step, b + o, c + r * panel + o, inner);
+    }
+  }
+}
+
+// VERSION(attributes, lanes, rows, vectors) for each kind of registers there is: 32 of 16 floats, 16 of 8, and 16 or 32
+// of 4; `multiply` fills them with the sums of so many rows and vectors.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTPERC_VERSIONS(VERSION)                             \
+  VERSION(__attribute__((target("arch=x86-64-v4"))), 16, 8, 2) \
+  VERSION(__attribute__((target("arch=x86-64-v3"))), 8, 4, 2)  \
+  VERSION(__attribute__((target("default"))), 4, 4, 2)
+#elif defined(__GNUC__)
+#define FASTPERC_VERSIONS(VERSION) VERSION(, 4, 4, 2)
+#else
+#define FASTPERC_VERSIONS(VERSION) VERSION(, 1, 4, 2)
+#endif
+
+}  // namespace fastperc::winograd
