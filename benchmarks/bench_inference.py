@@ -53,7 +53,7 @@ def one_by_one(module: nn.Module, *frames: Tensor) -> Tensor:
     return picture
 
 
-def streamed(engine: fastperc.engine.Engine, *frames: Tensor) -> Tensor:
+def streamed(engine: fastperc.engine.engine.Engine, *frames: Tensor) -> Tensor:
     """The last picture of ``frames``, once all have come."""
     for picture in engine.stream(frames):
         last = picture

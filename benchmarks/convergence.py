@@ -28,14 +28,15 @@ import rows
 import torch
 
 from fastperc import backends
-from fastperc.charts import GRAY, ORANGE, Band, Curve, Panel, loss_chart, running_mean
-from fastperc.dispatch import device_name
+from fastperc.cli.options import add_device, add_layers, natural, path, positive, recipe_fields
+from fastperc.devices import device_name
 from fastperc.errors import InputError
-from fastperc.figure2 import RUNS, is_complete, read_losses
 from fastperc.files import check_writable, write_atomically
-from fastperc.options import add_device, add_layers, natural, path, positive, recipe_fields
-from fastperc.style_training import StyleRecipe
-from fastperc.training import LOSSES, train
+from fastperc.training.charts import GRAY, ORANGE, Band, Curve, Panel, loss_chart, running_mean
+from fastperc.training.figure2 import RUNS, is_complete, read_losses
+from fastperc.training.log import LOSSES
+from fastperc.training.loop import train
+from fastperc.training.style import StyleRecipe
 
 THREADS = (1, 2, 3)  # of the plain runs, one each
 WINDOW = 25  # iterations over which losses are averaged: each is of other photos

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from fastperc import PerceptualLoss, VGG16Features, reference
+from fastperc.engine.plan import Plan, parts, steps_of
+from fastperc.engine.plan import forward as run_plan
 from fastperc.models.common import to_network_range
-from fastperc.models.vgg16 import CONVOLUTIONS, TORCHVISION_INDEX
-from fastperc.plan import Plan, parts, steps_of
-from fastperc.plan import forward as run_plan
-from fastperc.reference import Window
+from fastperc.models.vgg import CONVOLUTIONS, TORCHVISION_INDEX
+from fastperc.types import Window
 
 INFERENCE = ("inference",)
 BOTH = (*INFERENCE, "forward+backward")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fastperc import ConvBNReLU, ResidualBlock
-from fastperc.plan import steps_of
+from fastperc.engine.plan import steps_of
 
 Step = Callable[..., Any]
 

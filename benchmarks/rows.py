@@ -84,9 +84,9 @@ KERNELS = {
 # Besides, these files, and the Python files in these folders.
 MODULES = ("fastperc/models", "fastperc/modules")
 OTHERS = {
-    "inference": ("fastperc/engine.py", "fastperc/plan.py", "fastperc/tiling.py", *MODULES),
-    "vgg_loss": ("fastperc/losses.py", *MODULES),
-    "training": ("fastperc/losses.py", *MODULES),
+    "inference": ("fastperc/engine", *MODULES),
+    "vgg_loss": ("fastperc/losses", *MODULES),
+    "training": ("fastperc/losses", *MODULES),
 }
 FUSED = ("fused", "fused-graph")
 

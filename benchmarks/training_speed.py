@@ -18,8 +18,8 @@ import torch
 from networks import vgg_file
 from PIL import Image
 
-from fastperc.style_training import StyleRecipe
-from fastperc.training import train
+from fastperc.training.loop import train
+from fastperc.training.style import StyleRecipe
 
 WARM_UP = 100
 

@@ -8,18 +8,29 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fastperc._version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from fastperc import ops, reference
-    from fastperc.backends import use_backend
-    from fastperc.checkpoints import load, save
-    from fastperc.engine import freeze
-    from fastperc.errors import InputError
-    from fastperc.losses import FeatureLoss, PerceptualLoss, PixelLoss
-    from fastperc.models import SRCNN, SuperResolutionNet, TransformNet, VGG16Features
-    from fastperc.modules import ConvBNReLU, GramLoss, ResidualBlock, SubpixelConvBNReLU, TVLoss
-    from fastperc.reference import gram_matrix
+if TYPE_CHECKING:  # for type checkers, which cannot follow the table below
+    from fastperc import ops as ops
+    from fastperc import reference as reference
+    from fastperc.backends import use_backend as use_backend
+    from fastperc.checkpoints import load as load
+    from fastperc.checkpoints import save as save
+    from fastperc.engine import freeze as freeze
+    from fastperc.errors import InputError as InputError
+    from fastperc.losses import FeatureLoss as FeatureLoss
+    from fastperc.losses import PerceptualLoss as PerceptualLoss
+    from fastperc.losses import PixelLoss as PixelLoss
+    from fastperc.models import SRCNN as SRCNN
+    from fastperc.models import SuperResolutionNet as SuperResolutionNet
+    from fastperc.models import TransformNet as TransformNet
+    from fastperc.models import VGG16Features as VGG16Features
+    from fastperc.modules import ConvBNReLU as ConvBNReLU
+    from fastperc.modules import GramLoss as GramLoss
+    from fastperc.modules import ResidualBlock as ResidualBlock
+    from fastperc.modules import SubpixelConvBNReLU as SubpixelConvBNReLU
+    from fastperc.modules import TVLoss as TVLoss
+    from fastperc.reference import gram_matrix as gram_matrix
 
 _HOMES = {
     "fastperc": ("ops", "reference"),
@@ -34,28 +45,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "SRCNN",
-    "ConvBNReLU",
-    "FeatureLoss",
-    "GramLoss",
-    "InputError",
-    "PerceptualLoss",
-    "PixelLoss",
-    "ResidualBlock",
-    "SubpixelConvBNReLU",
-    "SuperResolutionNet",
-    "TVLoss",
-    "TransformNet",
-    "VGG16Features",
-    "freeze",
-    "gram_matrix",
-    "load",
-    "ops",
-    "reference",
-    "save",
-    "use_backend",
-]
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastperc.reference import Window
+from fastperc.types import Window
 
 try:
     from fastperc import _C

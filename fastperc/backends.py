@@ -59,7 +59,7 @@ def choose(operation: str, *tensors: Tensor, **obstacles: str | None) -> str:
 
     Args:
         operation: its name.
-        tensors: what it works on, each [N, C, H, W], as its cases in ``fastperc.tuning`` have them.
+        tensors: what it works on, each [N, C, H, W], as its cases in ``fastperc.tools.tuning`` have them.
         obstacles: for each fused backend that this operation has, the fastest first by rule of thumb, why it cannot
             take this call, or ``None``.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastperc import __version__
+from fastperc._version import __version__
 from fastperc.errors import InputError
 from fastperc.files import PathLike, read_tensors, write_tensors
 from fastperc.models import SRCNN, SuperResolutionNet, TransformNet

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import re
-import sys
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,8 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastperc import __version__, _native
-from fastperc.files import write_atomically
+from fastperc import _native
+from fastperc._version import __version__
+from fastperc.devices import device_name
+from fastperc.files import cache_folder, write_atomically
 
 SHIPPED = Path(__file__).parent / "tables"
 NEAR = (
@@ -166,29 +165,6 @@ def path_of(device: torch.device) -> Path:
     """Where the user's table of ``device`` lies, if there is one."""
     made_for = _made_for(device)
     return cache_folder() / f"{_slug(made_for['device'])}-torch{made_for['torch']}-fastperc{made_for['fastperc']}.json"
-
-
-def cache_folder() -> Path:
-    """The folder for what can be made again: ``$XDG_CACHE_HOME/fastperc``, or where the system keeps such things."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return base / "fastperc"
-
-
-def device_name(device: torch.device) -> str:
-    """The name of ``device``'s model; of a CPU with the number of threads that PyTorch uses."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    name = platform.processor() or platform.machine()
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
-    return f"{name} {torch.get_num_threads()} threads"
 
 
 def _slug(name: str) -> str:

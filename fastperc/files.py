@@ -6,6 +6,7 @@ import os
 import pickle
 import secrets
 import stat
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -164,3 +165,14 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise InputError(f"{path}: holds no state_dict (a dict of names and tensors)")
     return {str(name): tensor for name, tensor in content.items()}
+
+
+def cache_folder() -> Path:
+    """The folder for what can be made again: ``$XDG_CACHE_HOME/fastperc``, or where the system keeps such things."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        base = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return base / "fastperc"

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastperc.distributed import combine_over_processes
+from fastperc.collective import combine_over_processes
+from fastperc.types import FrozenConv, InstanceNorm, Padding, Window
 
 
 def widen(x: Tensor) -> Tensor:
@@ -91,14 +91,6 @@ def feature_loss(x: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(widen(x), widen(target))
 
 
-class FrozenConv(NamedTuple):
-    """A 3×3 convolution of a fixed network, followed by ReLU."""
-
-    weight: Tensor  # [O, I, 3, 3]
-    bias: Tensor  # [O]
-    pooled: bool  # whether a 2×2 max pooling stands before it
-
-
 def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) -> dict[int, Tensor]:
     """The activations of a VGG network, [N, C, H, W] each, by index into ``convs``, computed as deep as asked."""
     features = {}
@@ -109,17 +101,6 @@ def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) 
         if i in taps:
             features[i] = x
     return features
-
-
-class InstanceNorm(NamedTuple):
-    """The normalisation of each channel of each image by its own mean and variance."""
-
-    weight: Tensor  # [C]
-    bias: Tensor  # [C]
-    eps: float
-
-
-Padding = tuple[int, int, int, int]  # left, right, top, bottom, as ``F.pad`` has them
 
 
 def pad(x: Tensor, padding: Padding, mode: str) -> Tensor:
@@ -232,15 +213,6 @@ def subpixel_conv_bn_relu(
         return finish(F.conv2d(upsampled, weight, bias), norm, relu)
     y = F.conv_transpose2d(x, weight, bias, 2, 1)
     return finish(y[:, :, 2:-1, 2:-1], norm, relu)
-
-
-class Window(NamedTuple):
-    """A rectangle of an image, in pixels; beyond the image's border lie mirrored pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 def mirrored(start: int, count: int, size: int, device: torch.device) -> Tensor:

@@ -20,9 +20,11 @@ import torch
 import triton
 import triton.language as tl
 from fastperc.kernels.configs import ConvTile, Variant, conv_tile, deferred_tile
-from fastperc.kernels.deferred import Deferred, load_deferred, store_gradient, stride_of
+from fastperc.kernels.deferred import load_deferred, store_gradient
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastperc.types import Deferred, stride_of
 
 
 @triton.jit

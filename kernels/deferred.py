@@ -13,35 +13,12 @@ backward's + ``other`` · row 2. The table of a norm holds what a backward wants
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # Rows of a norm's coefficients: scale, shift, mean, 1 / standard deviation, and how many values were counted.
 NORM_ROWS = tl.constexpr(5)
 GRADIENT_ROWS = tl.constexpr(3)  # of a gradient's: what g, 1 and y are multiplied by
-
-
-class Deferred(NamedTuple):
-    """relu?(coefficients[:, 0] · x + coefficients[:, 1] + coefficients[:, 2] · other), to be computed where it is
-    loaded; without coefficients ``x`` itself."""
-
-    x: Tensor  # [N, C, H, W], channels innermost
-    coefficients: Tensor | None = None  # [N or 1, rows, C] fp32
-    relu: bool = False
-    other: Tensor | None = None  # as x
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """``x_ptr``, ``other_ptr``, ``coefficients_ptr`` and ``coefficients_stride`` of a kernel."""
-        return self.x, self.other, self.coefficients, stride_of(self.coefficients)
-
-
-def stride_of(coefficients: Tensor | None) -> int:
-    """Elements from an image's coefficients to the next one's: none if all share them."""
-    return 0 if coefficients is None or len(coefficients) == 1 else coefficients.stride(0)
 
 
 @triton.jit

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 from fastperc.kernels.configs import Variant
-from fastperc.kernels.deferred import Deferred, store_gradient, stride_of
+from fastperc.kernels.deferred import store_gradient
 from fastperc.kernels.instance_norm import block_of, place
 from torch import Tensor
+
+from fastperc.types import Deferred, stride_of
 
 BLOCK = 4096  # elements to a program
 OPTIONS = dict(num_warps=8, num_stages=1)

@@ -20,8 +20,10 @@ import triton
 import triton.language as tl
 from fastperc.kernels.configs import Variant, channel_step
 from fastperc.kernels.conv_bn_relu import mirrored
-from fastperc.kernels.deferred import Deferred, load_deferred, stride_of
+from fastperc.kernels.deferred import load_deferred
 from torch import Tensor
+
+from fastperc.types import Deferred, stride_of
 
 ROWS = tl.constexpr(4)  # of the output that share a row of the product
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2²³: added and taken off, it rounds to the nearest, ties to even

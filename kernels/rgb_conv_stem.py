@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from fastperc.kernels.configs import PROGRAMS, Variant
 from fastperc.kernels.conv_bn_relu import store_output
-from fastperc.kernels.deferred import Deferred, stride_of
 from torch import Tensor
+
+from fastperc.types import Deferred, stride_of
 
 PIXELS = tl.constexpr(4)  # that share a row of the product
 STEP, STAGES = 32, 4  # numbers of a sum at a time

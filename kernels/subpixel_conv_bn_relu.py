@@ -25,8 +25,10 @@ import triton
 import triton.language as tl
 from fastperc.kernels.configs import PROGRAMS, ConvTile, Variant, channel_step
 from fastperc.kernels.conv_bn_relu import store_output
-from fastperc.kernels.deferred import Deferred, load_deferred, stride_of
+from fastperc.kernels.deferred import load_deferred
 from torch import Tensor
+
+from fastperc.types import Deferred, stride_of
 
 TAPS = {  # how much of which weight [k] a pixel of the patch [2] has for a phase [2]
     "transposed": [[[0, 1, 0], [0, 0, 1]], [[0, 0, 0], [1, 0, 0]]],

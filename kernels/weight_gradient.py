@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 from fastperc.kernels.configs import Variant
 from fastperc.kernels.conv_bn_relu import mirrored
-from fastperc.kernels.deferred import Deferred, load_deferred, stride_of
+from fastperc.kernels.deferred import load_deferred
 from torch import Tensor
+
+from fastperc.types import Deferred, stride_of
 
 PROGRAMS = 264  # to aim at: two to each multiprocessor of the largest GPUs
 FEWEST_STEPS = 4  # of a program, lest the parts outweigh the products

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastperc import use_backend
 from fastperc.ops import onednn
-from fastperc.reference import InstanceNorm
+from fastperc.types import InstanceNorm
 
 
 def runs(native: Callable[[torch.Tensor], str | None]) -> list[Any]:

@@ -360,7 +360,7 @@ def test_a_failure_of_the_network_is_one_line(refused, here, model, monkeypatch,
     def tiles(self, *arguments):
         raise error
 
-    monkeypatch.setattr("fastperc.engine.Engine.tiles", tiles)
+    monkeypatch.setattr("fastperc.engine.engine.Engine.tiles", tiles)
     refused("stylize", "photo.png", "-o", "new.png", "--model", model, says=says, status=1)
 
 
@@ -376,7 +376,7 @@ def test_an_interruption_is_one_line(refused, here, model, monkeypatch):
     def tiles(self, *arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastperc.engine.Engine.tiles", tiles)
+    monkeypatch.setattr("fastperc.engine.engine.Engine.tiles", tiles)
     refused("stylize", "photo.png", "-o", "new.png", "--model", model, says="fastperc stylize: interrupted", status=130)
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import picture
 
 import fastperc
-from fastperc.images import read_image
+from fastperc.photos.photo import read_image
 
 
 def pixels(path):

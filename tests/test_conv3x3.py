@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from fastperc import _native, backends, ops, use_backend
 from fastperc.modules import Conv3x3, ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
 from fastperc.ops.vgg_chain import convolve_relu, pack
-from fastperc.reference import FrozenConv
+from fastperc.types import FrozenConv
 
 # batch, in, out, height, width: single, thin, odd, and large enough for several blocks of tiles and of their sums
 SHAPES = [

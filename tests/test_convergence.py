@@ -13,7 +13,7 @@ from conftest import picture
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastperc.style_training import StyleRecipe
+from fastperc.training.style import StyleRecipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

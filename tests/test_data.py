@@ -15,8 +15,10 @@ import torch
 from conftest import picture
 from PIL import Image
 
-from fastperc import InputError, data, dispatch
-from fastperc.data import PhotoCrops, ahead, batches
+from fastperc import InputError, dispatch
+from fastperc.training import packed
+from fastperc.training.crops import PhotoCrops, batches
+from fastperc.training.packed import ahead
 
 
 def test_crops_depend_on_seed_and_position_alone(photo_folder):
@@ -162,7 +164,7 @@ def test_photos_are_packed_once(photos, monkeypatch, capsys):
     first = capsys.readouterr().err
     (place,) = packs()
     assert f"photos packed: {place} (0 MiB); --cache off does without" in first
-    monkeypatch.setattr(data, "prepared", None)  # it cannot be called
+    monkeypatch.setattr(packed, "prepared", None)  # it cannot be called
     again = PhotoCrops(photos, 16, cache=True)
     assert same(crops, again) and f"photos as packed before: {place} (0 MiB)" in capsys.readouterr().err
     entries = json.loads((place / "index.json").read_text())["photos"]
@@ -210,7 +212,7 @@ def test_what_a_killed_run_left_is_never_read_and_goes_in_the_end(photos, monkey
     for folder in left:
         shutil.copytree(place, folder)
         (folder / "index.json").unlink()
-    old = time.time() - 2 * data.ABANDONED
+    old = time.time() - 2 * packed.ABANDONED
     for entry in (left[0], *left[0].iterdir()):
         os.utime(entry, (old, old))
     shutil.rmtree(place)
@@ -218,7 +220,7 @@ def test_what_a_killed_run_left_is_never_read_and_goes_in_the_end(photos, monkey
     assert packs() == sorted([place, left[1]]), "the other may still be at work"
 
     shutil.rmtree(place)
-    monkeypatch.setattr(data.os, "fsync", killed)
+    monkeypatch.setattr(packed.os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         PhotoCrops(photos, 16, cache=True)
     assert packs() == [left[1]]
@@ -227,7 +229,7 @@ def test_what_a_killed_run_left_is_never_read_and_goes_in_the_end(photos, monkey
 def test_runs_pack_at_the_same_time(photos, monkeypatch):
     """All of them decode; the first to be done wins, the others take what is there."""
     together, real = threading.Barrier(3), os.fsync
-    monkeypatch.setattr(data.os, "fsync", lambda file: (real(file), together.wait(30)))
+    monkeypatch.setattr(packed.os, "fsync", lambda file: (real(file), together.wait(30)))
     found = []
     runs = [threading.Thread(target=lambda: found.append(PhotoCrops(photos, 16, cache=True))) for _ in range(3)]
     for run in runs:
@@ -242,9 +244,9 @@ def test_runs_pack_at_the_same_time(photos, monkeypatch):
 def test_photos_that_cannot_be_packed_are_decoded(photos, monkeypatch, capsys, cause):
     needed = 3 * 16 * 16 * 5
     if cause == "limit":
-        monkeypatch.setattr(data, "LARGEST", needed - 1)
+        monkeypatch.setattr(packed, "LARGEST", needed - 1)
     elif cause == "disk":
-        monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * needed - 1))
+        monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * needed - 1))
     else:
         dispatch.cache_folder().mkdir(parents=True)
         (dispatch.cache_folder() / "photos").write_text("in the way")
@@ -266,7 +268,7 @@ def test_nothing_is_packed_of_a_folder_without_a_readable_photo(tmp_path, conten
 
 
 def test_a_photo_too_long_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_PIXELS", 16 * 100)
+    monkeypatch.setattr(packed, "MAX_PIXELS", 16 * 100)
     picture(200, 8).save(tmp_path / "long.png")
     picture(20, 20).save(tmp_path / "square.png")
     for cache in (False, True):

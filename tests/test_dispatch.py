@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastperc import TVLoss, backends, dispatch, ops, tuning, use_backend
+from fastperc import TVLoss, backends, dispatch, ops, use_backend
 from fastperc.dispatch import Key
+from fastperc.tools import tuning
 
 CPU = torch.device("cpu")
 IMAGE = (4, 3, 256, 256)

@@ -20,10 +20,12 @@ from conftest import picture
 from safetensors import safe_open
 from torch import nn
 
-from fastperc import backends, ops, training, use_backend
+from fastperc import backends, ops, use_backend
 from fastperc.cli import main
-from fastperc.distributed import Processes, combine_over_processes, processes
+from fastperc.collective import combine_over_processes
 from fastperc.errors import InputError
+from fastperc.training import Recipe, loop
+from fastperc.training.processes import Processes, processes
 
 COUNT = 2
 
@@ -319,9 +321,9 @@ def test_a_signal_to_the_launcher_stops_all_and_saves(options, tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    recipe = training.Recipe(data="", batch=3)
+    recipe = Recipe(data="", batch=3)
     with pytest.raises(InputError, match="a batch of 3 cannot be shared evenly by 2 processes"):
-        training._train(recipe, tmp_path / "run", False, Processes(torch.device("cpu"), 1, 2))
+        loop._train(recipe, tmp_path / "run", False, Processes(torch.device("cpu"), 1, 2))
     assert not (tmp_path / "run").exists()
 
 

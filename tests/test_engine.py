@@ -15,7 +15,8 @@ from cases import DEVICES, GPU, error
 from test_transform_net import VARIANTS, variant_id
 from test_transform_net import build as build_variant
 
-from fastperc import InputError, SuperResolutionNet, TransformNet, engine, freeze, reference, use_backend
+from fastperc import InputError, SuperResolutionNet, TransformNet, freeze, reference, use_backend
+from fastperc.engine import engine
 from fastperc.presets import PRESETS
 
 SIZES = [(1, 16, 16), (2, 17, 31), (5, 37, 53), (1, 101, 64), (3, 64, 19)]

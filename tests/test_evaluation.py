@@ -14,9 +14,11 @@ from PIL import Image
 from torchmetrics.functional import image as metrics
 
 from fastperc import InputError, evaluation, load, reference
-from fastperc.evaluation import PAPER, Comparison, Score, psnr, ssim
-from fastperc.images import Photo, read_image
-from fastperc.upscale import painter_of, upscale
+from fastperc.evaluation import Score, psnr, ssim
+from fastperc.photos import evaluate
+from fastperc.photos.evaluate import PAPER, Comparison
+from fastperc.photos.photo import Photo, read_image
+from fastperc.photos.upscale import painter_of, upscale
 
 SET5 = Path(__file__).parents[2] / "shared" / "sr" / "Set5"  # where it lies beside the checkout
 needs_set5 = pytest.mark.skipif(not SET5.exists(), reason="Set5 is not here")
@@ -66,17 +68,17 @@ def test_a_score_leaves_out_the_border_and_knows_gray():
     other = truth.copy()
     other[:4] += 100
     other[10, 10] += 50
-    border = evaluation.score(Photo(Image.fromarray(other)), Photo(Image.fromarray(truth)), 4)
+    border = evaluate.score(Photo(Image.fromarray(other)), Photo(Image.fromarray(truth)), 4)
     assert abs(border.psnr - 10 * math.log10(255**2 / (50**2 / (22 * 32)))) < 1e-9
     truth[0, 0, 2] = 101  # no longer gray: the luma spans 219 levels
-    colour = evaluation.score(Photo(Image.fromarray(other)), Photo(Image.fromarray(truth)), 4)
+    colour = evaluate.score(Photo(Image.fromarray(other)), Photo(Image.fromarray(truth)), 4)
     assert abs(colour.psnr - border.psnr - 20 * math.log10(50 / 43)) < 1e-9  # 43 = round(219 / 255 · 50)
 
 
 @needs_set5
 def test_bicubic_on_set5_is_as_published():
-    scores = [one.scores for one in evaluation.compare(files(SET5), {"bicubic": evaluation.bicubic(4)}, 4)]
-    mean = evaluation.mean(scores)["bicubic"]
+    scores = [one.scores for one in evaluate.compare(files(SET5), {"bicubic": evaluate.bicubic(4)}, 4)]
+    mean = evaluate.mean(scores)["bicubic"]
     assert abs(mean.psnr - 28.42) < 0.02 and abs(mean.ssim - 0.810) < 0.001
 
 
@@ -93,8 +95,8 @@ def test_shipped_networks_restore_more_than_bicubic(images, method):
     """On photos made small as in training; by 0.3 dB at least for the paper's network."""
     paths = files(SET5) if images == "Set5" else [("chelsea", CHELSEA)]
     painter = painter_of(load(f"x4_{method}"))
-    methods = {"bicubic": evaluation.bicubic(4), method: lambda photo: upscale(painter, photo)}
-    mean = evaluation.mean([one.scores for one in evaluation.compare(paths, methods, 4, blur=1.0)])
+    methods = {"bicubic": evaluate.bicubic(4), method: lambda photo: upscale(painter, photo)}
+    mean = evaluate.mean([one.scores for one in evaluate.compare(paths, methods, 4, blur=1.0)])
     assert mean[method].psnr > mean["bicubic"].psnr + (0.3 if method == "pixel" else 0.1)
     assert mean[method].ssim > mean["bicubic"].ssim
 
@@ -103,8 +105,8 @@ def test_shipped_networks_restore_more_than_bicubic(images, method):
 def test_the_feature_network_is_sharper_than_bicubic(scale):
     """The squared differences of neighbouring pixels, which a blurred picture has less of than the photo."""
     painter = painter_of(load(f"x{scale}_feature"))
-    methods = {"bicubic": evaluation.bicubic(scale), "feature": lambda photo: upscale(painter, photo)}
-    (found,) = evaluation.compare([("chelsea", CHELSEA)], methods, scale, blur=1.0)
+    methods = {"bicubic": evaluate.bicubic(scale), "feature": lambda photo: upscale(painter, photo)}
+    (found,) = evaluate.compare([("chelsea", CHELSEA)], methods, scale, blur=1.0)
     bicubic, feature, truth = (
         reference.tv_loss(photo.tensor()).item() for photo in (*found.pictures.values(), found.truth)
     )
@@ -122,9 +124,9 @@ def test_compare_crops_to_the_scale_and_hands_methods_the_small_image(tmp_path, 
 
     def watch(photo):
         seen.append(photo.rgb.size)
-        return evaluation.bicubic(scale)(photo)
+        return evaluate.bicubic(scale)(photo)
 
-    (found,) = evaluation.compare(files(tmp_path), {"mine": watch}, scale, blur=1.0)
+    (found,) = evaluate.compare(files(tmp_path), {"mine": watch}, scale, blur=1.0)
     width, height = 150 // scale * scale, 139 // scale * scale
     assert seen == [(width // scale, height // scale)]
     assert found.truth.rgb.size == found.pictures["mine"].rgb.size == (width, height)
@@ -134,7 +136,7 @@ def test_compare_crops_to_the_scale_and_hands_methods_the_small_image(tmp_path, 
 def test_an_image_too_small_is_refused(tmp_path):
     picture(63, 80).save(tmp_path / "a.png")
     with pytest.raises(InputError, match="63×80 is too small, both sides need 64 pixels"):
-        list(evaluation.compare(files(tmp_path), {"bicubic": evaluation.bicubic(4)}, 4))
+        list(evaluate.compare(files(tmp_path), {"bicubic": evaluate.bicubic(4)}, 4))
 
 
 SCORES = {
@@ -144,19 +146,19 @@ SCORES = {
 
 
 def test_the_table_has_each_image_the_mean_and_the_paper():
-    lines = evaluation.as_markdown(SCORES, PAPER[4, "set5"]).splitlines()
+    lines = evaluate.as_markdown(SCORES, PAPER[4, "set5"]).splitlines()
     assert len({len(line) for line in lines}) == 1, "aligned"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["PSNR / SSIM", "bicubic", "pixel"]
     assert cells[2] == ["a.png", "20.00 / 0.5000", "21.00 / 0.7500"]
     assert cells[4] == ["**mean**", "**25.00 / 0.6000**", "**inf / 0.8750**"]
     assert cells[5] == ["the paper's mean", "28.43 / 0.8114", "28.40 / 0.8205"]
-    assert "paper" not in evaluation.as_markdown(SCORES, {})
-    assert "| the paper's mean, no blur |" in evaluation.as_markdown(SCORES, PAPER[4, "set5"], blur=1.0)
+    assert "paper" not in evaluate.as_markdown(SCORES, {})
+    assert "| the paper's mean, no blur |" in evaluate.as_markdown(SCORES, PAPER[4, "set5"], blur=1.0)
 
 
 def test_the_csv_has_a_row_for_each_image_and_the_mean(tmp_path):
-    evaluation.write_csv(tmp_path / "new" / "scores.csv", SCORES)
+    evaluate.write_csv(tmp_path / "new" / "scores.csv", SCORES)
     rows = read_csv(tmp_path / "new" / "scores.csv")
     assert [row["image"] for row in rows] == ["a.png", "b.png", "mean"]
     assert list(rows[0]) == ["image", "bicubic_psnr", "bicubic_ssim", "pixel_psnr", "pixel_ssim"]
@@ -167,7 +169,7 @@ def test_the_csv_has_a_row_for_each_image_and_the_mean(tmp_path):
     ("folder", "psnr"), [("Set5", 28.43), ("set-14", 25.99), ("B100", 25.96), ("BSD100", 25.96), ("photos", None)]
 )
 def test_the_paper_is_known_by_the_name_of_the_folder(tmp_path, folder, psnr):
-    published = evaluation.published(tmp_path / folder, 4)
+    published = evaluate.published(tmp_path / folder, 4)
     assert (published["bicubic"].psnr if published else None) == psnr
 
 
@@ -182,7 +184,7 @@ def test_a_figure_shows_where_the_methods_differ(tmp_path):
         {"bicubic": Photo(wrong), "pixel": Photo(truth)},
         {"bicubic": Score(20.0, 0.5), "pixel": Score(30.0, 0.9)},
     )
-    sheet = pixels(evaluation.figure(comparison))
+    sheet = pixels(evaluate.figure(comparison))
     whole = 160 * 288 // 120
     assert sheet.shape == (288 + 44, whole + 3 * (288 + 12), 3)
     frame = (sheet[:288, :whole] == [255, 0, 0]).all(axis=2)
@@ -192,10 +194,10 @@ def test_a_figure_shows_where_the_methods_differ(tmp_path):
     assert (panels[0] == 100).all() and (panels[2] == 100).all()
     assert (panels[1] == [200, 0, 0]).all(axis=2).mean() > 0.9
     assert (sheet[292:] < 128).any(), "captions"
-    corner = pixels(evaluation.figure(comparison, (0, 0, 40)))[:288, whole + 12 + 300 :][:, :288]
+    corner = pixels(evaluate.figure(comparison, (0, 0, 40)))[:288, whole + 12 + 300 :][:, :288]
     assert (corner == 100).all(), "a square of one's own"
     with pytest.raises(InputError, match="40 pixels a side at 121,0 are not within 160×120"):
-        evaluation.figure(comparison, (121, 0, 40))
+        evaluate.figure(comparison, (121, 0, 40))
 
 
 # The command line

@@ -13,8 +13,10 @@ from conftest import picture, pixels
 from PIL import Image, ImageColor
 from safetensors import safe_open
 
-from fastperc import TVLoss, charts, figure2, training
+from fastperc import TVLoss
 from fastperc.errors import InputError
+from fastperc.training import charts, figure2
+from fastperc.training.loop import CHECKPOINT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,7 +103,7 @@ def test_stopped_and_resumed_is_the_whole(run, command, tmp_path, monkeypatch, s
 def test_a_run_is_not_overwritten(run, command, tmp_path, name, monkeypatch):
     monkeypatch.setattr(figure2, "train", lambda *_: pytest.fail("trains"))
     (tmp_path / "out" / name).mkdir(parents=True)
-    (tmp_path / "out" / name / training.CHECKPOINT).write_bytes(b"a run")
+    (tmp_path / "out" / name / CHECKPOINT).write_bytes(b"a run")
     status, _, errors = run(*command, "--out", tmp_path / "out")
     assert status == 2 and "holds a run already; continue it with --resume" in errors
 

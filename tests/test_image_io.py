@@ -8,7 +8,7 @@ import torch
 from cases import DEVICES
 
 from fastperc import ops, use_backend
-from fastperc.reference import Window
+from fastperc.types import Window
 
 IMAGES = {
     "levels-hwc": lambda: torch.randint(0, 256, (2, 13, 17, 3), dtype=torch.uint8).permute(0, 3, 1, 2),

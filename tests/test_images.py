@@ -15,7 +15,7 @@ from conftest import picture, pixels
 from PIL import Image, ImageCms
 
 from fastperc import InputError
-from fastperc.images import (
+from fastperc.photos.photo import (
     ALPHA_FORMATS,
     SUFFIXES,
     Photo,

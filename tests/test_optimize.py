@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastperc import PerceptualLoss, VGG16Features
-from fastperc.optimize import optimize
+from fastperc.photos.optimize import optimize
 
 
 @pytest.fixture(scope="module")

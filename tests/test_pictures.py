@@ -9,8 +9,8 @@ from conftest import picture, pixels
 from PIL import ImageOps
 
 from fastperc import InputError
-from fastperc.images import Photo, read_image
-from fastperc.pictures import jobs_of, paint_files
+from fastperc.photos.jobs import jobs_of, paint_files
+from fastperc.photos.photo import Photo, read_image
 
 
 def flip(path, watch):

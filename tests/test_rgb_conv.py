@@ -12,7 +12,7 @@ from frozen import FROZEN_RUNS, _poisoned, features, filters, instance_norm  # n
 from fastperc import backends, ops, reference, use_backend
 from fastperc.modules import RGBConv
 from fastperc.ops.rgb_conv import _Fold
-from fastperc.reference import Window
+from fastperc.types import Window
 
 FOURS = (4, 4, 4, 4)
 ENDS = {"tanh": ((2.0, -1.0), 1.0), "linear": ((255.0, 0.0), 60.0)}  # input range, size of what the head gives

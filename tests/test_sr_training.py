@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from fastperc import SRCNN, SuperResolutionNet, checkpoints, load, reference, save
-from fastperc.images import Photo
-from fastperc.sr_training import SuperResolutionRecipe
-from fastperc.step import train_step
+from fastperc.photos.photo import Photo
+from fastperc.training.step import train_step
+from fastperc.training.super_resolution import SuperResolutionRecipe
 
 
 @pytest.mark.parametrize("size", [(12, 9), (31, 50), (80, 64)], ids=lambda size: f"{size[0]}x{size[1]}")

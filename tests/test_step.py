@@ -12,9 +12,10 @@ from cases import DEVICES, GPU, error
 from conftest import picture
 from torch import Tensor, nn
 
-from fastperc import SuperResolutionNet, TransformNet, checkpoints, reference, step
-from fastperc.images import Photo
-from fastperc.step import EAGER_STEPS, Recording, TrainStep, adam, train_step
+from fastperc import SuperResolutionNet, TransformNet, checkpoints, reference
+from fastperc.photos.photo import Photo
+from fastperc.training import step
+from fastperc.training.step import EAGER_STEPS, Recording, TrainStep, adam, train_step
 
 
 class Terms(NamedTuple):

@@ -9,9 +9,9 @@ from conftest import picture, pixels
 from PIL import Image
 
 from fastperc import InputError, TransformNet, freeze, reference
-from fastperc.images import Photo
-from fastperc.reference import Window
-from fastperc.stylize import read_photo, stylize
+from fastperc.photos.photo import Photo
+from fastperc.photos.stylize import read_photo, stylize
+from fastperc.types import Window
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,14 @@ from conftest import picture
 from PIL import Image
 from safetensors import safe_open
 
-from fastperc import TransformNet, TVLoss, style_training, training
+from fastperc import TransformNet, TVLoss
 from fastperc.cli import build_parser, main
-from fastperc.commands.train import recipe_from
-from fastperc.distributed import Processes
-from fastperc.step import train_step
+from fastperc.cli.train import recipe_from
+from fastperc.training.log import LOG_EVERY, Log
+from fastperc.training.objective import build_loss
+from fastperc.training.processes import Processes
+from fastperc.training.recipe import Recipe, learning_rate
+from fastperc.training.step import train_step
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +170,7 @@ class Terms(NamedTuple):
 
 def log_of(tmp_path, start=0, **fields):
     alone = Processes(torch.device("cpu"))
-    return training.Log(training.Recipe(data="", iterations=100, **fields), tmp_path, start, alone)
+    return Log(Recipe(data="", iterations=100, **fields), tmp_path, start, alone)
 
 
 def test_losses_are_fetched_together_and_the_first_that_is_not_finite_is_named(tmp_path):
@@ -188,8 +191,8 @@ def test_losses_are_fetched_together_and_the_first_that_is_not_finite_is_named(t
 
 def test_a_gpus_losses_wait_for_many_iterations(tmp_path):
     together = Processes(torch.device("cuda"))
-    log = training.Log(training.Recipe(data=""), tmp_path, 0, together)
-    assert log.every == training.LOG_EVERY > 1 == log_of(tmp_path).every
+    log = Log(Recipe(data=""), tmp_path, 0, together)
+    assert log.every == LOG_EVERY > 1 == log_of(tmp_path).every
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -250,7 +253,7 @@ def test_it_learns(options, tmp_path):
     recipe = recipe_from(build_parser().parse_args([*options, "--out", "unused", "--iterations", "40"]))
     torch.manual_seed(0)
     net = TransformNet("instance", width=8)
-    loss = style_training.build_loss(recipe.style, 32, recipe.vgg, recipe.style_layers, recipe.content_layer)
+    loss = build_loss(recipe.style, 32, recipe.vgg, recipe.style_layers, recipe.content_layer)
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
     photos = torch.rand(2, 3, 32, 32)
     totals = [train_step(net, loss, optimizer, photos, photos, amp=False).total.item() for _ in range(40)]
@@ -272,11 +275,11 @@ def test_tensorboard_logs(options, tmp_path):
 
 
 def test_the_step_size_decays_to_zero_when_asked():
-    recipe = training.Recipe(data="", iterations=100, lr=0.5, decay=True)
-    assert training.learning_rate(recipe, 1) == 0.5
-    assert abs(training.learning_rate(recipe, 51) - 0.25) < 1e-9
-    assert 0 < training.learning_rate(recipe, 100) < 1e-3
-    assert training.learning_rate(training.Recipe(data=""), 40_000) == 1e-3
+    recipe = Recipe(data="", iterations=100, lr=0.5, decay=True)
+    assert learning_rate(recipe, 1) == 0.5
+    assert abs(learning_rate(recipe, 51) - 0.25) < 1e-9
+    assert 0 < learning_rate(recipe, 100) < 1e-3
+    assert learning_rate(Recipe(data=""), 40_000) == 1e-3
 
 
 @pytest.mark.parametrize(

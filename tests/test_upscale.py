@@ -9,8 +9,8 @@ from conftest import picture, pixels
 from PIL import Image
 
 from fastperc import SRCNN, InputError, SuperResolutionNet, reference, save
-from fastperc.images import Photo, read_image
-from fastperc.upscale import match_histograms, painter_of, upscale
+from fastperc.photos.photo import Photo, read_image
+from fastperc.photos.upscale import match_histograms, painter_of, upscale
 
 
 def network(scale=4):

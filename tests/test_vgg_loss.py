@@ -11,7 +11,7 @@ from cases import RUNS, dtype_id, error, half_precision, no_worse
 
 from fastperc import _native, gram_matrix, ops, reference, use_backend
 from fastperc.ops.vgg_loss import composed
-from fastperc.reference import FrozenConv
+from fastperc.types import FrozenConv
 
 CHANNELS_LAST = torch.channels_last
 CASES = [

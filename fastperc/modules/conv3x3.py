@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastperc import ops
 
 if TYPE_CHECKING:
-    from fastperc.modules.conv_bn_relu import PaddingMode  # which imports this module
+    from fastperc.modules.norms import PaddingMode
 
 
 class Conv3x3(nn.Conv2d):

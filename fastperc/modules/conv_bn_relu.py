@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from fastperc import ops
 from fastperc.modules.conv3x3 import Conv3x3
-
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
-
-
-def make_norm(kind: str, channels: int) -> nn.Module:
-    """The normalisation called ``kind``, ``"batch"`` or ``"instance"``, with a scale and a shift per channel."""
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    if kind == "instance":
-        return nn.InstanceNorm2d(channels, affine=True)
-    raise ValueError(f"norm must be 'batch' or 'instance', got {kind!r}")
+from fastperc.modules.norms import PaddingMode, make_norm
 
 
 class ConvBNReLU(nn.Module):

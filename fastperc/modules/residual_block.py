@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastperc import ops
 from fastperc.modules.conv3x3 import Conv3x3
-from fastperc.modules.conv_bn_relu import PaddingMode, make_norm
+from fastperc.modules.norms import PaddingMode, make_norm
 
 
 class ResidualBlock(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastperc import ops
-from fastperc.modules.conv_bn_relu import PaddingMode
+from fastperc.modules.norms import PaddingMode
 
 
 class RGBConv(nn.Conv2d):

@@ -24,7 +24,7 @@ from fastperc.ops.frozen import (
     unsupported,
 )
 from fastperc.ops.instance_norm import native_instance_norm, triton_finish
-from fastperc.reference import InstanceNorm, Padding
+from fastperc.types import InstanceNorm, Padding
 
 
 def conv_bn_relu(
@@ -157,7 +157,7 @@ def triton_conv_bn_relu(
     skip: Tensor | None,
 ) -> Tensor:
     from fastperc.kernels import conv_bn_relu as kernels
-    from fastperc.kernels.deferred import Deferred
+    from fastperc.types import Deferred
 
     n, _, height, width = x.shape
     left, right, top, bottom = padding

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import backends, reference
-from fastperc.distributed import gathered
+from fastperc.collective import gathered
 from fastperc.ops.frozen import channels_last, compute_dtype, empty_like
 from fastperc.ops.layer import Layer, unsupported
 from fastperc.ops.norm_relu import group_of, norm_relu
 from fastperc.ops.subpixel_conv_bn_relu import as_transposed
 
 if TYPE_CHECKING:
-    from fastperc.kernels.deferred import Deferred
+    from fastperc.types import Deferred
 
 
 def conv_chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -137,7 +137,7 @@ def _inputs(
 ) -> Iterator[Deferred]:
     """What each layer loads, and at last what the chain gives; ``make(i, source)`` is layer i's raw output and its
     norm's coefficients. What a skip adds, or was added to, is written out."""
-    from fastperc.kernels.deferred import Deferred
+    from fastperc.types import Deferred
 
     node, before, skip = Deferred(x if layers[0].kind == "stem" else channels_last(x)), None, None
     for i, layer in enumerate(layers):
@@ -221,8 +221,8 @@ def _backward(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of ``x`` and ``parameters``, where they are ``needed``."""
-    from fastperc.kernels.deferred import Deferred
     from fastperc.kernels.fold_gradient import fold_gradient, fold_gradient_tiles
+    from fastperc.types import Deferred
 
     sources = list(islice(_inputs(x, layers, lambda i, source: made[i]), len(layers)))
     outputs = [Deferred(y, coefficients, layer.relu) for layer, (y, coefficients) in zip(layers, made)]
@@ -277,8 +277,8 @@ def _through_norm(
 ) -> tuple[Deferred, tuple[Tensor, Tensor, Tensor]]:
     """The gradient of a layer's raw output, to be computed where it is loaded, from that after its norm; and those of
     the convolution's bias and of the norm's weight and bias."""
-    from fastperc.kernels.deferred import Deferred
     from fastperc.kernels.instance_norm import gradient_coefficients
+    from fastperc.types import Deferred
 
     bias, norm_weight = weights[1], weights[2]
     assert output.coefficients is not None

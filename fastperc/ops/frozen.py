@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastperc import _native
 from fastperc.ops.packing import packed
-from fastperc.reference import InstanceNorm
+from fastperc.types import InstanceNorm
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor, channels: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastperc import _native, backends, reference
 from fastperc.ops.frozen import empty_like, native_unsupported, unsupported
-from fastperc.reference import Window
+from fastperc.types import Window
 
 
 def image_io(image: Tensor, window: Window, scale: float, shift: float, dtype: torch.dtype) -> Tensor:

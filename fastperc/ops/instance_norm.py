@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastperc import _native, backends, reference
 from fastperc.ops.frozen import channels_last, native_unsupported, side_by_side, unsupported
-from fastperc.reference import InstanceNorm
+from fastperc.types import InstanceNorm
 
 
 def instance_norm(x: Tensor, norm: InstanceNorm, relu: bool = False, skip: Tensor | None = None) -> Tensor:

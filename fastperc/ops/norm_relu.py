@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastperc import _native, backends, reference
-from fastperc.distributed import combine_over_processes, gathered
+from fastperc.collective import combine_over_processes, gathered
 from fastperc.ops.frozen import channels_last, native_unsupported, side_by_side, transformed
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)

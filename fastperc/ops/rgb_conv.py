@@ -28,7 +28,7 @@ from fastperc.ops.frozen import (
 from fastperc.ops.image_io import image_io, scale_of
 from fastperc.ops.instance_norm import triton_finish
 from fastperc.ops.packing import packed
-from fastperc.reference import InstanceNorm, Padding, Window
+from fastperc.types import InstanceNorm, Padding, Window
 
 OUTPUTS = ("tanh", "linear")
 PIXELS_AT_ONCE = 1 << 18  # of the products on the CPU: so many that the rows which two share do not count
@@ -206,7 +206,7 @@ def rgb_conv_head(
         return native_head(x, weight, bias, padding, padding_mode, output, out)
 
     from fastperc.kernels import rgb_conv_head as kernels
-    from fastperc.kernels.deferred import Deferred
+    from fastperc.types import Deferred
 
     weights = packed(("head", x.dtype), lambda: kernels.pack(weight.detach().float()).to(x.dtype), weight)
     with backends.on_device(x):

@@ -17,7 +17,7 @@ from fastperc.ops import onednn
 from fastperc.ops.frozen import channels_last, check, empty_like, in_dtype, native_unsupported, unsupported
 from fastperc.ops.instance_norm import native_instance_norm, triton_finish, triton_instance_norm
 from fastperc.ops.packing import packed
-from fastperc.reference import InstanceNorm, Padding
+from fastperc.types import InstanceNorm, Padding
 
 UPSAMPLE = ("transposed", "nearest")
 
@@ -104,7 +104,7 @@ def triton_subpixel(
 ) -> Tensor:
     """The Triton kernel, on all of ``x``; what only neighbours give is cut off."""
     from fastperc.kernels import subpixel_conv_bn_relu as kernels
-    from fastperc.kernels.deferred import Deferred
+    from fastperc.types import Deferred
 
     x = channels_last(x)
     n, _, height, width = x.shape

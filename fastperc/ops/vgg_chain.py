@@ -22,7 +22,7 @@ from fastperc import _native
 from fastperc.ops.conv3x3 import slower, unsupported, winograd
 from fastperc.ops.frozen import empty_like
 from fastperc.ops.packing import packed
-from fastperc.reference import FrozenConv
+from fastperc.types import FrozenConv
 
 
 class Packed(NamedTuple):

@@ -13,7 +13,7 @@ from fastperc.ops.frozen import compute_dtype
 from fastperc.ops.gram_loss import gram_loss
 from fastperc.ops.gram_loss import triton_unsupported as gram_loss_by_triton
 from fastperc.ops.vgg_chain import Layer, Packed, backward_chain, forward_chain, kernels_of, pack, unpool
-from fastperc.reference import FrozenConv
+from fastperc.types import FrozenConv
 
 
 class Terms(NamedTuple):

@@ -1,0 +1,68 @@
+"""``fastperc optimize``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from fastperc.cli.options import add_device, add_layers, path, positive, positive_float, weight
+from fastperc.errors import InputError
+
+
+def add(commands: argparse._SubParsersAction[Any]) -> None:
+    parser = commands.add_parser(
+        "optimize",
+        help="paint one photo by optimising its pixels (slow; the paper's baseline)",
+        description="Optimises the picture itself under the training objective: minutes, not milliseconds, and no "
+        "network to train.",
+    )
+    parser.add_argument("input", type=path, metavar="INPUT", help="the photo")
+    parser.add_argument("-o", "--out", required=True, type=path, help="the picture to write")
+    parser.add_argument("--style", required=True, type=path, metavar="IMG", help="the painting")
+    parser.add_argument("--vgg", type=path, metavar="FILE", help="VGG-16 weights; default: fetch torchvision's")
+    add_layers(parser)
+    parser.add_argument("--content-weight", type=weight, metavar="X", help="beside a style weight of 1; default: 0.3")
+    parser.add_argument("--tv-weight", type=weight, metavar="X", help="default: 0")
+    parser.add_argument(
+        "--style-size",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="the painting's shorter side; default: %(default)s",
+    )
+    parser.add_argument(
+        "--size", type=positive, metavar="N", help="resize so that the longer side has N pixels; default: as it is"
+    )
+    parser.add_argument("--iterations", type=positive, default=500, metavar="N", help="default: %(default)s")
+    parser.add_argument("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="default: %(default)s")
+    parser.add_argument("--lr", type=positive_float, metavar="X", help="default: 1 for lbfgs, 0.02 for adam")
+    add_device(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from fastperc.devices import find_device
+    from fastperc.files import check_writable
+    from fastperc.photos.optimize import optimize
+    from fastperc.photos.photo import Photo, check_format, to_image, write_image
+    from fastperc.photos.stylize import read_photo
+    from fastperc.training.objective import build_loss
+
+    if os.path.realpath(arguments.out) == os.path.realpath(arguments.input):
+        raise InputError(f"{arguments.out}: would overwrite the photo; name another output")
+    check_writable(check_format(arguments.out))
+    device = find_device(arguments.device)
+    photo = read_photo(arguments.input, arguments.size)
+    loss = build_loss(
+        arguments.style,
+        arguments.style_size,
+        arguments.vgg,
+        arguments.style_layers,
+        arguments.content_layer,
+        content_weight=arguments.content_weight,
+        tv_weight=arguments.tv_weight,
+    ).to(device)
+    image = optimize(photo.tensor().to(device), loss, arguments.iterations, arguments.optimizer, arguments.lr)
+    write_image(arguments.out, Photo(to_image(image[0]), photo.alpha, photo.metadata))
+    return 0

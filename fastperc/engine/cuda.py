@@ -1,0 +1,109 @@
+"""CUDA graphs of an engine's passes, and the copies that run beside them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastperc.engine.frames import as_nchw
+
+GRAPHS = 8  # shapes whose CUDA graphs are kept
+
+
+class Graph(NamedTuple):
+    """A pass recorded once: it reads ``image`` and writes ``picture``."""
+
+    graph: torch.cuda.CUDAGraph
+    image: Tensor
+    picture: Tensor
+
+
+class Graphs:
+    """The CUDA graphs of an engine's passes, one for each shape, the least recently used given up first.
+
+    They take turns, whatever streams and threads ask for them, and so share what memory they need on the way.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._lock = threading.Lock()
+        self._done: torch.cuda.Event | None = None  # with the last turn
+        self._pool: Any = None
+
+    def run(self, key: Hashable, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Tensor:
+        """``paint(image)``, of which there is or will be a graph called ``key``."""
+        with self._lock, torch.cuda.device(image.device):
+            stream = torch.cuda.current_stream()
+            if self._done is not None:
+                stream.wait_event(self._done)
+            kept = self._kept.pop(key, None) or self._record(image, paint)
+            self._kept[key] = kept
+            kept.image.copy_(image)
+            kept.graph.replay()
+            picture = kept.picture.clone()
+            self._done = stream.record_event()
+            if len(self._kept) > GRAPHS:
+                self._done.synchronize()
+                self._kept.popitem(last=False)
+        return picture
+
+    def _record(self, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Graph:
+        static = torch.empty_like(image).copy_(image)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # kernels are compiled, weights packed and libraries choose before the recording
+                paint(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            picture = paint(static)
+        return Graph(graph, static, picture)
+
+
+class Pipeline:
+    """Frames on their way through a GPU: up, painted, down, each on a stream of its own."""
+
+    AHEAD = 2  # frames under way when a picture is asked for
+
+    def __init__(self, engine: Callable[..., Tensor], device: torch.device) -> None:
+        self._engine, self._device = engine, device
+        self._up, self._paint, self._down = (torch.cuda.Stream(device) for _ in range(3))
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event, Tensor]] = deque()
+
+    def put(self, frame: Tensor) -> Iterator[Tensor]:
+        """Sends ``frame`` off; gives the picture that is due, if one is."""
+        as_nchw(frame)
+        pinned = frame.pin_memory()
+        with torch.cuda.stream(self._up):
+            image = pinned.to(self._device, non_blocking=True)
+        self._paint.wait_stream(self._up)
+        with torch.cuda.stream(self._paint):
+            image.record_stream(self._paint)
+            picture = self._engine(image, tile="off")
+        self._down.wait_stream(self._paint)
+        with torch.cuda.stream(self._down):
+            picture.record_stream(self._down)
+            result = torch.empty(picture.shape, dtype=picture.dtype, pin_memory=True)
+            result.copy_(picture, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        self._under_way.append((result, done, pinned))
+        if len(self._under_way) > self.AHEAD:
+            yield self._next()
+
+    def drain(self) -> Iterator[Tensor]:
+        """The pictures still under way."""
+        while self._under_way:
+            yield self._next()
+
+    def _next(self) -> Tensor:
+        result, done, _ = self._under_way.popleft()
+        done.synchronize()
+        return result

@@ -1,0 +1,260 @@
+"""A network as the list of its convolutions, and which part of each map a part of the picture is made of.
+
+    picture ← head ← up ← … ← stem ← frame: the image, mirrored outwards as far as the network wants
+
+A map is what stands between two steps; map 0 is the frame, map i + 1 what step i gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastperc import backends, ops
+from fastperc.models import SuperResolutionNet, TransformNet
+from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
+from fastperc.types import InstanceNorm, Padding, Window
+
+PADDING_MODES = ("zeros", "reflect")
+
+
+class Step(NamedTuple):
+    """A convolution with all that follows it, batch norm folded in."""
+
+    name: str  # of the convolution in the state_dict
+    weight: Tensor
+    bias: Tensor
+    stride: int = 1
+    padding: int = 0
+    padding_mode: str = "zeros"
+    upsample: str | None = None  # "transposed" or "nearest": doubles the size
+    norm: InstanceNorm | None = None
+    relu: bool = True
+    skip: bool = False  # whether the input of the step before is added
+    end: str | None = None  # "first" or "last" of the network
+
+    @property
+    def kernel(self) -> int:
+        return self.weight.shape[2]
+
+    @property
+    def channels(self) -> int:
+        return len(self.bias)
+
+    def output_size(self, size: int) -> int:
+        """The pixels in a row or column of its output, of those of its input."""
+        return 2 * size if self.upsample else (size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    def source(self, start: int, stop: int, size: int) -> tuple[int, int, int, int]:
+        """Along one axis, what of its input of ``size`` makes the pixels from ``start`` to ``stop`` of its output:
+        first, end, and how many pixels of padding come before and after."""
+        if self.upsample:
+            first, end = start // 2 - 1, (stop + 1) // 2 + 1
+        else:
+            first = start * self.stride - self.padding
+            end = (stop - 1) * self.stride - self.padding + self.kernel
+        return max(first, 0), min(end, size), max(-first, 0), max(end - size, 0)
+
+    def added(self, region: Window) -> Window:
+        """What of the input of the step before is added to a ``region`` of the output: all but what two convolutions
+        without padding trimmed."""
+        trimmed = 2 * (self.kernel // 2 - self.padding)
+        return region._replace(top=region.top + trimmed, left=region.left + trimmed)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Step:
+        """The step with its tensors there."""
+        norm = self.norm and InstanceNorm(
+            self.norm.weight.to(device, dtype), self.norm.bias.to(device, dtype), self.norm.eps
+        )
+        return self._replace(weight=self.weight.to(device, dtype), bias=self.bias.to(device, dtype), norm=norm)
+
+    def with_statistics(self, mean: Tensor, variance: Tensor) -> Step:
+        """The step with its instance norm folded in, as that of an image with these statistics [C], float64."""
+        assert self.norm is not None
+        scale = self.norm.weight.double() / (variance + self.norm.eps).sqrt()
+        weight, bias = scaled(self.weight, self.bias, scale, self.upsample == "transposed")
+        return self._replace(weight=weight, bias=bias + (self.norm.bias - mean * scale).to(bias.dtype), norm=None)
+
+
+class Part(NamedTuple):
+    """What a step does for a part of its output."""
+
+    region: Window  # of its output
+    source: Window  # of its input
+    padding: Padding  # what the source lacks
+
+
+class Plan(NamedTuple):
+    """A frozen network."""
+
+    steps: tuple[Step, ...]  # the first sees the frame, the last makes the picture
+    scale: int  # pixels of the picture to one of the image
+    border: int  # mirrored pixels around the image
+    multiple: int  # the frame's sides are multiples of this
+    output: str  # "tanh" or "linear": see fastperc.ops.rgb_conv_head
+    dtype: torch.dtype  # what is computed in
+
+    @property
+    def input_range(self) -> tuple[float, float]:
+        """What RGB in 0–1 is multiplied by for the first convolution, and what is added."""
+        return (2.0, -1.0) if self.output == "tanh" else (255.0, 0.0)
+
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Height and width of each map, for an image of this size."""
+        sizes = [(height + 2 * self.border + -height % self.multiple, width + 2 * self.border + -width % self.multiple)]
+        for step in self.steps:
+            sizes.append((step.output_size(sizes[-1][0]), step.output_size(sizes[-1][1])))
+        return sizes
+
+    @property
+    def bytes_per_pixel(self) -> float:
+        """The most memory that a whole pass holds at once, for a pixel of the frame: two neighbouring maps, and what
+        waits to be added."""
+        amounts, pixels = [3.0], 1.0
+        for step in self.steps:
+            pixels *= 4 if step.upsample else 1 / step.stride**2
+            amounts.append(step.channels * pixels)
+        held = [a + b for a, b in pairwise(amounts)]
+        held += [sum(amounts[i - 1 : i + 2]) for i, step in enumerate(self.steps) if step.skip]
+        return max(held) * self.dtype.itemsize
+
+
+def plan_of(net: nn.Module, dtype: torch.dtype, device: torch.device) -> Plan:
+    """``net`` in eval mode, its batch norms folded in float64, its weights in float32 or, for float64, in that.
+
+    Raises:
+        TypeError: no network of this project's that is a chain of its layers.
+        ValueError: weights or running statistics that are not finite.
+    """
+    if isinstance(net, TransformNet):
+        scale, border, multiple, output = 1, net.border, 4, net.output
+    elif isinstance(net, SuperResolutionNet):
+        scale, border, multiple, output = net.config["scale"], 0, 1, "tanh"
+    else:
+        raise TypeError(f"freeze takes a TransformNet or a SuperResolutionNet, got {type(net).__name__}")
+    wide = torch.promote_types(dtype, torch.float32)
+    steps = [step.to(device, wide) for name, layer in net.named_children() for step in steps_of(layer, name)]
+    for step in steps:
+        tensors = (step.weight, step.bias, *(step.norm[:2] if step.norm else ()))
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ValueError(f"the network's {step.name} has weights or statistics that are not finite")
+    steps[0], steps[-1] = steps[0]._replace(end="first"), steps[-1]._replace(end="last")
+    return Plan(tuple(steps), scale, border, multiple, output, dtype)
+
+
+def steps_of(layer: nn.Module, name: str = "") -> Iterator[Step]:
+    """The convolutions of a layer, or of several in a row, called ``name``; with float64 weights of their own."""
+
+    def step(conv: nn.Module, norm: nn.Module | None, where: str, **changes: object) -> Step:
+        assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(conv.padding, tuple)
+        if conv.padding_mode not in PADDING_MODES:
+            raise ValueError(f"{where}: no frozen convolution pads by {conv.padding_mode!r}")
+        weight, bias = conv.weight.detach().double(), conv.bias.detach().double()  # type: ignore[union-attr]
+        instance = None
+        if isinstance(norm, nn.InstanceNorm2d):
+            instance = InstanceNorm(norm.weight.detach().clone(), norm.bias.detach().clone(), norm.eps)
+        elif isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None and norm.running_var is not None
+            factor = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+            weight, bias = scaled(
+                weight, bias - norm.running_mean.double(), factor, isinstance(conv, nn.ConvTranspose2d)
+            )
+            bias = bias + norm.bias.detach().double()
+        made = Step(where, weight, bias, conv.stride[0], conv.padding[0], conv.padding_mode, norm=instance)
+        return made._replace(**changes)  # type: ignore[arg-type]
+
+    if isinstance(layer, nn.Sequential):
+        for child, module in layer.named_children():
+            yield from steps_of(module, f"{name}.{child}")
+    elif isinstance(layer, ConvBNReLU):
+        yield step(layer.conv, layer.norm, f"{name}.conv", relu=layer.relu)
+    elif isinstance(layer, SubpixelConvBNReLU):
+        yield step(layer.conv, layer.norm, f"{name}.conv", stride=1, padding=1, upsample=layer.upsample)
+    elif isinstance(layer, ResidualBlock):
+        yield step(layer.conv1, layer.norm1, f"{name}.conv1")
+        after = dict(relu=layer.residual is not True, skip=bool(layer.residual))
+        yield step(layer.conv2, layer.norm2, f"{name}.conv2", **after)
+    else:
+        yield step(layer, None, name, relu=False)
+
+
+def scaled(weight: Tensor, bias: Tensor, factor: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """A convolution's ``weight`` and ``bias`` with each filter times its ``factor``; the same dtypes."""
+    shape = (1, -1, 1, 1) if transposed else (-1, 1, 1, 1)
+    return (weight * factor.view(shape)).to(weight.dtype), (bias * factor).to(bias.dtype)
+
+
+def parts(steps: Sequence[Step], sizes: Sequence[tuple[int, int]], region: Window) -> list[Part]:
+    """What each of ``steps`` does for ``region`` of the last one's output; ``sizes`` begin with that of the first one's
+    input."""
+    found = []
+    for step, (height, width) in reversed([*zip(steps, sizes)]):
+        top, bottom, above, below = step.source(region.top, region.top + region.height, height)
+        left, right, before, after = step.source(region.left, region.left + region.width, width)
+        source = Window(top, left, bottom - top, right - left)
+        found.append(Part(region, source, (before, after, above, below)))
+        region = source
+    return found[::-1]
+
+
+def forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor, picture: Tensor | None) -> Tensor:
+    """What the last of ``steps`` gives, each doing its part.
+
+    Args:
+        plan: what the steps are from.
+        steps: some that follow one another.
+        doing: their parts.
+        x: the first one's source; of the network's first step the image, [N, 3, H, W].
+        picture: what the network's last step fills, [N, 3, H', W'] of the dtype and strides that are wanted.
+
+    Whatever autocast says, what is computed in is the plan's dtype.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return _forward(plan, steps, doing, x, picture)
+
+
+def _forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor, picture: Tensor | None) -> Tensor:
+    before = None  # the input of the step before, and which part of its map that is, where the next one adds it
+    for step, part, after in zip(steps, doing, (*steps[1:], None)):
+        backends.at_layer(step.name)
+        if step.end == "last":
+            assert picture is not None
+            ops.rgb_conv_head(x, step.weight, step.bias, part.padding, step.padding_mode, plan.output, picture)
+            return picture
+        if step.end == "first":
+            source = part.source
+            window = source._replace(top=source.top - plan.border, left=source.left - plan.border)
+            pixels = window, *plan.input_range, part.padding, step.padding_mode
+            y = ops.rgb_conv_stem(x, step.weight, step.bias, *pixels, step.norm, step.relu, plan.dtype)
+        else:
+            skip = None
+            if step.skip:
+                assert before is not None
+                skip = cut(*before, step.added(part.region))
+            y = inner(step, part, x, skip)
+        before = (x, part.source) if after is not None and after.skip else None
+        x = y
+    return x
+
+
+def inner(step: Step, part: Part, x: Tensor, skip: Tensor | None) -> Tensor:
+    """A step within the network."""
+    if step.upsample is None:
+        return ops.conv_bn_relu(
+            x, step.weight, step.bias, step.stride, part.padding, step.padding_mode, step.norm, step.relu, skip
+        )
+    y = ops.subpixel_conv_bn_relu(
+        x, step.weight, step.bias, step.upsample, part.padding, step.padding_mode, step.norm, step.relu
+    )
+    top, left, height, width = part.region  # y begins at an even row and column
+    return y[:, :, top % 2 : top % 2 + height, left % 2 : left % 2 + width]
+
+
+def cut(x: Tensor, source: Window, wanted: Window) -> Tensor:
+    """The part ``wanted`` of a map of which ``x`` is the part ``source``."""
+    top, left = wanted.top - source.top, wanted.left - source.left
+    return x[:, :, top : top + wanted.height, left : left + wanted.width]

@@ -1,0 +1,132 @@
+"""The paper's objective: content, style and total variation under one roof."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastperc import ops, reference
+from fastperc.models.vgg import LAYERS, VGG16Features
+from fastperc.modules import TVLoss
+from fastperc.presets import CONVENTIONS
+
+
+class FeatureLoss(nn.Module):
+    """``weight`` · ‖x − target‖² / (C·H·W), averaged over the batch (paper, equation 2).
+
+    Equivalent to ``weight * F.mse_loss(x, target)`` in float32. Both are [N, C, H, W]; returns a scalar, float32 or
+    wider.
+
+    Raises:
+        ValueError: on forward, when the shapes differ.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        if x.shape != target.shape:
+            raise ValueError(f"{type(self).__name__} needs equal shapes, got {list(x.shape)} and {list(target.shape)}")
+        return self.weight * reference.feature_loss(x, target)
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}"
+
+
+class PixelLoss(FeatureLoss):
+    """``weight`` · ‖ŷ − y‖² / (C·H·W), averaged over the batch: :class:`FeatureLoss` on the images themselves."""
+
+
+class PerceptualTerms(NamedTuple):
+    """The weighted terms of a :class:`PerceptualLoss` and their sum; scalars."""
+
+    total: Tensor
+    content: Tensor
+    style: Tensor
+    tv: Tensor
+
+
+class PerceptualLoss(nn.Module):
+    """Content, style and total variation of an image, as one weighted sum (paper, equation 5).
+
+    ``forward(output, content)`` takes RGB images in 0–1 [N, 3, H, W] and returns :class:`PerceptualTerms`. Gradients
+    flow to ``output`` only.
+
+    Args:
+        features: the loss network, built with the layers named here.
+        style: the painting, RGB in 0–1 [1, 3, H, W]; its Gram matrices are taken once. ``None``: no style term, as in
+            super-resolution.
+        content_layer: φ of the content term.
+        style_layers: one Gram term each. Default: every layer of ``features``.
+        convention: what the weights multiply: ``"paper"``, ``"means"`` or ``"relative"``; see ``CONVENTIONS``.
+        content_weight, style_weight, tv_weight: default to the convention's.
+
+    Raises:
+        ValueError: unknown convention, or a layer that ``features`` was not built with.
+    """
+
+    style_scales: Tensor
+
+    def __init__(
+        self,
+        features: VGG16Features,
+        style: Tensor | None = None,
+        *,
+        content_layer: str = "relu2_2",
+        style_layers: Iterable[str] | None = None,
+        convention: str = "paper",
+        content_weight: float | None = None,
+        style_weight: float | None = None,
+        tv_weight: float | None = None,
+    ) -> None:
+        super().__init__()
+        if convention not in CONVENTIONS:
+            raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+        defaults = CONVENTIONS[convention]
+        self.convention = convention
+        self.content_weight = defaults["content_weight"] if content_weight is None else content_weight
+        self.style_weight = defaults["style_weight"] if style_weight is None else style_weight
+        self.tv_weight = defaults["tv_weight"] if tv_weight is None else tv_weight
+
+        self.features = features
+        self.content_layer = content_layer
+        self.style_layers = () if style is None else tuple(style_layers or features.layers)
+        missing = [layer for layer in (content_layer, *self.style_layers) if layer not in features.layers]
+        if missing:
+            raise ValueError(f"the loss network was built without {', '.join(missing)}")
+        self.tv_loss = TVLoss(reduction="mean" if convention == "relative" else "sum")
+        scales = []
+        for layer, activation in ({} if style is None else self.style_features(style)).items():
+            gram = reference.gram_matrix(activation)
+            self.register_buffer(f"gram_{layer}", gram)
+            scales.append({"paper": 1.0, "means": 1 / gram.numel(), "relative": 1 / gram.square().sum()}[convention])
+        self.register_buffer("style_scales", torch.tensor(scales))
+
+    @torch.no_grad()
+    def style_features(self, style: Tensor) -> dict[str, Tensor]:
+        """The painting's activations at the style layers, in their order."""
+        features = self.features(style, self.style_layers)
+        return {layer: features[layer] for layer in self.style_layers}
+
+    def forward(self, output: Tensor, content: Tensor) -> PerceptualTerms:
+        grams = {LAYERS.index(layer): self.get_buffer(f"gram_{layer}") for layer in self.style_layers}
+        normalized = self.features.normalized
+        terms = ops.vgg_loss(
+            normalized(output), normalized(content), self.features.frozen(), LAYERS.index(self.content_layer), grams
+        )
+        content_term = terms.content / terms.target_square if self.convention == "relative" else terms.content
+        style_term = (terms.style * self.style_scales).sum()
+        tv_term = self.tv_loss(output)
+        if self.convention == "paper":
+            tv_term = tv_term * 255**2 / max(len(output), 1)
+        elif self.convention == "means":
+            tv_term = tv_term * 255**2 / 2
+
+        content_term = self.content_weight * content_term
+        style_term = self.style_weight * style_term
+        tv_term = self.tv_weight * tv_term
+        return PerceptualTerms(content_term + style_term + tv_term, content_term, style_term, tv_term)

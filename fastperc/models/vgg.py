@@ -1,0 +1,156 @@
+"""VGG-16 as a fixed loss network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from fastperc import ops
+from fastperc.errors import InputError
+from fastperc.files import read_tensors, write_tensors
+from fastperc.types import FrozenConv
+
+# Convolutions of each stage; a 2×2 max pooling stands between stages.
+STAGES = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512))
+# (name, in, out) of every convolution, in order: ("1_1", 3, 64), ("1_2", 64, 64), …
+CONVOLUTIONS = tuple(
+    (f"{stage}_{i}", c_in, c_out)
+    for stage, channels in enumerate(STAGES, start=1)
+    for i, (c_in, c_out) in enumerate(pairwise(channels), start=1)
+)
+LAYERS = tuple(f"relu{name}" for name, _, _ in CONVOLUTIONS)
+# Where torchvision's `features` Sequential keeps them: conv, ReLU, …, with a pooling after each stage.
+TORCHVISION_INDEX = dict(zip((name for name, _, _ in CONVOLUTIONS), (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)))
+TORCHVISION_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+
+# What the first convolution of each set of published weights expects, as mean and deviation of RGB in 0–1.
+PREPROCESSING = {
+    "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255, 1 / 255, 1 / 255)),  # and its channels are BGR
+    "torchvision": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+class VGG16Features(nn.Module):
+    """The activations of a pretrained VGG-16: RGB in 0–1 [N, 3, H, W] → a dict from layer name to [N, C, H', W'].
+
+    The network ends at the deepest layer asked for, and its weights never require gradients; gradients flow to the
+    image. ``relu1_2``, ``relu2_2``, ``relu3_3`` and ``relu4_3`` are the paper's.
+
+    Args:
+        weights_path: ``.npz`` with ``conv1_1.weight`` … (Caffe's original weights), torchvision's ``.pth``, or a
+            ``.safetensors`` with either's names. ``None`` fetches torchvision's weights through
+            ``torch.hub``, once (a download of 528 MB, of which 59 are kept).
+        layers: names among ``relu1_1`` … ``relu5_3``.
+        preprocessing: ``"caffe"`` (BGR, 0–255 minus the mean) or ``"torchvision"``. Default: told by the names of
+            the weights, ``conv1_1.weight`` being Caffe's and ``features.0.weight`` torchvision's.
+
+    Raises:
+        ValueError: an unknown layer.
+        InputError: the file is missing, unreadable or lacks a layer; no weights given and none can be fetched.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        weights_path: str | os.PathLike[str] | None = None,
+        layers: Iterable[str] = ("relu1_2", "relu2_2", "relu3_3", "relu4_3"),
+        *,
+        preprocessing: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        unknown = [layer for layer in self.layers if layer not in LAYERS]
+        if unknown or not self.layers:
+            raise ValueError(
+                f"no such VGG-16 layer: {', '.join(unknown) or '(none given)'}; there are {', '.join(LAYERS)}"
+            )
+        depth = 1 + max(LAYERS.index(layer) for layer in self.layers)
+
+        if weights_path is None:
+            source, tensors = "torchvision's vgg16", fetch_torchvision_weights()
+        else:
+            source, (tensors, _) = str(weights_path), read_tensors(weights_path)
+        from_torchvision = "features.0.weight" in tensors
+        preprocessing = preprocessing or ("torchvision" if from_torchvision else "caffe")
+        if preprocessing not in PREPROCESSING:
+            raise ValueError(f"preprocessing must be one of {', '.join(PREPROCESSING)}, got {preprocessing!r}")
+
+        self.convs = nn.ModuleDict()
+        for name, c_in, c_out in CONVOLUTIONS[:depth]:
+            key = f"features.{TORCHVISION_INDEX[name]}" if from_torchvision else f"conv{name}"
+            weight, bias = tensors.get(f"{key}.weight"), tensors.get(f"{key}.bias")
+            if weight is None or bias is None:
+                beyond = [layer for layer in self.layers if LAYERS.index(layer) >= LAYERS.index(f"relu{name}")]
+                raise InputError(
+                    f"{source} has no conv{name}, so it cannot give {', '.join(beyond)}: leave those layers out, "
+                    f"or use weights that reach them"
+                )
+            if weight.shape != (c_out, c_in, 3, 3) or bias.shape != (c_out,):
+                raise InputError(
+                    f"{source}: conv{name} has weight {list(weight.shape)} and bias {list(bias.shape)}, "
+                    f"VGG-16's are {[c_out, c_in, 3, 3]} and {[c_out]}"
+                )
+            if name == "1_1" and preprocessing == "caffe":
+                weight = weight.flip(1)  # BGR to RGB
+            conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+            conv.weight.data.copy_(weight)
+            conv.bias.data.copy_(bias)  # type: ignore[union-attr]
+            self.convs[name] = conv
+
+        mean, std = PREPROCESSING[preprocessing]
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The activations of ``layers`` (default: all those built), computing no deeper than they ask."""
+        wanted = tuple(self.layers if layers is None else layers)
+        if not set(wanted) <= set(self.layers):
+            raise ValueError(f"layers built are {', '.join(self.layers)}, asked for {', '.join(sorted(wanted))}")
+        if x.dim() != 4 or x.shape[1] != 3:
+            raise ValueError(f"expected RGB images [N, 3, H, W], got shape {list(x.shape)}")
+        taps = {LAYERS.index(layer) for layer in wanted}
+        features = ops.vgg_features(self.normalized(x), self.frozen(), taps)
+        return {LAYERS[i]: activation for i, activation in features.items()}
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """``x``, RGB in 0–1, as the first convolution expects it."""
+        return (x - self.mean) / self.std
+
+    def frozen(self) -> list[FrozenConv]:
+        """The convolutions, by their indices in ``LAYERS``, as :func:`fastperc.ops.vgg_loss` takes them."""
+        return [
+            FrozenConv(conv.weight, conv.bias, pooled=name.endswith("_1") and name != "1_1")  # type: ignore[arg-type]
+            for name, conv in self.convs.items()
+        ]
+
+
+def fetch_torchvision_weights() -> dict[str, Tensor]:
+    """The convolutions of torchvision's published VGG-16, downloaded on first use.
+
+    ``torch.hub``'s cache keeps them (59 MB) without the classifier they come with (470 MB).
+    """
+    cache = Path(torch.hub.get_dir(), "checkpoints", "vgg16_features-397923af.safetensors")
+    if not cache.exists():
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=cache.parent) as folder:
+                tensors = torch.hub.load_state_dict_from_url(
+                    TORCHVISION_URL, folder, map_location="cpu", check_hash=True, weights_only=True
+                )
+            features = {name: tensor for name, tensor in tensors.items() if name.startswith("features.")}
+            write_tensors(cache, features, {"source": TORCHVISION_URL})
+        except OSError as error:  # no network, a time-out, a full disk
+            raise InputError(
+                f"VGG-16's weights could not be fetched ({error}): download {TORCHVISION_URL} where there is a "
+                f"network and pass the file (--vgg FILE, or weights_path)"
+            ) from None
+    return read_tensors(cache)[0]

@@ -1,0 +1,45 @@
+"""Training a style (paper, section 4.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastperc.errors import InputError
+from fastperc.models import TransformNet
+from fastperc.presets import MINIMUM_SIDE
+from fastperc.training.objective import build_loss
+from fastperc.training.recipe import Recipe, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleRecipe(Recipe):
+    """All that decides the training of a style."""
+
+    style: str
+    network: dict[str, Any] = field(default_factory=lambda: {"preset": "paper"})  # arguments of TransformNet
+    style_layers: tuple[str, ...] = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
+    content_layer: str = "relu2_2"
+    convention: str = "relative"
+    content_weight: float | None = None  # None: the convention's own
+    style_weight: float | None = None
+    tv_weight: float | None = None
+    style_size: int | None = None  # the painting's shorter side in pixels; None: as `size`
+
+    def task(self) -> Task:
+        if self.size < MINIMUM_SIDE:
+            raise InputError(f"training crops need a side of at least {MINIMUM_SIDE} pixels, not {self.size}")
+        net = TransformNet(**self.network)
+        loss = build_loss(
+            self.style,
+            self.style_size or self.size,
+            self.vgg,
+            self.style_layers,
+            self.content_layer,
+            self.convention,
+            content_weight=self.content_weight,
+            style_weight=self.style_weight,
+            tv_weight=self.tv_weight,
+        )
+        return Task(f"{Path(self.style).name} · {self.network['preset']} network", net, loss)
