@@ -18,6 +18,8 @@ from fastperc import dispatch
 from fastperc.cli import main
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from PIL import Image
 
 # The first layers of VGG-16: (name, in, out). Enough for relu1_2 and relu2_2.
@@ -34,6 +36,15 @@ def _no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backends are chosen by rule of thumb: nobody's own table is read, nor written."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     dispatch.forget()
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New tensors hold NaN until somebody writes to them."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(scope="session")

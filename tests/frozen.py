@@ -37,15 +37,6 @@ def runs(native: Callable[[torch.Tensor], str | None]) -> list[Any]:
 FROZEN_RUNS = runs(onednn.unsupported)
 
 
-@pytest.fixture
-def _poisoned():
-    """Memory that nobody wrote to holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def widened(value: Any) -> Any:
     """``value`` in float64 if it is a floating-point tensor or a norm of such."""
     if isinstance(value, InstanceNorm):

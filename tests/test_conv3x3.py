@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import error, no_worse
-from frozen import _poisoned  # noqa: F401
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -49,7 +48,7 @@ def run(backend, x, weight, bias, padding, dtype=torch.float32):
         return [y, *torch.autograd.grad(y, leaves, incoming)]
 
 
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("shape", "padding"),
     [(shape, padding) for shape in SHAPES for padding in PADDINGS if min(shape[3:]) + 2 * padding >= 3],

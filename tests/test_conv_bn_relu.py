@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from cases import DEVICES, GPU, error
-from frozen import FROZEN_RUNS, _poisoned, check, features, filters, instance_norm  # noqa: F401
+from frozen import FROZEN_RUNS, check, features, filters, instance_norm
 
 from fastperc import _native, ops, reference, use_backend
 from fastperc.ops.conv3x3 import FEWEST_LANES
@@ -57,7 +57,7 @@ def arguments(case, device, dtype):
     return (x, weight, bias, stride, padding, mode), options
 
 
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
 def test_matches_the_formula(device, backend, dtype, case):

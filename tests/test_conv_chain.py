@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from cases import GPU, dtype_id, error, no_worse
-from frozen import _poisoned  # noqa: F401
 from torch import nn
 
 from fastperc import SuperResolutionNet, TransformNet, backends, ops, use_backend
@@ -113,7 +112,7 @@ def compare(net, x, dtype):
         assert error(mine, wanted) <= max(1e-6, 1.5 * error(stock_statistics[name], wanted)), name
 
 
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("case", CASES)
 def test_modules_on_triton_match_the_formula(case, dtype):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import error
-from frozen import _poisoned, check, features, instance_norm, runs  # noqa: F401
+from frozen import check, features, instance_norm, runs
 
 from fastperc import ops, use_backend
 from fastperc.ops.frozen import native_unsupported
@@ -14,7 +14,7 @@ RUNS = runs(native_unsupported)
 SHAPES = [(1, 16, 9, 13), (3, 70, 5, 7), (2, 3, 1, 9), (1, 128, 33, 40), (1, 5, 130, 70)]
 
 
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("follows", ["nothing", "relu", "skip", "skip-relu"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 @pytest.mark.parametrize(("device", "backend", "dtype"), RUNS)

@@ -8,7 +8,6 @@ from importlib import import_module
 import pytest
 import torch
 from cases import dtype_id, error, no_worse
-from frozen import _poisoned  # noqa: F401
 from torch import nn
 
 from fastperc import SuperResolutionNet, TransformNet, backends, ops, use_backend
@@ -48,7 +47,7 @@ def run(backend, norm, x, relu, skip, dtype):
     return [y, *gradients], list(norm.buffers())
 
 
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

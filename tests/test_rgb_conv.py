@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from cases import GPU, error, no_worse
-from frozen import FROZEN_RUNS, _poisoned, features, filters, instance_norm  # noqa: F401
+from frozen import FROZEN_RUNS, features, filters, instance_norm
 
 from fastperc import backends, ops, reference, use_backend
 from fastperc.modules import RGBConv
@@ -35,7 +35,7 @@ def image_of(kind, device):
     return torch.rand(2, 3, 20, 23, device=device).to({"fp16": torch.float16, "fp32": torch.float32}[kind])
 
 
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("output", ENDS)
 @pytest.mark.parametrize("case", STEMS)
 @pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
@@ -181,7 +181,7 @@ def output_and_gradients(backend, tensors, rest, autocast=False):
         return [y, *torch.autograd.grad(y, tensors, incoming)]
 
 
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["NHWC", "NCHW"])
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("case", TRAINED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import error
-from frozen import FROZEN_RUNS, _poisoned, check, features, filters, instance_norm  # noqa: F401
+from frozen import FROZEN_RUNS, check, features, filters, instance_norm
 from torch import nn
 
 from fastperc import ops, reference
@@ -35,7 +35,7 @@ def arguments(case, device, dtype):
     return x, weight, bias, upsample, padding, mode, norm, "relu" in follows
 
 
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
 def test_matches_the_formula(device, backend, dtype, case):
