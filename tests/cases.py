@@ -17,6 +17,27 @@ SHAPES = [
     (4, 3, 64, 300),
 ]
 
+# The ways in which an image [N, C, H, W] may lie in memory.
+LAYOUTS = {
+    "nchw": lambda x: x.contiguous(),
+    "nhwc": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "cropped": lambda x: torch.nn.functional.pad(x, (2, 3, 1, 2))[..., 1 : 1 + x.shape[2], 2 : 2 + x.shape[3]],
+    "cropped-nhwc": lambda x: torch.nn.functional.pad(x, (2, 3, 1, 2)).contiguous(memory_format=torch.channels_last)[
+        ..., 1 : 1 + x.shape[2], 2 : 2 + x.shape[3]
+    ],
+    "some-channels": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "every-other-channel": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "some-channels-nhwc": lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, : x.shape[1]],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+}
+
+# The norms of total variation.
+NORMS = ["l2", "l1"]
+
+# The first layers of VGG-16: (name, in, out). Enough for relu1_2 and relu2_2.
+SHALLOW_VGG = [("1_1", 3, 64), ("1_2", 64, 64), ("2_1", 64, 128), ("2_2", 128, 128)]
+
 # Largest relative error (of norms) against the same input in float64: sums are kept in float32 or wider, gradients are
 # rounded to the dtype at the end (once by the kernel and once by the incoming gradient).
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pytest
 import torch
+from cases import SHALLOW_VGG
+from pictures import picture, pixels  # noqa: F401
 
 if not torch.cuda.is_available():  # before a kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -19,11 +21,6 @@ from fastperc.cli import main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from PIL import Image
-
-# The first layers of VGG-16: (name, in, out). Enough for relu1_2 and relu2_2.
-SHALLOW_VGG = [("1_1", 3, 64), ("1_2", 64, 64), ("2_1", 64, 128), ("2_2", 128, 128)]
 
 
 @pytest.fixture(autouse=True)
@@ -64,22 +61,6 @@ def vgg_file(vgg_tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.Temp
     path = tmp_path_factory.mktemp("vgg") / "vgg16.npz"
     np.savez(path, **{name: tensor.numpy() for name, tensor in vgg_tensors.items()})
     return path
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth colourful image with some noise: not constant, not symmetric."""
-    from PIL import Image  # here, for the tests of kernels do without
-
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    waves = [np.sin((x * a + y * b) / 9 + c) for a, b, c in rng.uniform(0.3, 2.0, (3, 3))]
-    pixels = 127 + 90 * np.stack(waves, axis=2) + rng.normal(0, 8, (height, width, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    """The levels of an image, as integers that may be subtracted."""
-    return np.asarray(image).astype(int)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The paper's networks a second time, as plain functions in float64, sharing no code with the package.
+"""The networks of the paper and the total variation, written again as plain functions in float64, without the package.
 
 Weights come from a state_dict by position: it lists convolutions and norms in the order the data meets them.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -100,3 +101,18 @@ def super_resolution_net(x: Tensor, w: Weights, scale: int, training: bool) -> T
     for _ in range(scale.bit_length() - 1):
         x = normalise(transposed(x, w), w, training).clamp_min(0)
     return 0.5 + 150 * conv(x, w, 1, 4).tanh() / 255
+
+
+def tv_loss(x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient written out by hand, in float64, pair by pair."""
+    x = x.detach().double()
+    grad = torch.zeros_like(x)
+    loss = x.new_zeros(())
+    for dim in (2, 3):
+        size = x.shape[dim]
+        d = x.narrow(dim, 1, size - 1) - x.narrow(dim, 0, size - 1)
+        loss += (d * d if norm == "l2" else d.abs()).sum()
+        slope = 2 * d if norm == "l2" else d.sign()
+        grad.narrow(dim, 1, size - 1).add_(slope)
+        grad.narrow(dim, 0, size - 1).sub_(slope)
+    return loss, grad

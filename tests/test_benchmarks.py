@@ -27,8 +27,8 @@ import networks  # noqa: E402
 import providers  # noqa: E402
 import report  # noqa: E402
 import rows  # noqa: E402
+from measured import row  # noqa: E402
 from memory import peak_bytes  # noqa: E402
-from test_report import row  # noqa: E402
 
 MiB = 2**20
 

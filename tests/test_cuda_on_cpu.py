@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import DTYPES, GRAD_ERROR, LOSS_ERROR, SHAPES, dtype_id, error, shape_id
-from test_tv_loss import LAYOUTS, NORMS, by_formula
+from cases import DTYPES, GRAD_ERROR, LAYOUTS, LOSS_ERROR, NORMS, SHAPES, dtype_id, error, shape_id
+from oracle import tv_loss as by_formula
 from torch.nn.functional import pad
 
 from fastperc import _native

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DEVICES, GPU, error
-from test_transform_net import VARIANTS, variant_id
-from test_transform_net import build as build_variant
+from variants import VARIANTS, build_variant, variant_id
 
 from fastperc import InputError, SuperResolutionNet, TransformNet, freeze, reference, use_backend
 from fastperc.engine import engine

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import error
-from test_transform_net import activations
+from variants import activations
 
 from fastperc import SRCNN, SuperResolutionNet
 from fastperc.models import super_resolution

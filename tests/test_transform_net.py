@@ -9,39 +9,17 @@ import oracle
 import pytest
 import torch
 from cases import error
+from variants import VARIANTS, activations, build_variant, variant_id
 
 from fastperc import ResidualBlock, SubpixelConvBNReLU, TransformNet
 from fastperc.presets import PRESETS
-
-VARIANTS = [
-    *[(preset, residual, {}) for preset in PRESETS for residual in (True, False, "he")],
-    ("paper", True, dict(norm="instance", upsample="nearest")),
-    ("instance", True, dict(padding="reflect", upsample="nearest")),
-    ("eccv16", True, dict(padding="zero")),
-    ("examples", True, dict(norm="batch", upsample="transposed", padding="reflect40")),
-]
-
-
-def variant_id(variant) -> str:
-    preset, residual, changes = variant
-    return "-".join([preset, {True: "residual", False: "plain", "he": "he"}[residual], *changes.values()])
-
-
-def build(preset, residual, changes) -> TransformNet:
-    net = TransformNet(preset, residual, width=8, **changes)
-    for name, tensor in net.state_dict().items():  # away from the values that hide a mistake
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2)
-        elif name.endswith(("running_mean", "norm.bias", "norm1.bias", "norm2.bias")):
-            tensor.normal_(0, 0.3)
-    return net
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 def test_matches_the_oracle(variant, training):
     preset, residual, _ = variant
-    net = build(*variant).train(training)
+    net = build_variant(*variant).train(training)
     # The state before the forward: in training mode that updates the running statistics.
     weights = oracle.Weights(copy.deepcopy(net.state_dict()), net.config["norm"])
     x = torch.rand(2, 3, 36, 29)
@@ -82,18 +60,6 @@ def test_output_size_is_input_size(preset, size):
 )
 def test_parameter_counts(preset, count):
     assert sum(parameter.numel() for parameter in TransformNet(preset).parameters()) == count
-
-
-def activations(net: torch.nn.Module, x: torch.Tensor) -> list[tuple[int, ...]]:
-    """The shapes that the layers of ``net`` give, in order: (channels, height, width)."""
-    shapes = []
-    layers = [net.stem, *net.down, *net.blocks, *net.up, net.head]
-    handles = [layer.register_forward_hook(lambda m, i, o: shapes.append(tuple(o.shape[1:]))) for layer in layers]
-    with torch.inference_mode():
-        net.eval()(x)
-    for handle in handles:
-        handle.remove()
-    return shapes
 
 
 def test_activations_of_table_1():

@@ -8,24 +8,10 @@ import threading
 
 import pytest
 import torch
-from cases import DEVICES, DTYPES, GPU, GRAD_ERROR, LOSS_ERROR, SHAPES, dtype_id, error, shape_id
+from cases import DEVICES, DTYPES, GPU, GRAD_ERROR, LAYOUTS, LOSS_ERROR, NORMS, SHAPES, dtype_id, error, shape_id
+from oracle import tv_loss as by_formula
 
 from fastperc import TVLoss, _native, ops, reference, use_backend
-
-NORMS = ["l2", "l1"]
-LAYOUTS = {
-    "nchw": lambda x: x.contiguous(),
-    "nhwc": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "cropped": lambda x: torch.nn.functional.pad(x, (2, 3, 1, 2))[..., 1 : 1 + x.shape[2], 2 : 2 + x.shape[3]],
-    "cropped-nhwc": lambda x: torch.nn.functional.pad(x, (2, 3, 1, 2)).contiguous(memory_format=torch.channels_last)[
-        ..., 1 : 1 + x.shape[2], 2 : 2 + x.shape[3]
-    ],
-    "some-channels": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
-    "every-other-channel": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
-    "some-channels-nhwc": lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, : x.shape[1]],
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "expanded": lambda x: x[:, :1].expand(x.shape),
-}
 
 
 @pytest.fixture(params=DEVICES)
@@ -34,21 +20,6 @@ def device(request):
     if obstacle := _native.unsupported(torch.empty(0, device=request.param)):
         pytest.skip(obstacle)
     return request.param
-
-
-def by_formula(x: torch.Tensor, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient written out by hand, in float64, pair by pair."""
-    x = x.detach().double()
-    grad = torch.zeros_like(x)
-    loss = x.new_zeros(())
-    for dim in (2, 3):
-        size = x.shape[dim]
-        d = x.narrow(dim, 1, size - 1) - x.narrow(dim, 0, size - 1)
-        loss += (d * d if norm == "l2" else d.abs()).sum()
-        slope = 2 * d if norm == "l2" else d.sign()
-        grad.narrow(dim, 1, size - 1).add_(slope)
-        grad.narrow(dim, 0, size - 1).sub_(slope)
-    return loss, grad
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import error
-from conftest import SHALLOW_VGG
+from cases import SHALLOW_VGG, error
 from safetensors.torch import load_file, save_file
 
 from fastperc import InputError, VGG16Features, use_backend
