@@ -1,4 +1,4 @@
-// The Python face of the compiled module. Addresses arrive as integers; fastperc/_native.py is its only caller.
+// The Python bindings of the compiled module. Addresses are passed as integers. fastperc/_native.py is the only caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -60,8 +60,8 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
 
-  // Blocks of up to `block` bytes come from memory that was freed before, of which up to `kept` bytes stay with the
-  // process; glibc would ask the system for the larger ones, page by page, each time anew. Elsewhere nothing is done.
+  // Makes malloc serve blocks of up to `block` bytes from freed memory, of which the process keeps up to `kept` bytes.
+  // By default glibc asks the system for large blocks every time, page by page. Other C libraries are left as they are.
   m.def(
       "reuse_freed_memory",
       []([[maybe_unused]] int block, [[maybe_unused]] int kept) {

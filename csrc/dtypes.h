@@ -1,4 +1,4 @@
-// The element types of a tensor, and how each becomes the float that arithmetic is done in.
+// The element types of tensors, and their conversion to and from the float that the kernels compute in.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ __device__ __forceinline__ void narrow(float x, BFloat16& out) { out = __float2b
 
 #else
 
-// By their bits: not every compiler has a 16-bit floating-point type.
+// Kept as bits, because not every compiler has a 16-bit floating-point type.
 struct Half {
   std::uint16_t bits;  // 1 sign, 5 exponent (bias 15), 10 fraction
 };
@@ -49,7 +49,7 @@ struct BFloat16 {
 
 template <typename To, typename From>
 inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  static_assert(sizeof(To) == sizeof(From), "both types must have the same size");
   To to;
   std::memcpy(&to, &from, sizeof to);
   return to;
@@ -57,22 +57,22 @@ inline To bit_cast(From from) {
 
 inline float widen(Half x) {
   const std::uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
-  // Moved to a float's place, exponent and fraction read as 2^-112 of the value, subnormals included.
+  // Exponent and fraction, shifted to their places in a float, make 2^-112 of the value. Subnormals are included.
   const std::uint32_t scaled = bit_cast<std::uint32_t>(bit_cast<float>(rest << 13) * 0x1p112f);
   return bit_cast<float>(sign | (rest >= 0x7c00u ? 0x7f800000u | (rest << 13) : scaled));
 }
-inline void narrow(float x, Half& out) {  // to nearest, ties to even; NaN stays NaN
+inline void narrow(float x, Half& out) {  // rounds to nearest, ties to even; NaN stays NaN
   const std::uint32_t bits = bit_cast<std::uint32_t>(x), sign = bits >> 31 << 15, rest = bits & 0x7fffffffu;
-  // A subnormal: adding 0.5 leaves its fraction, rounded, in the lowest bits of the sum.
+  // For a subnormal, adding 0.5 leaves the rounded fraction in the lowest bits of the sum.
   const std::uint32_t subnormal = bit_cast<std::uint32_t>(bit_cast<float>(rest) + 0.5f) - 0x3f000000u;
   const std::uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
   const std::uint32_t finite = rest < (113u << 23) ? subnormal : normal;
-  const std::uint32_t beyond = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  out.bits = static_cast<std::uint16_t>(sign | (rest >= (143u << 23) ? beyond : finite));
+  const std::uint32_t not_finite = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  out.bits = static_cast<std::uint16_t>(sign | (rest >= (143u << 23) ? not_finite : finite));
 }
 
 inline float widen(BFloat16 x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
-inline void narrow(float x, BFloat16& out) {  // to nearest, ties to even; NaN stays NaN
+inline void narrow(float x, BFloat16& out) {  // rounds to nearest, ties to even; NaN stays NaN
   const std::uint32_t bits = bit_cast<std::uint32_t>(x);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   out.bits = static_cast<std::uint16_t>(x == x ? rounded : 0x7fc0u);
@@ -85,7 +85,7 @@ FASTPERC_HD double widen(double x) { return x; }
 FASTPERC_HD void narrow(float x, float& out) { out = x; }
 FASTPERC_HD void narrow(double x, double& out) { out = x; }
 
-// What sums of a type are kept in.
+// The type that sums of T are kept in.
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -1,4 +1,4 @@
-// The one door through which CUDA kernels start.
+// Starts CUDA kernels. Every kernel is started through launch().
 #pragma once
 
 #include <stdexcept>
@@ -6,14 +6,14 @@
 
 namespace fastperc {
 
-// Starts kernel<<<blocks, threads, 0, stream>>>(args...); a launch that fails raises at once, naming what failed.
+// Starts kernel<<<blocks, threads, 0, stream>>>(arguments...). If that fails, throws an error that names the kernel.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads, void* stream,
             Arguments... arguments) {
 #ifdef __CUDACC__
   kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
-#else  // the tests run kernels on the CPU
+#else  // tests/cuda_on_cpu runs the kernels on the CPU
   const cudaError_t error = cuda_on_cpu::launch(blocks, threads, 0, stream, kernel, arguments...);
 #endif
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));

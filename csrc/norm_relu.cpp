@@ -1,6 +1,6 @@
-// Norms and the ReLU after them on the CPU, on activations as convolutions leave them, NHWC: the statistics of each
-// channel of each image, then one pass that scales, shifts, adds a skip and applies ReLU; and the two passes of the
-// backward. To a batch norm, all images are one.
+// Norms and the ReLU after them, on the CPU and on NHWC activations. The forward takes the statistics of each channel
+// of each image, then scales, shifts, adds a skip and applies ReLU in one pass. The backward takes two passes. A batch
+// norm is computed as if all images were one.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -12,9 +12,9 @@ namespace fastperc {
 namespace {
 
 constexpr std::int64_t elements_per_task = 1 << 16;
-constexpr std::int64_t pixels_at_once = 64;  // whose sums are kept in float
+constexpr std::int64_t pixels_at_once = 64;  // summed in float before the sum is added in double
 
-// sums [channels] += Σ x, or Σ (x − mean)² where there is a mean, over `pixels` pixels.
+// sums [channels] += Σ x over `pixels` pixels or, unless mean is null, Σ (x − mean)².
 template <typename T>
 FASTPERC_INLINE void add_up(const T* __restrict x, const float* __restrict mean, double* __restrict sums,
                             float* __restrict partial, std::int64_t pixels, std::int64_t channels) {
@@ -36,32 +36,35 @@ FASTPERC_INLINE void add_up(const T* __restrict x, const float* __restrict mean,
   }
 }
 
-// out = relu?(x · scale + shift + skip?) over `pixels` consecutive pixels; skip's are `skip_step` elements apart.
+// out = relu?(x · scale + shift + skip?) over `pixels` consecutive pixels. Those of skip are `skip_step` elements
+// apart.
 template <typename T>
 FASTPERC_INLINE void apply(const T* x, const float* __restrict scale, const float* __restrict shift, const T* skip,
                            std::int64_t skip_step, bool relu, T* out, std::int64_t pixels, std::int64_t channels) {
   for (std::int64_t p = 0; p < pixels; ++p) {
-    const T *pixel = x + p * channels, *beside = skip ? skip + p * skip_step : nullptr;
-    T* to = out + p * channels;
+    const T *pixel = x + p * channels, *skip_pixel = skip ? skip + p * skip_step : nullptr;
+    T* out_pixel = out + p * channels;
     for (std::int64_t c = 0; c < channels; ++c) {
       float y = static_cast<float>(widen(pixel[c])) * scale[c] + shift[c];
-      if (beside) y += static_cast<float>(widen(beside[c]));
-      narrow(relu && y < 0 ? 0.0f : y, to[c]);  // NaN stays
+      if (skip_pixel) y += static_cast<float>(widen(skip_pixel[c]));
+      narrow(relu && y < 0 ? 0.0f : y, out_pixel[c]);  // NaN stays NaN
     }
   }
 }
 
-// The gradient before the ReLU, which is computed once more to see where it was positive; NaN counts as that.
+// The gradient before the ReLU. The ReLU is computed again to see where its input was positive or NaN.
 FASTPERC_INLINE float before_relu(float grad, float x, float scale, float shift, bool relu) {
   return relu && x * scale + shift <= 0 ? 0.0f : grad;
 }
 
-// sums [2][channels] += Σ g, and Σ g · (x − mean), g being the gradient before the ReLU, over `pixels` pixels.
+// sums [2][channels] += Σ g and Σ g · (x − mean) over `pixels` pixels, where g is the gradient before the ReLU.
 template <typename T>
 FASTPERC_INLINE void add_up_gradients(const T* __restrict x, const T* __restrict grad, const NormPointers& norm,
                                       bool relu, double* __restrict sums, float* __restrict partial,
                                       std::int64_t pixels, std::int64_t channels) {
-  const float *__restrict mean = norm.mean, *__restrict scale = norm.scale, *__restrict shift = norm.shift;
+  const float* __restrict mean = norm.mean;
+  const float* __restrict scale = norm.scale;
+  const float* __restrict shift = norm.shift;
   float* __restrict products = partial + channels;
   for (std::int64_t begin = 0; begin < pixels; begin += pixels_at_once) {
     const std::int64_t end = std::min(begin + pixels_at_once, pixels);
@@ -85,14 +88,16 @@ FASTPERC_INLINE void apply_gradients(const T* __restrict x, const T* __restrict 
                                      const float* __restrict of_grad, const float* __restrict of_x,
                                      const float* __restrict constant, bool relu, T* __restrict out,
                                      std::int64_t pixels, std::int64_t channels) {
-  const float *__restrict mean = norm.mean, *__restrict scale = norm.scale, *__restrict shift = norm.shift;
+  const float* __restrict mean = norm.mean;
+  const float* __restrict scale = norm.scale;
+  const float* __restrict shift = norm.shift;
   for (std::int64_t p = 0; p < pixels; ++p) {
     const T *pixel = x + p * channels, *gradient = grad + p * channels;
-    T* to = out + p * channels;
+    T* out_pixel = out + p * channels;
     for (std::int64_t c = 0; c < channels; ++c) {
       const float value = static_cast<float>(widen(pixel[c]));
       const float g = before_relu(static_cast<float>(widen(gradient[c])), value, scale[c], shift[c], relu);
-      narrow(g * of_grad[c] + (value - mean[c]) * of_x[c] + constant[c], to[c]);
+      narrow(g * of_grad[c] + (value - mean[c]) * of_x[c] + constant[c], out_pixel[c]);
     }
   }
 }
@@ -135,7 +140,7 @@ FASTPERC_PASSES(float)
 FASTPERC_PASSES(Half)
 FASTPERC_PASSES(BFloat16)
 
-// Calls f with a null pointer of the element type; a float64 activation is left to PyTorch.
+// Calls f with a null pointer of the element type. Activations in float64 are left to PyTorch.
 template <typename F>
 void dispatch_narrow(DType dtype, F&& f) {
   dispatch(dtype, [&](auto* type) {
@@ -147,7 +152,7 @@ void dispatch_narrow(DType dtype, F&& f) {
   });
 }
 
-// The pixels of each image in tasks of about as much work.
+// Splits the pixels of each image into tasks of about the same size.
 struct Tasks {
   std::int64_t pixels, channels, per_image, per_task;
 
@@ -156,7 +161,7 @@ struct Tasks {
     per_image = (pixels + per_task - 1) / per_task;
   }
   std::int64_t image(std::int64_t task) const { return task / per_image; }
-  std::int64_t first(std::int64_t task) const { return task % per_image * per_task; }  // pixel of its image
+  std::int64_t first(std::int64_t task) const { return task % per_image * per_task; }  // within its image
   std::int64_t count(std::int64_t task) const { return std::min(per_task, pixels - first(task)); }
   std::int64_t offset(std::int64_t task) const { return (image(task) * pixels + first(task)) * channels; }
 };
@@ -174,16 +179,16 @@ void channel_statistics_cpu(const void* x, double* statistics, DType dtype, cons
       const T* from = static_cast<const T*>(x) + tasks.offset(task);
       double *mean = partials.data() + task * 2 * channels, *m2 = mean + channels;
       std::vector<float> scratch(2 * channels);
-      float *partial = scratch.data(), *about = partial + channels;
+      float *partial = scratch.data(), *rounded_mean = partial + channels;
       sum_pass(from, nullptr, mean, partial, count, channels);
-      for (std::int64_t c = 0; c < channels; ++c) about[c] = static_cast<float>(mean[c] /= count);
-      sum_pass(from, about, m2, partial, count, channels);
-      for (std::int64_t c = 0; c < channels; ++c) {  // about the mean itself, not the float beside it
-        m2[c] -= count * (mean[c] - about[c]) * (mean[c] - about[c]);
+      for (std::int64_t c = 0; c < channels; ++c) rounded_mean[c] = static_cast<float>(mean[c] /= count);
+      sum_pass(from, rounded_mean, m2, partial, count, channels);
+      for (std::int64_t c = 0; c < channels; ++c) {  // corrects m2 for the rounding of the mean
+        m2[c] -= count * (mean[c] - rounded_mean[c]) * (mean[c] - rounded_mean[c]);
       }
     });
   });
-  // Chan's formula, task by task: the same whatever the number of threads.
+  // Chan's formula, in the order of the tasks, so that the number of threads does not change the result.
   std::fill(statistics, statistics + shape.images * 2 * channels, 0.0);
   for (std::int64_t task = 0; task < total; ++task) {
     double *mean = statistics + tasks.image(task) * 2 * channels, *m2 = mean + channels;
@@ -207,10 +212,10 @@ void scale_shift_cpu(const void* x, const float* scale, const float* shift, cons
     parallel_for((total + per_task - 1) / per_task, threads, [&](std::int64_t task) {
       for (std::int64_t i = task * per_task; i < total && i < (task + 1) * per_task; ++i) {
         const std::int64_t image = i / shape.rows, row = i % shape.rows;
-        const T* beside =
+        const T* skip_row =
             skip ? static_cast<const T*>(skip) + image * skip_strides.image + row * skip_strides.row : nullptr;
         apply_pass(static_cast<const T*>(x) + i * row_length, scale + image * channels, shift + image * channels,
-                   beside, skip_strides.column, relu, static_cast<T*>(out) + i * row_length, shape.columns, channels);
+                   skip_row, skip_strides.column, relu, static_cast<T*>(out) + i * row_length, shape.columns, channels);
       }
     });
   });
@@ -231,9 +236,9 @@ void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers&
     });
   });
   std::fill(sums, sums + shape.images * 2 * channels, 0.0);
-  for (std::int64_t task = 0; task < total; ++task) {  // in order, whatever the number of threads
-    double* of_image = sums + tasks.image(task) * 2 * channels;
-    for (std::int64_t c = 0; c < 2 * channels; ++c) of_image[c] += partials[task * 2 * channels + c];
+  for (std::int64_t task = 0; task < total; ++task) {  // in order: the number of threads does not change the result
+    double* image_sums = sums + tasks.image(task) * 2 * channels;
+    for (std::int64_t c = 0; c < 2 * channels; ++c) image_sums[c] += partials[task * 2 * channels + c];
   }
 }
 
@@ -244,10 +249,11 @@ void norm_gradient_cpu(const void* x, const void* grad, const NormPointers& norm
   dispatch_narrow(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     parallel_for(shape.images * tasks.per_image, threads, [&](std::int64_t task) {
-      const float* of_image = factors + tasks.image(task) * 3 * channels;
+      const float* image_factors = factors + tasks.image(task) * 3 * channels;
       gradient_pass(static_cast<const T*>(x) + tasks.offset(task), static_cast<const T*>(grad) + tasks.offset(task),
-                    norm.of_image(tasks.image(task), channels), of_image, of_image + channels, of_image + 2 * channels,
-                    relu, static_cast<T*>(out) + tasks.offset(task), tasks.count(task), channels);
+                    norm.of_image(tasks.image(task), channels), image_factors, image_factors + channels,
+                    image_factors + 2 * channels, relu, static_cast<T*>(out) + tasks.offset(task), tasks.count(task),
+                    channels);
     });
   });
 }

@@ -1,4 +1,4 @@
-// What a norm made of its statistics.
+// The mean of a norm, and the scale and shift that it made of its statistics and parameters.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// The last convolution on the CPU. Three filters leave a matrix unit's columns empty; so its horizontal taps become
-// columns of the product, 27 for 9×9, and what is left for here is to add each pixel's nine, shifted, and to make a
-// picture of it.
+// The last convolution on the CPU. Its three filters would leave most columns of a matrix product empty. So each
+// horizontal tap of each filter becomes a column of the product: 27 columns for 9×9 filters. This file adds the nine
+// shifted products of each pixel and converts the sums to a picture.
 #include "rgb_conv.h"
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int filters = 3;
 
-// acc [count, 3] = bias + the products of `count` pixels from x on, none of which reaches beyond the border.
+// acc [count, 3] = bias + the products of `count` pixels from x on. None of them reaches past the border.
 template <typename T>
 FASTPERC_INLINE void add_inner(const T* row, float* acc, const HeadShape& shape, const float* bias, std::int64_t x,
                                std::int64_t count) {
@@ -30,7 +30,7 @@ FASTPERC_INLINE void add_inner(const T* row, float* acc, const HeadShape& shape,
   }
 }
 
-// One pixel near the border.
+// The same for one pixel near the border.
 template <typename T>
 void add_outer(const T* row, float* acc, const HeadShape& shape, const float* bias, std::int64_t x) {
   for (int o = 0; o < filters; ++o) acc[o] = bias[o];
@@ -38,7 +38,7 @@ void add_outer(const T* row, float* acc, const HeadShape& shape, const float* bi
     std::int64_t column = x - shape.left + dx;
     if (column < 0 || column >= shape.columns) {
       if (!shape.reflect) continue;
-      column = mirrored(column, shape.columns);
+      column = reflected(column, shape.columns);
     }
     for (int o = 0; o < filters; ++o) acc[o] += widen(row[(column * shape.kernel + dx) * filters + o]);
   }
@@ -48,22 +48,22 @@ FASTPERC_INLINE void finish(float* acc, std::int64_t count, Output output) {
   for (std::int64_t i = 0; i < count; ++i) acc[i] = to_image_range(acc[i], output);
 }
 
-#define FASTPERC_HEAD(T)                                                                                          \
-  FASTPERC_MULTIVERSION void head_row(const T* row, float* acc, const HeadShape& shape, const float* bias,        \
-                                      Output output) {                                                            \
-    const std::int64_t first = std::clamp<std::int64_t>(shape.left, 0, shape.width);                              \
-    const std::int64_t last = std::clamp<std::int64_t>(shape.columns + shape.left - shape.kernel + 1, first,      \
-                                                       shape.width);                                              \
-    for (std::int64_t x = 0; x < first; ++x) add_outer(row, acc + x * filters, shape, bias, x);                   \
-    if (shape.kernel == 9) { /* of a length that the compiler knows */                                            \
-      HeadShape nine = shape;                                                                                     \
-      nine.kernel = 9;                                                                                            \
-      add_inner(row, acc + first * filters, nine, bias, first, last - first);                                     \
-    } else {                                                                                                      \
-      add_inner(row, acc + first * filters, shape, bias, first, last - first);                                    \
-    }                                                                                                             \
-    for (std::int64_t x = last; x < shape.width; ++x) add_outer(row, acc + x * filters, shape, bias, x);          \
-    finish(acc, shape.width * filters, output);                                                                   \
+#define FASTPERC_HEAD(T)                                                                                   \
+  FASTPERC_MULTIVERSION void head_row(const T* row, float* acc, const HeadShape& shape, const float* bias, \
+                                      Output output) {                                                     \
+    const std::int64_t first = std::clamp<std::int64_t>(shape.left, 0, shape.width);                       \
+    const std::int64_t last =                                                                              \
+        std::clamp<std::int64_t>(shape.columns + shape.left - shape.kernel + 1, first, shape.width);       \
+    for (std::int64_t x = 0; x < first; ++x) add_outer(row, acc + x * filters, shape, bias, x);            \
+    if (shape.kernel == 9) { /* a constant, so that the compiler unrolls */                                \
+      HeadShape nine = shape;                                                                              \
+      nine.kernel = 9;                                                                                     \
+      add_inner(row, acc + first * filters, nine, bias, first, last - first);                              \
+    } else {                                                                                               \
+      add_inner(row, acc + first * filters, shape, bias, first, last - first);                             \
+    }                                                                                                      \
+    for (std::int64_t x = last; x < shape.width; ++x) add_outer(row, acc + x * filters, shape, bias, x);   \
+    finish(acc, shape.width * filters, output);                                                            \
   }
 FASTPERC_HEAD(float)
 FASTPERC_HEAD(BFloat16)

@@ -1,4 +1,4 @@
-// The last convolution's end: from the products of its columns to a picture.
+// The last step of the last convolution: from partial products to a picture.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,18 @@
 
 namespace fastperc {
 
-enum class Output { tanh, linear };  // of a network: 150·tanh about mid-grey, or 0…255
+enum class Output { tanh, linear };  // of a network: 150·tanh around mid-grey, or 0…255
 
-// The products of a k×k convolution with 3 filters, summed over rows and channels: [rows, columns, k, 3], dense. Pixel x
-// of a row of the picture adds up products[x - left + dx, dx] over dx.
+// The shape of the products of a k×k convolution with 3 filters: [rows, columns, k, 3], dense, summed over the filters'
+// rows and the input channels. Pixel x of a row of the picture is the sum of products[x - left + dx, dx] over dx.
 struct HeadShape {
   std::int64_t rows, columns, kernel;
-  std::int64_t left, width;  // of the padding and of the picture
-  bool reflect;              // beyond the border lie mirrored columns, else zeros
+  std::int64_t left, width;  // the padding on the left, and the width of the picture
+  bool reflect;              // whether the border reflects the columns; otherwise it is zeros
 };
 
-// tanh to 2 · 10⁻⁷, in arithmetic that compilers vectorise: x·p(x²)/q(x²), which is 1 from where a float cannot tell.
+// tanh with an error of 2 · 10⁻⁷, in arithmetic that compilers vectorise: x·p(x²)/q(x²). x is clamped to where a float
+// rounds tanh to ±1.
 inline float tanh_of(float x) {
   x = x > 7.90531110763549805f ? 7.90531110763549805f : (x < -7.90531110763549805f ? -7.90531110763549805f : x);
   const float s = x * x;
@@ -35,7 +36,7 @@ inline float tanh_of(float x) {
   return x * p / q;
 }
 
-// The last convolution's output to 0–1.
+// Converts the output of the last convolution to 0–1.
 inline float to_image_range(float x, Output output) {
   return output == Output::tanh ? 0.5f + 150.0f / 255.0f * tanh_of(x) : x / 255.0f;
 }

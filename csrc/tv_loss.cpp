@@ -9,24 +9,24 @@
 namespace fastperc {
 namespace {
 
-// Enough elements that starting a thread for them pays.
+// Enough elements to be worth a thread.
 constexpr std::int64_t elements_per_task = 1 << 17;
 
-// Sums are kept in this many lanes: enough independent chains to hide the latency of an addition, and one order of
-// summation whatever the width of the machine's vectors.
+// The number of partial sums. It is large enough to hide the latency of additions, and does not depend on the width of
+// the processor's vectors, so that the order of summation is the same everywhere.
 constexpr std::int64_t lanes = 64;
 
-// `count` elements of a row from x on, at most `lanes`, whose neighbours to the left and right are `left` and `right`
-// elements away: adds their part of the loss to acc [lanes], and writes the gradient if asked.
+// Adds the loss of `count` elements of a row, at most `lanes`, to acc [lanes], and writes their gradient if asked. The
+// neighbours to the left and right are `left` and `right` elements away.
 template <Norm norm, bool with_grad, typename T, typename A>
 FASTPERC_INLINE void chunk(const T* __restrict x, const T* __restrict above, const T* __restrict below,
                            T* __restrict grad, A* __restrict acc, std::int64_t count, std::int64_t left,
                            std::int64_t right) {
   for (std::int64_t k = 0; k < count; ++k) {
-    const A centre = widen(x[k]), to_right = widen(x[k + right]), under = widen(below[k]);
-    acc[k] += pixel_loss<norm, A>(centre, to_right, under);
+    const A centre = widen(x[k]), right_pixel = widen(x[k + right]), pixel_below = widen(below[k]);
+    acc[k] += pixel_loss<norm, A>(centre, right_pixel, pixel_below);
     if (with_grad) {
-      narrow(pixel_grad<norm, A>(centre, widen(x[k - left]), to_right, widen(above[k]), under), grad[k]);
+      narrow(pixel_grad<norm, A>(centre, widen(x[k - left]), right_pixel, widen(above[k]), pixel_below), grad[k]);
     }
   }
 }
@@ -36,13 +36,13 @@ template <Norm norm, bool with_grad, typename T, typename A>
 FASTPERC_INLINE void span(const T* x, const T* above, const T* below, T* grad, A* acc, std::int64_t begin,
                           std::int64_t end, std::int64_t left, std::int64_t right) {
   std::int64_t i = begin;
-  for (; i + lanes <= end; i += lanes) {  // of a length that the compiler knows
+  for (; i + lanes <= end; i += lanes) {  // of a constant length, which compilers vectorise
     chunk<norm, with_grad>(x + i, above + i, below + i, grad + i, acc, lanes, left, right);
   }
   if (i < end) chunk<norm, with_grad>(x + i, above + i, below + i, grad + i, acc, end - i, left, right);
 }
 
-// Rows [begin, end) of all the image's rows counted through; what the rows give is added up in double.
+// The loss of rows [begin, end), counted over all images and channels. The sums over rows are kept in double.
 template <Norm norm, bool with_grad, typename T>
 FASTPERC_INLINE double rows(const T* x, T* grad, const RowShape& shape, const RowStrides& xs, const RowStrides& gs,
                             std::int64_t begin, std::int64_t end) {
@@ -51,12 +51,12 @@ FASTPERC_INLINE double rows(const T* x, T* grad, const RowShape& shape, const Ro
     const std::int64_t plane = i / shape.rows, r = i % shape.rows;
     const std::int64_t image = plane / shape.inner, channel = plane % shape.inner;
     const T* current = x + image * xs.outer + channel * xs.inner + r * xs.row;
-    // At the border a row stands in for the one that is missing.
+    // At the border the row itself replaces the missing row.
     const T* above = r > 0 ? current - xs.row : current;
     const T* below = r + 1 < shape.rows ? current + xs.row : current;
     T* out = with_grad ? grad + image * gs.outer + channel * gs.inner + r * gs.row : nullptr;
     Accumulator<T> acc[lanes] = {};
-    // The first pixel of a row has no left neighbour and the last no right one; both stand in for themselves.
+    // The first pixel of a row has no left neighbour and the last no right one: the pixel itself replaces it.
     const std::int64_t first = shape.step, last = shape.length - shape.step;
     span<norm, with_grad>(current, above, below, out, acc, 0, first, 0, last > 0 ? shape.step : 0);
     span<norm, with_grad>(current, above, below, out, acc, first, last, shape.step, shape.step);
@@ -68,7 +68,7 @@ FASTPERC_INLINE double rows(const T* x, T* grad, const RowShape& shape, const Ro
   return loss;
 }
 
-// One plain function a dtype, since templates cannot be compiled for several instruction sets; grad may be null.
+// One plain function for each dtype, since templates cannot be compiled for several instruction sets. grad may be null.
 #define FASTPERC_ROWS(T)                                                                                         \
   FASTPERC_MULTIVERSION double rows(Norm norm, const T* x, T* grad, const RowShape& shape, const RowStrides& xs, \
                                     const RowStrides& gs, std::int64_t begin, std::int64_t end) {                \
@@ -88,7 +88,7 @@ FASTPERC_ROWS(BFloat16)
 
 void tv_loss_fwd_cpu(const void* x, void* grad, void* loss, DType dtype, Norm norm, const RowShape& shape,
                      const RowStrides& x_strides, const RowStrides& grad_strides, int threads) {
-  // Tasks are cut by the shape alone and added up in order: the sum is the same on any number of threads.
+  // Tasks depend on the shape alone and are added up in order, so that the number of threads does not change the sum.
   const std::int64_t total = shape.outer * shape.inner * shape.rows;
   const std::int64_t per_task = std::max<std::int64_t>(elements_per_task / std::max<std::int64_t>(shape.length, 1), 1);
   std::vector<double> partials((total + per_task - 1) / per_task);

@@ -1,10 +1,10 @@
-// Total variation on a GPU: loss and gradient in one pass, repeatable to the bit (no atomics).
+// Total variation on a GPU: loss and gradient in one pass, bitwise repeatable (no atomics).
 //
-// A warp takes a tile of 32 vectors by `tile_rows` rows, a thread one column of it. Vectors are of 16 bytes where
-// pointers, strides and length allow, else of one element. All of a column is asked for at once, so that enough is on its
-// way to hide the latency of memory. The warps of a block take tiles one below the other: the rows they share come from
-// L1, as does what lies to the left and right of a vector, and memory gives each row once. Each block leaves one partial
-// sum; a second kernel adds them up in a fixed order.
+// A warp takes a tile of 32 vectors by `tile_rows` rows, and a thread takes one column of the tile. Vectors have 16
+// bytes where pointers, strides and length allow, else one element. A thread loads its whole column before it computes,
+// to hide the latency of memory. The warps of a block take tiles that lie below each other. So the rows that tiles
+// share, and the neighbours to the left and right, come from the L1 cache, and memory is read once. Each block writes
+// one partial sum. A second kernel adds the partial sums in a fixed order.
 #include <algorithm>
 #include <limits>
 
@@ -23,16 +23,17 @@ constexpr int sum_threads = 1024;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The tiles of an image, numbered downwards first, then across, then from plane to plane. In 32 bits, as is all that the
-// kernel counts except for offsets: a division of 64 bits takes as long as a row.
+// The tiles of an image, numbered downwards first, then across, then by plane. The kernel counts in 32 bits, except for
+// offsets, because a 64-bit division takes as long as a row.
 struct Tiling {
   unsigned down, across, count;
   Tiling(const RowShape& shape, int vec) {
     const std::int64_t rows = ceil_div(shape.rows, tile_rows), columns = ceil_div(shape.length, warp * vec);
     const std::int64_t tiles = shape.outer * shape.inner * rows * columns;
-    constexpr std::int64_t limit = std::numeric_limits<int>::max() - 1024;  // what a tile sticks out beyond the border
+    constexpr std::int64_t limit = std::numeric_limits<int>::max() - 1024;  // how far a tile may reach past the border
     if (std::max({shape.rows, shape.length, tiles}) > limit) {
-      throw std::invalid_argument("fastperc: tv_loss: rows, columns or tiles beyond the reach of 32 bits");
+      throw std::invalid_argument(
+          "fastperc: tv_loss: the image has more rows, columns or tiles than 32 bits can count");
     }
     down = static_cast<unsigned>(rows);
     across = static_cast<unsigned>(columns);
@@ -54,7 +55,7 @@ __device__ void store(T* ptr, const Vector<T, size>& vector) {
   *reinterpret_cast<Vector<T, size>*>(ptr) = vector;
 }
 
-// The sum of `value` over the warp in its first lane, over the block in its first thread. The same tree every time.
+// The sum of `value` over the warp, in its first lane, and over the block, in its first thread. The order is fixed.
 template <typename A>
 __device__ A warp_sum(A value) {
 #pragma unroll
@@ -71,15 +72,15 @@ __device__ A block_sum(A value) {
   return warp_sum(lane < threads / warp ? warp_sums[lane] : A(0));
 }
 
-// The launch bounds leave registers enough that the compiler does load all of a column before it uses any.
-// vec: elements of a vector. step: that of the shape, less than vec; 0 for any other, with vectors of one element.
+// The launch bounds leave enough registers to load a whole column before the first use.
+// vec: the elements of a vector. step: the step of the shape if it is less than vec. Other steps pass 0 and vec = 1.
 template <typename T, int vec, int step, Norm norm, bool with_grad>
 __global__ void __launch_bounds__(threads_per_block, step > 1 ? 2 : 3)
     tv_loss_kernel(const T* __restrict x_ptr,                // [outer, inner, rows, length], strided
                    T* __restrict grad_ptr,                   // the same, or null
                    Accumulator<T>* __restrict partials_ptr,  // [gridDim.x]
                    RowShape shape, RowStrides x_strides, RowStrides grad_strides, Tiling tiles) {
-  static_assert(step > 0 ? step < vec : vec == 1, "a neighbour is in the same vector or in the one beside it");
+  static_assert(step > 0 ? step < vec : vec == 1, "a neighbour is in the same vector or in an adjacent one");
   using A = Accumulator<T>;
   const int rows = static_cast<int>(shape.rows), length = static_cast<int>(shape.length);
   const unsigned tile = blockIdx.x * warps_per_block + threadIdx.x / warp;
@@ -95,16 +96,16 @@ __global__ void __launch_bounds__(threads_per_block, step > 1 ? 2 : 3)
                   ? grad_ptr + image * grad_strides.outer + channel * grad_strides.inner + first * grad_strides.row + i
                   : nullptr;
 
-    // A neighbour is `reach` elements on in the same vector, or in what is loaded from `to_left` before it or `to_right`
-    // after it. Where more than one element is wanted from there, it is the whole vector, which is aligned.
+    // A neighbour is `reach` elements further in the same vector, or in what is loaded from `to_left` elements before
+    // the vector or `to_right` elements after it. More than one element is loaded as a whole vector, which is aligned.
     constexpr int reach = step > 0 ? step : 1;
     constexpr int side = step > 1 ? vec : 1;
     const int to_left = step > 0 ? side : static_cast<int>(shape.step);
     const int to_right = step > 0 ? vec : static_cast<int>(shape.step);
     const bool has_left = i >= to_left, has_right = i < length - to_right;
 
-    // `count` rows from x on. The row before them is `to_above` elements away from the first, the row after them
-    // `to_below` from the last; at the border these are 0, and a row stands in for the one that is missing.
+    // Computes `count` rows from x on. The row above is `to_above` elements from the first row, the row below is
+    // `to_below` elements from the last. At the border these are 0: the row itself replaces the missing one.
     const auto walk = [&](auto count, std::int64_t to_above, std::int64_t to_below) {
       constexpr int n = decltype(count)::value;
       const Vector<T, vec> row_above = load<vec>(x + to_above);
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(threads_per_block, step > 1 ? 2 : 3)
       }
       row[n] = load<vec>(x);
 
-      A centre[vec], above[vec];  // the row at hand, and the slopes down to it
+      A centre[vec], above[vec];  // the current row, and its slopes from the row above
 #pragma unroll
       for (int j = 0; j < vec; ++j) {
         centre[j] = widen(row[0].at[j]);
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(threads_per_block, step > 1 ? 2 : 3)
       }
 #pragma unroll
       for (int k = 0; k < n; ++k) {
-        A next[vec], right[vec], below[vec];  // the row below, and the slopes to the right and down
+        A next[vec], right[vec], below[vec];  // the next row, and the slopes to the right and down
 #pragma unroll
         for (int j = 0; j < vec; ++j) {
           A neighbour = centre[j];
@@ -169,7 +170,8 @@ __global__ void __launch_bounds__(threads_per_block, step > 1 ? 2 : 3)
       walk(std::integral_constant<int, tile_rows>(), first > 0 ? -row : 0, first + tile_rows < rows ? row : 0);
     } else {
 #pragma unroll 1
-      for (int r = first; r < rows; ++r) walk(std::integral_constant<int, 1>(), r > 0 ? -row : 0, r + 1 < rows ? row : 0);
+      for (int r = first; r < rows; ++r)
+        walk(std::integral_constant<int, 1>(), r > 0 ? -row : 0, r + 1 < rows ? row : 0);
     }
   }
   const A sum = block_sum<threads_per_block>(acc);
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(sum_threads) sum_partials_kernel(const A* __re
   if (threadIdx.x == 0) *loss_ptr = static_cast<A>(sum);
 }
 
-// Whether every row from `data` on can be read and written in vectors of 16 bytes.
+// Whether every row of `data` can be read and written in vectors of 16 bytes.
 template <typename T>
 bool vectors_fit(const void* data, const RowShape& shape, const RowStrides& strides) {
   constexpr std::int64_t vec = vector_bytes / sizeof(T);
@@ -225,7 +227,7 @@ void run(const void* x, void* grad, void* loss, void* partials, const RowShape& 
 
 }  // namespace
 
-// As many as vectors of one element leave: wider ones leave fewer.
+// The count for vectors of one element. Wider vectors need fewer.
 std::int64_t tv_loss_partials(const RowShape& shape) { return Tiling(shape, 1).blocks(); }
 
 void tv_loss_fwd_cuda(const void* x, void* grad, void* loss, void* partials, DType dtype, Norm norm,

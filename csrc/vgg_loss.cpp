@@ -1,7 +1,7 @@
-// ReLU masks and pooling on the CPU: passes over memory, written so that compilers vectorise them.
+// ReLU masks and pooling on the CPU: passes over memory that compilers vectorise.
 //
-// What ReLU leaves is positive, zero or NaN, and such numbers are ordered as their bits are once the sign is shifted
-// out: zeros of either sign are 0, NaN is above all else. So a type is known here by its size alone.
+// The output of ReLU is positive, zero or NaN. Such numbers have the same order as their bits without the sign: zeros
+// of both signs are 0, and NaN is the largest. So the kernels work on unsigned integers of the size of the dtype.
 #include "vgg_loss.h"
 
 #include <algorithm>
@@ -17,19 +17,20 @@ namespace {
 constexpr std::int64_t elements_per_task = 1 << 16;
 constexpr std::int64_t chunk = 64;
 
-// The order of what ReLU leaves.
+// An integer that orders the outputs of ReLU.
 template <typename U>
 FASTPERC_INLINE U key(U bits) {
   return static_cast<U>(bits << 1);
 }
 
-// Eight bytes that are 0 or 1 as the bits of one, the first byte lowest: the product lines them up in its highest byte.
+// Packs eight bytes that are 0 or 1 into the bits of one byte, the first byte lowest. The product collects them in its
+// highest byte.
 FASTPERC_INLINE std::uint8_t gather_bits(const std::uint8_t* bytes) {
   std::uint64_t word;
   std::memcpy(&word, bytes, sizeof word);
   return static_cast<std::uint8_t>(word * 0x0102040810204080u >> 56);
 }
-// The reverse, a set bit becoming a byte that is not 0.
+// The reverse. A set bit becomes a byte that is not 0.
 FASTPERC_INLINE void scatter_bits(std::uint8_t bits, std::uint8_t* bytes) {
   const std::uint64_t word = bits * 0x0101010101010101u & 0x8040201008040201u;
   std::memcpy(bytes, &word, sizeof word);
@@ -44,7 +45,7 @@ FASTPERC_INLINE void mask_chunk(const U* __restrict x, std::uint8_t* __restrict 
 template <typename U>
 FASTPERC_INLINE void mask(const U* x, std::uint8_t* bits, std::int64_t count) {
   std::int64_t i = 0;
-  for (; i + chunk <= count; i += chunk) mask_chunk(x + i, bits + i / 8, chunk);  // of a length the compiler knows
+  for (; i + chunk <= count; i += chunk) mask_chunk(x + i, bits + i / 8, chunk);  // a constant length, vectorised
   if (i < count) mask_chunk(x + i, bits + i / 8, count - i);
 }
 
@@ -61,7 +62,7 @@ FASTPERC_INLINE void unmask(U* grad, const std::uint8_t* bits, std::int64_t coun
   if (i < count) unmask_chunk(grad + i, bits + i / 8, count - i);
 }
 
-// One row of windows: `upper` and `lower` are rows of the input. The first of equals wins, as in PyTorch.
+// Pools one row of windows. `upper` and `lower` are rows of the input. The first of equal pixels wins, as in PyTorch.
 template <bool with_winners, typename U>
 FASTPERC_INLINE void pool(const U* __restrict upper, const U* __restrict lower, U* __restrict pooled,
                           std::uint8_t* __restrict winners, std::int64_t columns, std::int64_t channels) {
@@ -82,22 +83,22 @@ FASTPERC_INLINE void pool(const U* __restrict upper, const U* __restrict lower, 
   }
 }
 
-// Row `row` (0 or 1) of a row of windows.
+// Writes row `row` (0 or 1) of a row of windows.
 template <typename U>
 FASTPERC_INLINE void unpool(const U* __restrict grad_pooled, const std::uint8_t* __restrict winners, U* __restrict grad,
                             int row, std::int64_t columns, std::int64_t channels) {
   for (std::int64_t j = 0; j < columns; ++j) {
     for (int column = 0; column < 2; ++column) {
-      const std::uint8_t me = static_cast<std::uint8_t>(2 * row + column);
+      const std::uint8_t position = static_cast<std::uint8_t>(2 * row + column);
       U* out = grad + (2 * j + column) * channels;
       for (std::int64_t c = 0; c < channels; ++c) {
-        out[c] = winners[j * channels + c] == me ? grad_pooled[j * channels + c] : U(0);
+        out[c] = winners[j * channels + c] == position ? grad_pooled[j * channels + c] : U(0);
       }
     }
   }
 }
 
-// Plain functions, since templates cannot be compiled for several instruction sets; winners may be null.
+// Plain functions, since templates cannot be compiled for several instruction sets. winners may be null.
 #define FASTPERC_PASSES(U)                                                                                           \
   FASTPERC_MULTIVERSION void mask_pass(const U* x, std::uint8_t* bits, std::int64_t count) { mask(x, bits, count); } \
   FASTPERC_MULTIVERSION void unmask_pass(U* grad, const std::uint8_t* bits, std::int64_t count) {                    \
@@ -129,9 +130,9 @@ void dispatch_bits(DType dtype, F&& f) {
   });
 }
 
-// f(first, count) for stretches of [0, count) that begin at a whole byte of the mask.
+// Calls f(first, count) for parts of [0, count), each of which begins at a whole byte of the mask.
 template <typename F>
-void for_stretches(std::int64_t count, int threads, F&& f) {
+void for_parts(std::int64_t count, int threads, F&& f) {
   parallel_for((count + elements_per_task - 1) / elements_per_task, threads, [&](std::int64_t task) {
     const std::int64_t first = task * elements_per_task;
     f(first, std::min(elements_per_task, count - first));
@@ -143,7 +144,7 @@ void for_stretches(std::int64_t count, int threads, F&& f) {
 void relu_mask_fwd_cpu(const void* x, void* bits, DType dtype, std::int64_t count, int threads) {
   dispatch_bits(dtype, [&](auto* type) {
     using U = std::remove_pointer_t<decltype(type)>;
-    for_stretches(count, threads, [&](std::int64_t first, std::int64_t size) {
+    for_parts(count, threads, [&](std::int64_t first, std::int64_t size) {
       mask_pass(static_cast<const U*>(x) + first, static_cast<std::uint8_t*>(bits) + first / 8, size);
     });
   });
@@ -152,7 +153,7 @@ void relu_mask_fwd_cpu(const void* x, void* bits, DType dtype, std::int64_t coun
 void relu_mask_bwd_cpu(void* grad, const void* bits, DType dtype, std::int64_t count, int threads) {
   dispatch_bits(dtype, [&](auto* type) {
     using U = std::remove_pointer_t<decltype(type)>;
-    for_stretches(count, threads, [&](std::int64_t first, std::int64_t size) {
+    for_parts(count, threads, [&](std::int64_t first, std::int64_t size) {
       unmask_pass(static_cast<U*>(grad) + first, static_cast<const std::uint8_t*>(bits) + first / 8, size);
     });
   });
@@ -182,7 +183,7 @@ void relu_pool_bwd_cpu(const void* grad_pooled, const void* winners, void* grad,
       const std::int64_t image = task / shape.rows, i = task % shape.rows;
       const std::int64_t window = (image * shape.pooled_rows() + i / 2) * pooled_row;
       U* out = static_cast<U*>(grad) + task * row;
-      U* rest = out;  // what no window covers: the last row or column of an odd number
+      U* rest = out;  // the last row or column of an odd size, which no window covers
       if (i / 2 < shape.pooled_rows()) {
         unpool_pass(static_cast<const U*>(grad_pooled) + window, static_cast<const std::uint8_t*>(winners) + window,
                     out, static_cast<int>(i % 2), shape.pooled_columns(), shape.channels);

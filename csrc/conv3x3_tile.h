@@ -1,5 +1,5 @@
-// What the convolutions by Winograd and the gradients to their weights both do with a tile: its transform, and the
-// products. Compiled into each of their versions, see FASTPERC_VERSIONS.
+// The transform of a tile and the matrix products, shared by the 3×3 convolution and by the gradient of its weights.
+// Both compile them for several instruction sets: see FASTPERC_VERSIONS.
 #pragma once
 
 #include <algorithm>
@@ -7,15 +7,15 @@
 #include <cstdint>
 #include <memory>
 
+#include "conv3x3.h"
 #include "parallel.h"
-#include "winograd.h"
 
 namespace fastperc::winograd {
 
 constexpr std::int64_t panel = winograd_panel, points = 16;
-constexpr std::int64_t skew = 16;  // or what lies powers of two apart would share lines of the cache
+constexpr std::int64_t skew = 16;  // added to strides: powers of two would share the same lines of the cache
 
-// As many floats as a register holds.
+// A vector of as many floats as a register holds.
 template <int lanes>
 struct Register {
 #ifdef __GNUC__
@@ -31,7 +31,7 @@ using Vector = typename Register<lanes>::Vector;
 template <typename Vector>
 FASTPERC_INLINE void relu(Vector& x) {
   const Vector zero = {};
-  x = x < zero ? zero : x;  // NaN stays
+  x = x < zero ? zero : x;  // NaN stays NaN
 }
 template <int lanes>
 FASTPERC_INLINE const Vector<lanes>& at(const float* p) {
@@ -42,7 +42,7 @@ FASTPERC_INLINE Vector<lanes>& at(float* p) {
   return *reinterpret_cast<Vector<lanes>*>(p);
 }
 
-// What a thread computes with, kept from one call to the next.
+// Scratch memory of this thread, kept from one call to the next.
 inline float* scratch(std::int64_t floats) {
   static thread_local std::unique_ptr<float[]> kept;
   static thread_local std::int64_t size = 0;
@@ -52,7 +52,7 @@ inline float* scratch(std::int64_t floats) {
   return reinterpret_cast<float*>((address + line - 1) / line * line);
 }
 
-// f(task) for every task, on threads that take one after the other.
+// Calls f(task) for every task. Each thread takes the next task when it has finished one.
 template <typename F>
 void take_turns(std::int64_t tasks, int threads, F&& f) {
   std::atomic<std::int64_t> next{0};
@@ -61,20 +61,21 @@ void take_turns(std::int64_t tasks, int threads, F&& f) {
   });
 }
 
+// The position of the first output of a tile.
 struct Place {
-  std::int64_t image, row, column;  // of a tile's first output
+  std::int64_t image, row, column;
 };
 FASTPERC_INLINE Place place(const WinogradShape& s, std::int64_t tile) {
   const std::int64_t across = s.tiles_across(), down = s.tiles_down();
   return {tile / across / down, tile / across % down * 2, tile % across * 2};
 }
 
-// to [16, step] = V of a tile, for `channels` of them from `first` on.
+// to [16, step] = V of a tile, for `channels` channels from `first` on.
 template <int lanes>
 FASTPERC_INLINE void transform_tile(const float* x, const WinogradShape& s, std::int64_t tile, std::int64_t first,
                                     std::int64_t channels, float* to, std::int64_t step) {
   const Place p = place(s, tile);
-  const float* pixels[points];  // null beyond the border
+  const float* pixels[points];  // null outside the image
   for (std::int64_t i = 0; i < points; ++i) {
     const std::int64_t row = p.row - s.padding + i / 4, column = p.column - s.padding + i % 4;
     const bool inside = row >= 0 && row < s.rows && column >= 0 && column < s.columns;
@@ -105,20 +106,20 @@ FASTPERC_INLINE void transform_tile(const float* x, const WinogradShape& s, std:
   }
 }
 
-// c [rows, panel] = or += a [rows, inner] · b [inner, panel], of which some rows and vectors of a row fit the
-// registers; a's element (r, k) is at r · row_step + k · inner_step.
+// c [rows, panel] = a [rows, inner] · b [inner, panel], or += if `add`. The sums of `rows` rows and `vectors` vectors
+// are kept in registers. Element (r, k) of a is at r · row_step + k · inner_step.
 template <int lanes, int rows, int vectors, bool add>
 FASTPERC_INLINE void multiply(const float* a, std::int64_t row_step, std::int64_t inner_step, const float* b, float* c,
                               std::int64_t inner) {
   Vector<lanes> sums[rows][vectors] = {};
   for (std::int64_t k = 0; k < inner; ++k) {
-    Vector<lanes> beside[vectors];
+    Vector<lanes> b_row[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) beside[v] = at<lanes>(b + k * panel + v * lanes);
+    for (int v = 0; v < vectors; ++v) b_row[v] = at<lanes>(b + k * panel + v * lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[r][v] += a[r * row_step + k * inner_step] * beside[v];
+      for (int v = 0; v < vectors; ++v) sums[r][v] += a[r * row_step + k * inner_step] * b_row[v];
     }
   }
 #pragma GCC unroll 16
@@ -131,11 +132,11 @@ FASTPERC_INLINE void multiply(const float* a, std::int64_t row_step, std::int64_
   }
 }
 
-// The same for `count` rows, a multiple of 4.
+// The same product for `count` rows, a multiple of 4.
 template <int lanes, int rows, int vectors, bool add>
 FASTPERC_INLINE void multiply_rows(const float* a, std::int64_t row_step, std::int64_t inner_step, const float* b,
                                    float* c, std::int64_t inner, std::int64_t count) {
-  static_assert(rows % 4 == 0, "what is left is done by fours");
+  static_assert(rows % 4 == 0, "the remaining rows are computed four at a time");
   for (std::int64_t o = 0; o < panel; o += vectors * lanes) {
     std::int64_t r = 0;
     for (; r + rows <= count; r += rows) {
@@ -147,8 +148,8 @@ FASTPERC_INLINE void multiply_rows(const float* a, std::int64_t row_step, std::i
   }
 }
 
-// VERSION(attributes, lanes, rows, vectors) for each kind of registers there is: 32 of 16 floats, 16 of 8, and 16 or 32
-// of 4; `multiply` fills them with the sums of so many rows and vectors.
+// Expands VERSION(attributes, lanes, rows, vectors) for each instruction set: with 32 registers of 16 floats, 16 of 8,
+// and 16 or 32 of 4. `multiply` keeps the sums of `rows` × `vectors` registers.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTPERC_VERSIONS(VERSION)                             \
   VERSION(__attribute__((target("arch=x86-64-v4"))), 16, 8, 2) \

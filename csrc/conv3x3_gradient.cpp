@@ -1,48 +1,50 @@
-// The gradient to the weights of 3×3 convolutions by Winograd, on the CPU: the convolution (see winograd.cpp)
-// backwards, 16 products summed over tiles.
+// The gradient of the weights of 3×3 convolutions by Winograd, on the CPU. It is the convolution of conv3x3.cpp run
+// backwards, with 16 products summed over the tiles.
 //
-//   a tile's transform, and that of the gradient's four pixels   V = Bᵀ d B  [16, I],  W = A dy Aᵀ  [16, O]
-//   16 products                                                  dU = Σ Vᵀ · W  [16, I, O]
-//   back to nine taps                                            dg = Gᵀ dU G
+//   the transforms of a tile and of its output's gradient   V = Bᵀ d B  [16, I],  W = A dy Aᵀ  [16, O]
+//   16 products                                             dU = Σ Vᵀ · W  [16, I, O]
+//   the gradient of the nine taps                           dg = Gᵀ dU G
 //
-// Every number is the same sum in the same order whatever the threads.
+// The number of threads does not change any sum or its order.
 #include <algorithm>
 #include <memory>
 
+#include "conv3x3_tile.h"
 #include "kernels.h"
-#include "winograd_tile.h"
 
 namespace fastperc {
 namespace {
 
 using namespace winograd;
 
-// A panel of inputs by a panel of outputs, in which a chunk of tiles is added up.
+// The sums over a chunk of tiles, for a panel of input channels by a panel of output channels.
 struct Partial {
   float products[points][panel][panel];  // dU
   float bias[panel];
 };
 
+// A task: a chunk of tiles, a panel of input channels and a panel of output channels.
 struct WeightGradient {
   const float *x, *grad;
   WinogradShape shape;
-  std::int64_t first, count;         // tiles
-  std::int64_t first_in, first_out;  // channels
+  std::int64_t first, count;         // of the tiles
+  std::int64_t first_in, first_out;  // of the channels
 };
 
-// to [16, step] = A dy Aᵀ of a tile, for a panel of outputs.
+// to [16, step] = A dy Aᵀ of a tile, for a panel of output channels.
 template <int lanes>
-FASTPERC_INLINE void transform_gradient(const WeightGradient& of, std::int64_t tile, float* to, std::int64_t step) {
-  const WinogradShape& s = of.shape;
+FASTPERC_INLINE void transform_gradient(const WeightGradient& task, std::int64_t tile, float* to, std::int64_t step) {
+  const WinogradShape& s = task.shape;
   const Place p = place(s, tile);
-  const bool below = p.row + 1 < s.out_rows(), beside = p.column + 1 < s.out_columns();
-  const float* from = of.grad + ((p.image * s.out_rows() + p.row) * s.out_columns() + p.column) * s.out + of.first_out;
+  const bool has_below = p.row + 1 < s.out_rows(), has_right = p.column + 1 < s.out_columns();
+  const float* from =
+      task.grad + ((p.image * s.out_rows() + p.row) * s.out_columns() + p.column) * s.out + task.first_out;
   const std::int64_t down = s.out_columns() * s.out;
   const Vector<lanes> zero = {};
   for (std::int64_t o = 0; o < panel; o += lanes) {
-    const Vector<lanes> y[2][2] = {
-        {at<lanes>(from + o), beside ? at<lanes>(from + s.out + o) : zero},
-        {below ? at<lanes>(from + down + o) : zero, below && beside ? at<lanes>(from + down + s.out + o) : zero}};
+    const Vector<lanes> y[2][2] = {{at<lanes>(from + o), has_right ? at<lanes>(from + s.out + o) : zero},
+                                   {has_below ? at<lanes>(from + down + o) : zero,
+                                    has_below && has_right ? at<lanes>(from + down + s.out + o) : zero}};
     Vector<lanes> rows[4][2];
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
@@ -62,26 +64,27 @@ FASTPERC_INLINE void transform_gradient(const WeightGradient& of, std::int64_t t
   }
 }
 
-constexpr std::int64_t gradient_tiles = 32;  // transformed, and summed, at a time
+constexpr std::int64_t gradient_tiles = 32;  // transformed and summed at a time
 constexpr std::int64_t gradient_step = gradient_tiles * panel + skew;
 
 template <int lanes, int rows, int vectors>
-FASTPERC_INLINE void add_up(const WeightGradient& of, Partial& partial, float* transformed) {
+FASTPERC_INLINE void add_up(const WeightGradient& task, Partial& partial, float* transformed) {
   constexpr std::int64_t step = gradient_step;
   float* gradients = transformed + points * step;
   std::fill(&partial.products[0][0][0], &partial.products[0][0][0] + points * panel * panel, 0.0f);
   std::fill(partial.bias, partial.bias + panel, 0.0f);
-  for (std::int64_t done = 0; done < of.count; done += gradient_tiles) {
-    const std::int64_t count = std::min(gradient_tiles, of.count - done);
+  for (std::int64_t done = 0; done < task.count; done += gradient_tiles) {
+    const std::int64_t count = std::min(gradient_tiles, task.count - done);
     for (std::int64_t t = 0; t < count; ++t) {
-      transform_tile<lanes>(of.x, of.shape, of.first + done + t, of.first_in, panel, transformed + t * panel, step);
-      transform_gradient<lanes>(of, of.first + done + t, gradients + t * panel, step);
+      transform_tile<lanes>(task.x, task.shape, task.first + done + t, task.first_in, panel, transformed + t * panel,
+                            step);
+      transform_gradient<lanes>(task, task.first + done + t, gradients + t * panel, step);
     }
     for (std::int64_t i = 0; i < points; ++i) {
       multiply_rows<lanes, rows, vectors, true>(transformed + i * step, 1, panel, gradients + i * step,
                                                 &partial.products[i][0][0], count, panel);
     }
-    const float* all_four = gradients + 5 * step;  // the sums of the tiles' pixels
+    const float* all_four = gradients + 5 * step;  // the sum over the four pixels of each tile
     for (std::int64_t o = 0; o < panel; o += lanes) {
       Vector<lanes> sum = {};
       for (std::int64_t t = 0; t < count; ++t) sum += at<lanes>(all_four + t * panel + o);
@@ -90,7 +93,7 @@ FASTPERC_INLINE void add_up(const WeightGradient& of, Partial& partial, float* t
   }
 }
 
-// weight, of a panel of inputs by a panel of outputs, = Gᵀ dU G.
+// weight = Gᵀ dU G, for a panel of input channels by a panel of output channels.
 template <int lanes>
 FASTPERC_INLINE void finish_weights(const Partial& sum, float* weight, const WeightStrides& strides) {
   for (std::int64_t i = 0; i < panel; ++i) {
@@ -119,12 +122,12 @@ FASTPERC_INLINE void finish_weights(const Partial& sum, float* weight, const Wei
   }
 }
 
-#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                          \
-  attributes void gradient_chunk(const WeightGradient& of, Partial& partial, float* transformed) {  \
-    add_up<lanes, rows, vectors>(of, partial, transformed);                                         \
-  }                                                                                                 \
-  attributes void gradient_panel(const Partial& sum, float* weight, const WeightStrides& strides) { \
-    finish_weights<lanes>(sum, weight, strides);                                                    \
+#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                           \
+  attributes void gradient_chunk(const WeightGradient& task, Partial& partial, float* transformed) { \
+    add_up<lanes, rows, vectors>(task, partial, transformed);                                        \
+  }                                                                                                  \
+  attributes void gradient_panel(const Partial& sum, float* weight, const WeightStrides& strides) {  \
+    finish_weights<lanes>(sum, weight, strides);                                                     \
   }
 FASTPERC_VERSIONS(FASTPERC_VERSION)
 

@@ -1,56 +1,58 @@
-// 3×3 convolutions of stride 1 on the CPU, float32, NHWC, by Winograd's F(2×2, 3×3): 16 products where the definition
-// has 36.
+// 3×3 convolutions of stride 1 on the CPU, float32, NHWC, by Winograd's F(2×2, 3×3), which takes 16 products
+// instead of 36.
 //
-//   a tile, 4×4 pixels of x at every second row and column     d [4, 4, I]
+//   a tile: 4×4 pixels of x at every second row and column     d [4, 4, I]
 //   its transform                                              V = Bᵀ d B  [16, I]
-//   with the weights' transform U = G g Gᵀ, 16 products        M = V · U   [16, O]
+//   16 products with the transformed weights U = G g Gᵀ        M = V · U   [16, O]
 //   four pixels of the output                                  y = Aᵀ M A  [2, 2, O]
 //
-// A thread takes a block of tiles at a time, whose V stays in its L2 cache, and runs through the outputs by panels: the
-// part of U that a panel needs is read once a block. Bias, skip and ReLU are done as a tile's pixels are stored. Every
-// number is the same sum in the same order whatever the threads.
-#include "winograd.h"
+// A thread takes a block of tiles at a time, whose V stays in its L2 cache, and computes one panel of output channels
+// after the other. So each panel of U is read once for a block. Bias, skip and ReLU are applied when the pixels of a
+// tile are stored. The number of threads does not change any sum or its order.
+#include "conv3x3.h"
 
 #include <algorithm>
 
+#include "conv3x3_tile.h"
 #include "kernels.h"
-#include "winograd_tile.h"
 
 namespace fastperc {
 namespace {
 
 using namespace winograd;
 
-constexpr std::int64_t tiles_together = 4;      // the tiles of a block are padded to a multiple of it
-constexpr std::int64_t block_floats = 3 << 16;  // of a block's V
-constexpr std::int64_t fewest_tiles = 16;       // to a block, or U is read too often
+constexpr std::int64_t tiles_together = 4;      // the tiles of a block are padded to a multiple of this
+constexpr std::int64_t block_floats = 3 << 16;  // the size of V of a block
+constexpr std::int64_t fewest_tiles = 16;       // of a block; with fewer, U is read too often
 
 struct Convolution {
-  const float *x, *weights, *bias, *skip;  // weights are transformed; bias [O] and skip [N, H', W', O] may be null
+  const float *x, *weights, *bias, *skip;  // transformed weights; bias [O] and skip [N, H', W', O] may be null
   float* out;
   WinogradShape shape;
-  ImageStrides skip_strides;  // its channels lie side by side
+  ImageStrides skip_strides;  // its channels have stride 1
   bool relu;
-  std::int64_t tiles;  // of a block
+  std::int64_t tiles;  // in a block
 
   std::int64_t padded() const { return (tiles + tiles_together - 1) / tiles_together * tiles_together; }
-  std::int64_t pitch() const { return shape.in + skew; }  // from tile to tile in V; the next two from point to point
+  // The stride between tiles in V, then the strides between points in V and in M.
+  std::int64_t pitch() const { return shape.in + skew; }
   std::int64_t transformed_step() const { return padded() * pitch() + skew; }
   std::int64_t product_step() const { return padded() * panel + skew; }
 };
 
-// The four pixels that M of a tile [16, step] makes, for a panel of outputs from `first` on.
+// Stores the four pixels of a tile, made of M [16, step], for a panel of output channels from `first` on.
 template <int lanes>
 FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t tile, const float* m, std::int64_t step,
                                 std::int64_t first) {
   const WinogradShape& s = conv.shape;
   const Place p = place(s, tile);
-  const bool below = p.row + 1 < s.out_rows(), beside = p.column + 1 < s.out_columns();
+  const bool has_below = p.row + 1 < s.out_rows(), has_right = p.column + 1 < s.out_columns();
   float* out = conv.out + ((p.image * s.out_rows() + p.row) * s.out_columns() + p.column) * s.out + first;
   const std::int64_t down = s.out_columns() * s.out;
-  const ImageStrides& to = conv.skip_strides;
+  const ImageStrides& strides = conv.skip_strides;
   const float* skip =
-      conv.skip ? conv.skip + p.image * to.image + p.row * to.row + p.column * to.column + first : nullptr;
+      conv.skip ? conv.skip + p.image * strides.image + p.row * strides.row + p.column * strides.column + first
+                : nullptr;
   for (std::int64_t o = 0; o < panel; o += lanes) {
     Vector<lanes> rows[2][4];
 #pragma GCC unroll 4
@@ -62,13 +64,13 @@ FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t tile, cons
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      if (i == 1 && !below) break;
+      if (i == 1 && !has_below) break;
       Vector<lanes> pixels[2] = {rows[i][0] + rows[i][1] + rows[i][2], rows[i][1] - rows[i][2] - rows[i][3]};
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
-        if (j == 1 && !beside) break;
+        if (j == 1 && !has_right) break;
         if (conv.bias) pixels[j] += at<lanes>(conv.bias + first + o);
-        if (skip) pixels[j] += at<lanes>(skip + i * to.row + j * to.column + o);
+        if (skip) pixels[j] += at<lanes>(skip + i * strides.row + j * strides.column + o);
         if (conv.relu) relu(pixels[j]);
         at<lanes>(out + i * down + j * s.out + o) = pixels[j];
       }
@@ -76,7 +78,7 @@ FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t tile, cons
   }
 }
 
-// The block of `count` tiles from `first` on.
+// Computes the block of `count` tiles from `first` on.
 template <int lanes, int rows, int vectors>
 FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t first, std::int64_t count, float* transformed,
                               float* products) {
@@ -102,7 +104,7 @@ FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t first, std::
   }
 }
 
-// to [16, in, panel] = U of a panel of outputs.
+// to [16, in, panel] = U of a panel of output channels.
 template <int lanes>
 FASTPERC_INLINE void transform_weights(const float* weight, const WeightStrides& strides, std::int64_t in, float* to) {
   float taps[9][lanes][panel];
@@ -166,7 +168,7 @@ void winograd_conv_cpu(const float* x, const float* weights, const float* bias, 
   const std::int64_t tiles = shape.tiles();
   if (tiles == 0) return;
   const std::int64_t most = std::max(block_floats / (points * (shape.in + skew)), fewest_tiles);
-  const std::int64_t turns = (tiles + threads * most - 1) / (threads * most);  // of as many blocks as threads
+  const std::int64_t turns = (tiles + threads * most - 1) / (threads * most);  // blocks for each thread
   const std::int64_t per_block = std::max((tiles + threads * turns - 1) / (threads * turns), fewest_tiles);
   const Convolution conv{x, weights, bias, skip, out, shape, skip_strides, relu, per_block};
   take_turns((tiles + per_block - 1) / per_block, threads, [&](std::int64_t block) {

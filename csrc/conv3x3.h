@@ -1,11 +1,11 @@
-// 3×3 convolutions of stride 1 by Winograd's F(2×2, 3×3): what a launcher is told, and how transformed weights lie.
+// 3×3 convolutions of stride 1 by Winograd's F(2×2, 3×3): shapes, and the layout of transformed weights.
 #pragma once
 
 #include <cstdint>
 
 namespace fastperc {
 
-// Channels that are computed together; those of an image are multiples of it. Transformed weights are
+// The number of channels that are computed together. I and O are multiples of it. Transformed weights have the shape
 // [O / panel, 16, I, panel].
 constexpr std::int64_t winograd_panel = 32;
 
@@ -20,7 +20,7 @@ struct WinogradShape {
   std::int64_t tiles() const { return images * tiles_down() * tiles_across(); }
 };
 
-// Strides in elements of weight [O, I, 3, 3].
+// The strides of weight [O, I, 3, 3], in elements.
 struct WeightStrides {
   std::int64_t out, in, row, column;
 };
