@@ -1,4 +1,4 @@
-"""``python -m fastperc``."""
+"""``python -m fastperc``: the command line."""
 
 import sys
 

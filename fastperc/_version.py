@@ -1,3 +1,3 @@
-"""The version, where nothing else need be imported to read it."""
+"""The version. A module of its own, so that reading it imports nothing else."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Networks on disk: safetensors with all that rebuilds them, and the layouts of other projects."""
+"""Networks on disk: fastperc's ``.safetensors`` files, training checkpoints, and fast_neural_style's state_dicts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastperc.models import SRCNN, SuperResolutionNet, TransformNet
 from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 NETWORKS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (TransformNet, SuperResolutionNet, SRCNN)}
-OPTIMIZER = "optimizer."  # what a training checkpoint's other tensors begin with
+OPTIMIZER = "optimizer."  # prefix of the names of the optimizer's tensors
 
 
 def save(
@@ -29,23 +29,24 @@ def save(
     training: Mapping[str, Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Writes ``net`` as a ``.safetensors`` file, whole or not at all.
+    """Writes ``net`` as a ``.safetensors`` file, atomically.
 
-    Its metadata holds ``fastperc`` (the version), ``network`` (the class), ``config`` (the arguments that rebuild it)
-    and ``training`` (how it came about), the last two as JSON.
+    The file's metadata holds ``fastperc`` (the version), ``network`` (the class), ``config`` (the arguments that
+    rebuild it) and ``training`` (how it was trained). The last two are JSON.
 
     Args:
         net: one of fastperc's networks.
-        path: the file.
-        dtype: what floating-point tensors are stored in. Default: what they are.
-        training: anything JSON can hold.
-        optimizer: also keep its state, to resume from.
+        path: the file to write.
+        dtype: dtype in which floating-point tensors are stored. Default: their own.
+        training: any JSON-serialisable mapping.
+        optimizer: its state is stored too, so that training can resume.
 
     Raises:
-        FloatingPointError: the network has weights that are not finite; a file already there stays as it was.
+        FloatingPointError: a weight is not finite. An existing file stays as it was.
+        OSError: the system refuses to write the file.
     """
-    if damaged := first_not_finite(net.state_dict()):
-        raise FloatingPointError(f"the network's {damaged} is not finite: not saved")
+    if damaged_name := first_not_finite(net.state_dict()):
+        raise FloatingPointError(f"the network's {damaged_name} has values that are not finite, so it is not saved")
     tensors = {
         name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         for name, tensor in net.state_dict().items()
@@ -63,10 +64,14 @@ def save(
 
 
 def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Module:
-    """A network ready to use (in eval mode, float32), by the name of a shipped one or from a file.
+    """Loads a network, in eval mode and float32, from a file or by the name of one that ships with fastperc.
 
-    Reads this project's ``.safetensors`` and state_dicts of PyTorch's fast_neural_style example, at any width, old
-    ones with ``running_mean`` keys and those saved from ``DataParallel`` included.
+    Reads fastperc's ``.safetensors`` files and state_dicts of PyTorch's fast_neural_style example at any width. Old
+    state_dicts with ``running_mean`` keys and those saved from ``DataParallel`` work too.
+
+    Args:
+        name_or_path: such as ``"great_wave"`` or ``"runs/mine/model.safetensors"``.
+        device: the device to load it on.
 
     Raises:
         InputError: no such file or name, a damaged file, another architecture, weights that are not finite.
@@ -79,13 +84,17 @@ def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Modul
         net = _build(path, metadata)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OPTIMIZER)}
     else:
-        net, tensors = _from_examples(path, tensors)
-    _fill(net, tensors, str(path))
+        net, tensors = _from_example(path, tensors)
+    _load_weights(net, tensors, path)
     return net.eval().to(device)
 
 
 def load_training(path: PathLike, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts a training checkpoint's weights into ``net`` and its moments into ``optimizer``, bit for bit."""
+    """Loads a training checkpoint's weights into ``net`` and its moments into ``optimizer``, bit for bit.
+
+    Raises:
+        InputError: the file cannot be read, or belongs to another network.
+    """
     tensors, _ = read_tensors(path)
     parameters = dict(enumerate(net.parameters()))
     state: dict[int, dict[str, Tensor]] = {}
@@ -95,15 +104,19 @@ def load_training(path: PathLike, net: nn.Module, optimizer: torch.optim.Optimiz
         if parameter is None:
             raise InputError(f"{path}: {name} belongs to no parameter of this network")
         value = tensors.pop(name)
-        if value.shape == parameter.shape:  # a moment lies in memory as its parameter does
+        if value.shape == parameter.shape:  # a moment has the memory format of its parameter
             value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(index), {})[key] = value
-    _fill(net, tensors, str(path))
+    _load_weights(net, tensors, path)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def read_training(path: PathLike) -> dict[str, Any]:
-    """The ``training`` metadata of a file that :func:`save` wrote; empty where it has none."""
+    """The ``training`` metadata of a file that :func:`save` wrote; empty if it has none.
+
+    Raises:
+        InputError: the file cannot be read, or its metadata is damaged.
+    """
     _, metadata = read_tensors(path)
     try:
         return dict(json.loads(metadata.get("training", "{}")))
@@ -112,36 +125,36 @@ def read_training(path: PathLike) -> dict[str, Any]:
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a NaN or an infinity in it, if there is one."""
+    """The name of the first tensor that holds a NaN or an infinity, or None."""
     return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def _build(path: Path, metadata: Mapping[str, str]) -> nn.Module:
     kind = metadata["network"]
     if kind not in NETWORKS:
-        raise InputError(f"{path}: holds a {kind}, which fastperc {__version__} does not know")
+        raise InputError(f"{path}: holds a {kind}, which fastperc {__version__} does not know; use a newer fastperc")
     try:
         return NETWORKS[kind](**json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its config does not build a {kind} ({error})") from None
 
 
-def _fill(net: nn.Module, tensors: Mapping[str, Tensor], owner: str) -> None:
-    own = net.state_dict()
-    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+def _load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: PathLike) -> None:
+    expected = net.state_dict()
+    missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or surplus:
-        told = [f"lacks {name}" for name in missing[:1]] + [f"has {name}" for name in surplus[:1]]
-        raise InputError(f"{owner}: not a {type(net).__name__}: it {' and '.join(told)}")
+        differences = [f"lacks {name}" for name in missing[:1]] + [f"has {name}" for name in surplus[:1]]
+        raise InputError(f"{path}: not a {type(net).__name__}: it {' and '.join(differences)}")
     for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise InputError(f"{owner}: {name} is {list(tensor.shape)}, the network's is {list(own[name].shape)}")
-    if damaged := first_not_finite(tensors):
-        raise InputError(f"{owner}: {damaged} has values that are not finite")
+        if tensor.shape != expected[name].shape:
+            raise InputError(f"{path}: {name} is {list(tensor.shape)}, the network's is {list(expected[name].shape)}")
+    if damaged_name := first_not_finite(tensors):
+        raise InputError(f"{path}: {damaged_name} has values that are not finite")
     net.load_state_dict(dict(tensors))
 
 
-# PyTorch's fast_neural_style example counts its layers; this network's names tell where they stand.
-EXAMPLES_LAYERS = {
+# Layers of PyTorch's fast_neural_style example → layers of TransformNet.
+EXAMPLE_LAYERS = {
     **{"conv1.conv2d": "stem.conv", "in1": "stem.norm"},
     **{"conv2.conv2d": "down.0.conv", "in2": "down.0.norm", "conv3.conv2d": "down.1.conv", "in3": "down.1.norm"},
     **{f"res{i + 1}.conv{j}.conv2d": f"blocks.{i}.conv{j}" for i in range(5) for j in (1, 2)},
@@ -149,11 +162,11 @@ EXAMPLES_LAYERS = {
     **{"deconv1.conv2d": "up.0.conv", "in4": "up.0.norm", "deconv2.conv2d": "up.1.conv", "in5": "up.1.norm"},
     **{"deconv3.conv2d": "head"},
 }
-# Instance norm kept these before PyTorch 0.4 and never used them.
+# Before PyTorch 0.4 instance norms stored these and never used them.
 UNUSED_STATISTICS = re.compile(r"in\d\.(running_mean|running_var|num_batches_tracked)$")
 
 
-def _from_examples(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+def _from_example(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
     tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     first = tensors.get("conv1.conv2d.weight")
     if first is None or first.dim() != 4 or not len(first):
@@ -165,5 +178,5 @@ def _from_examples(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         if not UNUSED_STATISTICS.search(name):
-            renamed[f"{EXAMPLES_LAYERS.get(layer, layer)}.{kind}"] = tensor
+            renamed[f"{EXAMPLE_LAYERS.get(layer, layer)}.{kind}"] = tensor
     return TransformNet("examples", width=first.shape[0]), renamed

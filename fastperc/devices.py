@@ -1,4 +1,4 @@
-"""Which device to run on."""
+"""Compute devices: finding one by name, its model's name and its free memory."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from fastperc.errors import InputError
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device called ``name``, or the best there is when ``None``.
+    """The device called ``name``. ``None`` picks a CUDA GPU, then Apple's GPU, then the CPU.
 
     Raises:
-        InputError: no such device here.
+        InputError: this machine or this build of PyTorch has no such device.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):  # unknown, not compiled in, or not in this machine
+    except (RuntimeError, AssertionError, NotImplementedError):  # unknown name, not compiled in, or not present
         raise InputError(f"no device {name!r} here; use cpu" + ", or cuda" * torch.cuda.is_available()) from None
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """The name of ``device``'s model; of a CPU with the number of threads that PyTorch uses."""
+    """The model name of ``device``. For a CPU the number of PyTorch's threads is appended."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -40,7 +40,7 @@ def device_name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had, or infinitely many where the system does not tell."""
+    """Free memory in bytes: of the GPU, or of the machine. Infinity where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -51,4 +51,5 @@ def free_memory(device: torch.device) -> float:
 
 
 def gigabytes(size: float) -> str:
+    """``size`` bytes as text, such as ``1.5 GB``."""
     return f"{size / 1e9:.1f} GB"

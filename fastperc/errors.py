@@ -1,10 +1,10 @@
-"""What is raised when the fault is in what was given, not in the program."""
+"""The exception for bad input, and the exit status that goes with it."""
 
-BAD_INPUT = 2  # the exit status that tells of it
+BAD_INPUT = 2  # exit status of the command line
 
 
 class InputError(ValueError):
-    """A file, folder or option that cannot be used; the message says why and what would work.
+    """A file, folder or option that cannot be used. The message says why, and what to do instead.
 
-    The command line prints it as one line and exits with status 2.
+    The command line prints the message as one line and exits with status 2.
     """

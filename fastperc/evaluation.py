@@ -1,9 +1,4 @@
-"""Super-resolution against ground truth: PSNR and SSIM as the paper reports them, in tables and in pictures.
-
-The protocol, with which ×4 bicubic gives the paper's 28.4 dB on Set5: the image, cropped to a multiple of the scale,
-is made small by an antialiased cubic and rounded to 8 bits; what a method makes of that is compared on the rounded
-BT.601 luma, a border of as many pixels as the scale left out. A gray image is compared by its own levels.
-"""
+"""Image quality metrics: PSNR and SSIM, and the luma on which super-resolution papers measure them."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ from torch import Tensor
 
 
 class Score(NamedTuple):
-    """How close a picture comes to the truth."""
+    """The quality of a picture against its ground truth."""
 
     psnr: float  # dB
     ssim: float
@@ -25,14 +20,14 @@ class Score(NamedTuple):
 
 
 def psnr(x: Tensor, target: Tensor, data_range: float = 1.0) -> Tensor:
-    """Peak signal-to-noise ratio in dB, 10 · log₁₀(``data_range``² / mean squared error), over all elements.
+    """Peak signal-to-noise ratio in dB over all elements: 10 · log₁₀(``data_range``² / mean squared error).
 
     Args:
-        x, target: equal shapes, any; computed in float64.
-        data_range: from the darkest to the brightest value possible: 1 for RGB in 0–1, 255 for levels.
+        x, target: tensors of any equal shape and any dtype; computed in float64.
+        data_range: largest minus smallest possible value: 1 for RGB in 0–1, 255 for levels.
 
     Returns:
-        A float64 scalar; infinite where the two are equal.
+        A float64 scalar; infinite for equal tensors.
 
     Raises:
         ValueError: the shapes differ.
@@ -43,17 +38,17 @@ def psnr(x: Tensor, target: Tensor, data_range: float = 1.0) -> Tensor:
 
 
 def ssim(x: Tensor, target: Tensor, data_range: float = 1.0) -> Tensor:
-    """Structural similarity (Wang et al. 2004): Gaussian windows of 11×11, σ = 1.5, about each pixel.
+    """Structural similarity (Wang et al. 2004) with an 11×11 Gaussian window, σ = 1.5, around each pixel.
 
     Args:
-        x, target: [..., H, W] with H and W of at least 6, mirrored outwards; computed in float64.
+        x, target: [..., H, W] of any dtype, H and W at least 6; computed in float64. Borders are padded by reflection.
         data_range: as for :func:`psnr`.
 
     Returns:
-        The mean over all pixels, a float64 scalar; 1 where the two are equal.
+        The mean over all pixels, a float64 scalar; 1 for equal tensors.
 
     Raises:
-        ValueError: the shapes differ, or are too small.
+        ValueError: the shapes differ or are too small.
     """
     _check_shapes(x, target)
     if x.dim() < 2 or min(x.shape[-2:]) < 6:
@@ -82,9 +77,14 @@ def _check_shapes(x: Tensor, target: Tensor) -> None:
 
 
 def luma(levels: Tensor, gray: bool = False) -> Tensor:
-    """BT.601's Y of uint8 ``levels`` [H, W, 3], from 16 to 235 and rounded, as MATLAB's rgb2ycbcr; float64 [H, W].
+    """BT.601 luma in 16–235, rounded, as MATLAB's rgb2ycbcr computes it.
 
-    Of a ``gray`` image the level itself, as the literature has it for Set14's.
+    Args:
+        levels: RGB, uint8 [H, W, 3].
+        gray: return the levels of the first channel instead, as the literature does for Set14's gray images.
+
+    Returns:
+        float64 [H, W].
     """
     if gray:
         return levels[..., 0].double()

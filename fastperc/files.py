@@ -1,4 +1,4 @@
-"""Reading tensors from files that may be anything, and writing files that are whole or not there."""
+"""Files: checks before reading and writing, atomic writes, tensors from several formats, and the cache folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ PathLike = str | os.PathLike[str]
 
 
 def check_readable(path: PathLike) -> Path:
-    """``path`` as a ``Path``, once it is known to be a file that can be opened."""
+    """Checks that ``path`` is an ordinary file that can be opened, and returns it as a ``Path``.
+
+    Raises:
+        InputError: it is missing, a folder or a device, or cannot be read.
+    """
     path = Path(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for somebody to write to it
-            raise InputError(f"{path}: is a folder or a device, an ordinary file is needed")
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+            raise InputError(f"{path}: is a folder or a device; give an ordinary file")
         with path.open("rb"):
             return path
     except FileNotFoundError:
@@ -34,26 +38,26 @@ def check_readable(path: PathLike) -> Path:
 
 
 def check_writable(path: PathLike) -> Path:
-    """``path`` as a ``Path``, once it is known that a file can be written there; leaves nothing behind.
+    """Checks that a file can be written at ``path``, and returns it as a ``Path``. Leaves nothing behind.
 
     Raises:
-        InputError: it is a folder or a device, or no file can be made there.
+        InputError: it is a folder or a device, or the system allows no file there.
     """
     path = Path(path)
     target = Path(os.path.realpath(path))
     try:
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(target.stat().st_mode):
-                raise InputError(f"{path}: is a folder or a device, a file name is needed")
-        made = [folder for folder in target.parents if not os.path.lexists(folder)]
+                raise InputError(f"{path}: is a folder or a device; give a file name")
+        missing = [folder for folder in target.parents if not os.path.lexists(folder)]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            probe = _beside(target)
+            probe = _temporary_path(target)
             probe.touch()
             probe.unlink()
         finally:
-            for folder in made:
-                with suppress(OSError):  # not made after all, or in use by now
+            for folder in missing:
+                with suppress(OSError):  # mkdir failed before it, or another process uses it by now
                     folder.rmdir()
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
@@ -62,40 +66,41 @@ def check_writable(path: PathLike) -> Path:
 
 @contextmanager
 def write_atomically(path: PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``, which becomes ``path`` when the block ends well and vanishes if not.
+    """Yields a temporary path in the folder of ``path``, and renames that file to ``path`` when the block ends.
 
-    Folders are made as needed, and a link is followed.
+    If the block raises, the temporary file is removed and ``path`` stays as it was. Creates missing folders and follows
+    a link.
 
     Raises:
-        OSError: whatever the system refused, with ``path`` as the file's name.
+        OSError: the system's error, with ``path`` as its file name.
     """
     target = Path(os.path.realpath(path))
-    temporary = _beside(target)
+    temporary = _temporary_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except OSError as error:  # which may name the temporary file, or none
+    except OSError as error:  # it may name the temporary file, or none
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
-def _beside(path: Path) -> Path:
-    # The suffix stays last, writers choose the format by it; the stem is cut, or a long name would become too long.
+def _temporary_path(path: Path) -> Path:
+    # The suffix stays last because writers choose the format by it. The stem is cut so that the name is never too long.
     return path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}{path.suffix}")
 
 
 def read_tensors(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors of a ``.safetensors``, ``.npz`` or PyTorch file by name, on the CPU, and its metadata.
+    """Reads a ``.safetensors``, ``.npz`` or PyTorch file: its tensors by name, on the CPU, and its metadata.
 
-    Told apart by content, not by name. A pickle that holds more than tensors is refused, never executed.
+    The content decides the format, not the file name. A pickle that holds more than tensors is refused, not executed.
 
     Raises:
-        InputError: the file is missing, damaged, or none of these.
+        InputError: the file is missing or damaged, or has another format.
     """
     path = check_readable(path)
     try:
@@ -106,17 +111,21 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
         return _read_npz(path) if _is_npz(path) else _read_pickle(path), {}
     except InputError:
         raise
-    except Exception:  # zipfile, zlib, numpy, safetensors and torch raise whatever the damage provokes
+    except Exception:  # a damaged file can raise anything in zipfile, zlib, numpy, safetensors or torch
         raise InputError(f"{path}: not a file of tensors (.safetensors, .npz or PyTorch), or damaged") from None
 
 
 def write_tensors(path: PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Writes a ``.safetensors`` file, whole or not at all."""
+    """Writes a ``.safetensors`` file atomically.
+
+    Raises:
+        OSError: the system refuses to write it.
+    """
     from safetensors.torch import save
 
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
     with write_atomically(path) as temporary:
-        temporary.write_bytes(content)  # save_file would make a file that only its owner may read
+        temporary.write_bytes(content)  # safetensors' save_file gives a file that only its owner can read
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -148,15 +157,15 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        with path.open("rb") as file, warnings.catch_warnings():  # a path would be judged by its suffix
-            warnings.simplefilter("ignore")  # that a pickle is of another protocol: it will be read or refused
+        with path.open("rb") as file, warnings.catch_warnings():  # torch.load judges a path by its suffix
+            warnings.simplefilter("ignore")  # about the pickle protocol: the file is read or refused anyway
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "global" not in str(error).lower():  # a name to be imported and called, where plain data has none
+        if "global" not in str(error).lower():  # the pickle imports a name, which plain data never does
             raise
         raise InputError(
             f"{path}: holds more than tensors, so opening it could run somebody's code; "
-            f"save its state_dict() alone and use that"
+            "save its state_dict() alone and use that"
         ) from None
     # Training scripts wrap the state_dict in a dict of their own.
     for wrapper in ("state_dict", "model_state_dict", "model"):
@@ -168,7 +177,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again: ``$XDG_CACHE_HOME/fastperc``, or where the system keeps such things."""
+    """The cache folder: ``$XDG_CACHE_HOME/fastperc``, or ``fastperc`` in the system's usual cache folder."""
     if os.environ.get("XDG_CACHE_HOME"):
         base = Path(os.environ["XDG_CACHE_HOME"])
     elif sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""What long work shows while it runs: a bar on a terminal, a line now and then in a log."""
+"""Progress of long work on stderr: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 SECONDS_BETWEEN_LINES = 15.0
-SECONDS_OF_SPEED = 30.0  # the speed shown is that of so long ago until now
+SPEED_SECONDS = 30.0  # the speed shown is the mean over the last so many seconds
 
 
 def say(line: str) -> None:
-    """Prints ``line`` on stderr, above the bar if one is running; as one line, whatever file names it holds."""
+    """Prints ``line`` on stderr, above a running bar. Line breaks, which a file name may hold, become spaces."""
     console.print(" ".join(line.splitlines()), markup=False)
 
 
 @contextmanager
 def silent(silently: bool = True) -> Iterator[None]:
-    """Nothing is shown while the block runs, unless not ``silently``."""
+    """Suppresses this module's output while the block runs; does nothing with ``silently=False``."""
     before, console.quiet = console.quiet, console.quiet or silently
     try:
         yield
@@ -33,7 +33,7 @@ def silent(silently: bool = True) -> Iterator[None]:
 
 
 class Meter:
-    """Counts from ``start`` towards ``total``, with a note, the speed and the time left; a context manager."""
+    """A context manager that counts from ``start`` to ``total`` and shows count, note, speed and time left."""
 
     def __init__(self, title: str, total: int, start: int = 0) -> None:
         self.title, self.total, self.done = title, total, start
@@ -51,7 +51,7 @@ class Meter:
 
     def __enter__(self) -> Meter:
         self._last_line = time.monotonic()
-        self._recent = deque([(self._last_line, self.done)])  # moments and counts, the oldest first
+        self._recent = deque([(self._last_line, self.done)])  # (time, count), the oldest first
         self._bar.start()
         return self
 
@@ -59,14 +59,14 @@ class Meter:
         self._bar.stop()
 
     def advance(self, note: str = "") -> None:
-        """One more done."""
+        """Adds one to the count and shows ``note`` beside it."""
         self.done += 1
         now = time.monotonic()
         self._recent.append((now, self.done))
-        while now - self._recent[1][0] > SECONDS_OF_SPEED:
+        while now - self._recent[1][0] > SPEED_SECONDS:
             self._recent.popleft()
-        then, done_then = self._recent[0]
-        speed = (self.done - done_then) / max(now - then, 1e-9)
+        before, done_before = self._recent[0]
+        speed = (self.done - done_before) / max(now - before, 1e-9)
         note = f"{note}  {speed:.2f}/s".strip()
         self._bar.update(self._task, completed=self.done, note=note)
         if not console.is_terminal and (now - self._last_line > SECONDS_BETWEEN_LINES or self.done == self.total):
@@ -75,16 +75,17 @@ class Meter:
 
 
 def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """``items`` as they come, with a :class:`Meter` counting them."""
+    """Yields ``items`` and counts them with a :class:`Meter`."""
     with Meter(title, total) as meter:
         for item in items:
             yield item
             meter.advance()
 
 
-Watch = Callable[[Iterable[int], str, int], Iterable[int]]  # shows how work gets on: items, title, total
+# A function that passes items on and shows how many are done: (items, title, total) → items. ``track`` is one.
+Watch = Callable[[Iterable[int], str, int], Iterable[int]]
 
 
 def unwatched(items: Iterable[int], title: str, total: int) -> Iterable[int]:
-    """For work that nobody watches."""
+    """A :data:`Watch` that shows nothing."""
     return items

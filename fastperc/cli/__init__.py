@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that help is instant."""
+"""The command line. A command imports what it needs when it runs, so that ``--help`` is instant."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from typing import Any, NoReturn
 
 from fastperc._version import __version__
 from fastperc.cli import bench, doctor, figure2, optimize, sr, stylize, train, tune
+from fastperc.cli.options import EXIT_STATUS
 from fastperc.errors import BAD_INPUT, InputError
 
-COMMANDS = stylize, train, figure2, sr, optimize, tune, bench, doctor  # as --help lists them
+COMMANDS = stylize, train, figure2, sr, optimize, tune, bench, doctor  # in the order of --help
 FAILED, INTERRUPTED = 1, 130  # exit statuses, with BAD_INPUT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 for a failure while running, 2 for input it cannot use."""
+    """Runs one command and returns its exit status: 0, 1 for a failure while running, 2 for bad input, 130 for Ctrl-C.
+
+    Anything but success prints one line on stderr. argparse exits by itself, with 2, if the options are wrong.
+
+    Args:
+        argv: the arguments; default: those of the process.
+    """
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs, its exceptions say as well
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Pillow's exceptions say what its log says
     try:
         return arguments.run(arguments)
     except InputError as error:
@@ -28,29 +35,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status, message = INTERRUPTED, "interrupted"
     except MemoryError:
-        status, message = FAILED, "out of memory; try a smaller --size"
+        status, message = FAILED, out_of_memory(arguments)
     except OSError as error:
         status, message = FAILED, f"{error.filename or 'a file'}: {error.strerror or error}"
     except (RuntimeError, ArithmeticError) as error:
-        out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
-        status, message = FAILED, "out of memory; try a smaller --size" if out_of_memory else str(error)
+        text = str(error)
+        lack_of_memory = "out of memory" in text or "can't allocate memory" in text
+        status, message = FAILED, out_of_memory(arguments) if lack_of_memory else text
     print(f"{arguments.prog}: {one_line(message)}", file=sys.stderr)
     return status
 
 
+def out_of_memory(arguments: argparse.Namespace) -> str:
+    """The message for a lack of memory. It names the options of the command that save memory."""
+    options = [f"--{name}" for name in ("size", "tile", "batch") if name in arguments]
+    return f"out of memory; try a smaller {' or '.join(options) or 'image'}"
+
+
 def one_line(message: str) -> str:
-    """``message`` without its line breaks."""
+    """``message`` with spaces for line breaks."""
     return " ".join(message.split())
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` that says what was wrong in one line, and leaves its name in ``prog``."""
+    """An ``ArgumentParser`` that reports errors in one line. It also stores the command's name as ``prog``."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.set_defaults(prog=self.prog)
 
     def error(self, message: str) -> NoReturn:
+        """Prints ``message`` in one line and exits with status 2."""
         self.exit(BAD_INPUT, f"{self.prog}: {one_line(message)} (see {self.prog} --help)\n")
 
 
@@ -58,9 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = Parser(
         prog="fastperc",
-        description="Paints photographs in the style of a painting, and makes small ones large, in one pass of a small "
-        "network (Johnson et al.).",
-        epilog="First steps: `fastperc stylize photo.jpg` paints a photo in the style of The Great Wave.",
+        description="Paints photos in the style of a painting, and enlarges photos, in one pass of a\n"
+        "small network (Johnson et al. 2016).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="First steps: `fastperc stylize photo.jpg` paints a photo in the style of The\nGreat Wave.\n\n"
+        + EXIT_STATUS,
     )
     parser.add_argument("--version", action="version", version=f"fastperc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)

@@ -6,42 +6,54 @@ import argparse
 import os
 from typing import Any
 
-from fastperc.cli.options import add_device, add_layers, path, positive, positive_float, weight
+from fastperc.cli.options import add_device, add_layers, add_vgg, path, positive, positive_float, weight
 from fastperc.errors import InputError
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
+    """Adds the command to the parser."""
     parser = commands.add_parser(
         "optimize",
         help="paint one photo by optimising its pixels (slow; the paper's baseline)",
-        description="Optimises the picture itself under the training objective: minutes, not milliseconds, and no "
-        "network to train.",
+        description="Paints a photo by optimising its pixels under the training objective. Needs no trained network, "
+        "and takes minutes.",
+        epilog="example: fastperc optimize photo.jpg -o out.jpg --style painting.jpg --size 512",
     )
     parser.add_argument("input", type=path, metavar="INPUT", help="the photo")
     parser.add_argument("-o", "--out", required=True, type=path, help="the picture to write")
     parser.add_argument("--style", required=True, type=path, metavar="IMG", help="the painting")
-    parser.add_argument("--vgg", type=path, metavar="FILE", help="VGG-16 weights; default: fetch torchvision's")
+    add_vgg(parser)
     add_layers(parser)
-    parser.add_argument("--content-weight", type=weight, metavar="X", help="beside a style weight of 1; default: 0.3")
-    parser.add_argument("--tv-weight", type=weight, metavar="X", help="default: 0")
+    parser.add_argument(
+        "--content-weight", type=weight, metavar="X", help="weight of the content loss; the style's is 1; default: 0.3"
+    )
+    parser.add_argument("--tv-weight", type=weight, metavar="X", help="weight of the total variation; default: 0")
     parser.add_argument(
         "--style-size",
         type=positive,
         default=256,
         metavar="N",
-        help="the painting's shorter side; default: %(default)s",
+        help="the painting's shorter side in pixels; default: %(default)s",
     )
     parser.add_argument(
-        "--size", type=positive, metavar="N", help="resize so that the longer side has N pixels; default: as it is"
+        "--size",
+        type=positive,
+        metavar="N",
+        help="resize the photo so that its longer side has N pixels; default: no resizing",
     )
-    parser.add_argument("--iterations", type=positive, default=500, metavar="N", help="default: %(default)s")
-    parser.add_argument("--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="default: %(default)s")
-    parser.add_argument("--lr", type=positive_float, metavar="X", help="default: 1 for lbfgs, 0.02 for adam")
+    parser.add_argument("--iterations", type=positive, default=500, metavar="N", help="steps; default: %(default)s")
+    parser.add_argument(
+        "--optimizer", choices=["lbfgs", "adam"], default="lbfgs", help="the optimiser; default: %(default)s"
+    )
+    parser.add_argument(
+        "--lr", type=positive_float, metavar="X", help="learning rate; default: 1 for lbfgs, 0.02 for adam"
+    )
     add_device(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     from fastperc.devices import find_device
     from fastperc.files import check_writable
     from fastperc.photos.optimize import optimize

@@ -5,33 +5,37 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from fastperc.cli.options import SEVERAL_GPUS, add_init, add_style_training, recipe_fields
+from fastperc.cli.options import RESULTS, SEVERAL_GPUS, STOPPING, add_init, add_style_training, recipe_fields
 
 if TYPE_CHECKING:
     from fastperc.training.style import StyleRecipe
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
+    """Adds the command to the parser."""
     parser = commands.add_parser(
         "train",
         help="train a style of your own",
-        description="Trains a network to paint in the style of one image, from a folder of any photos.",
+        description="Trains a network to paint in the style of one image. Any folder of photos serves as data.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  fastperc train --style painting.jpg --data photos/ --out runs/mine --device cuda --amp\n"
-        "  fastperc train ... --resume                             go on after a stop, bit for bit on the CPU\n"
+        "  fastperc train ... --resume                    continue after a stop, bit for bit on one CPU thread\n\n"
         + SEVERAL_GPUS.format(command="train")
-        + "Ctrl-C saves and stops. The result is DIR/model.safetensors; DIR/previews shows how it came about,\n"
-        "DIR/losses.csv what each iteration's loss was.",
+        + f"{RESULTS}\n{STOPPING}",
     )
     add_style_training(parser).add_argument(
-        "--residual", default="yes", choices=["yes", "no", "he"], help="kind of block (Figure 1); default: %(default)s"
+        "--residual",
+        default="yes",
+        choices=["yes", "no", "he"],
+        help="residual connections; he: with a ReLU after the addition, as in He et al.; default: %(default)s",
     )
     add_init(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     from fastperc.training.loop import train
 
     train(recipe_from(arguments), arguments.out, arguments.resume)
@@ -39,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def recipe_from(arguments: argparse.Namespace) -> StyleRecipe:
-    """The recipe that the arguments spell."""
+    """The training recipe that the options describe."""
     from fastperc.training.style import StyleRecipe
 
     given = vars(arguments)

@@ -9,24 +9,28 @@ from fastperc.cli.options import add_device, positive
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
+    """Adds the command to the parser."""
     parser = commands.add_parser(
         "tune",
-        help="measure which backend is the fastest here, and use it from then on",
-        description="Times every backend of each operation on this machine, at the shapes of a training step, and "
-        "keeps a table: from then on the fastest is used. Other sizes and batches add to the table.",
+        help="measure which backend is fastest here, and use it from then on",
+        description="Measures every backend of each operation on this machine, at the shapes of a training step, and "
+        "writes a table. From then on the fastest backend is used. Other sizes and batches add to the table.",
     )
     parser.add_argument(
-        "--size", type=positive, default=256, metavar="N", help="side of the images; default: %(default)s"
+        "--size", type=positive, default=256, metavar="N", help="side of the images in pixels; default: %(default)s"
     )
-    parser.add_argument("--batch", type=positive, default=4, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--batch", type=positive, default=4, metavar="N", help="images in a batch; default: %(default)s"
+    )
     add_device(parser)
     table = parser.add_mutually_exclusive_group()
-    table.add_argument("--show", action="store_true", help="print the table in use and where it lies; measure nothing")
+    table.add_argument("--show", action="store_true", help="print the table in use and its file; measure nothing")
     table.add_argument("--clear", action="store_true", help="remove the table; measure nothing")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     from fastperc import dispatch
     from fastperc.devices import find_device
     from fastperc.files import check_writable

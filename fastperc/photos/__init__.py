@@ -1,1 +1,1 @@
-"""Photographs, from files to files: read, run through a network or an optimiser, written."""
+"""From photo files to picture files: decode, run a network or an optimiser, encode."""

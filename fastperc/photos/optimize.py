@@ -1,4 +1,4 @@
-"""The paper's baseline: the image itself optimised under the same objective (Gatys et al.; paper, section 4.1)."""
+"""The paper's baseline (Gatys et al.; section 4.1): optimises the pixels of a picture under the training objective."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from fastperc.progress import Meter
 def optimize(
     content: Tensor, loss: PerceptualLoss, iterations: int = 500, optimizer: str = "lbfgs", lr: float | None = None
 ) -> Tensor:
-    """The image that minimises ``loss`` against ``content``, starting from it and kept in 0–1 after each iteration.
+    """Minimises ``loss`` over the pixels of a picture. Starts from ``content`` and clamps to 0–1 after each iteration.
 
     Args:
-        content: RGB in 0–1 [1, 3, H, W].
-        loss: the objective, with its style.
-        iterations: 500 in the paper.
-        optimizer: ``"lbfgs"``, as in the paper, or ``"adam"``, which needs less memory.
-        lr: default 1 for L-BFGS, 0.02 for Adam.
+        content: the photo, RGB in 0–1, float32 [1, 3, H, W].
+        loss: the objective, which holds the style.
+        iterations: number of steps; 500 in the paper.
+        optimizer: ``"lbfgs"`` as in the paper, or ``"adam"``, which needs less memory.
+        lr: step size. Default: 1 for L-BFGS, 0.02 for Adam.
 
     Returns:
-        RGB in 0–1 [1, 3, H, W].
+        The picture, RGB in 0–1, float32 [1, 3, H, W].
 
     Raises:
         ValueError: unknown optimizer.
         FloatingPointError: the loss is no longer finite.
     """
-    image = content.clone(memory_format=torch.contiguous_format).requires_grad_()  # L-BFGS views it as a vector
+    image = content.clone(
+        memory_format=torch.contiguous_format
+    ).requires_grad_()  # L-BFGS needs a view of it as a vector
     solver: torch.optim.Optimizer
     if optimizer == "lbfgs":
         solver = torch.optim.LBFGS([image], lr=1.0 if lr is None else lr, max_iter=1, history_size=20)
@@ -47,7 +49,7 @@ def optimize(
         for _ in range(iterations):
             value = float(solver.step(closure))
             if not torch.tensor(value).isfinite():
-                raise FloatingPointError(f"the loss is {value}: try a lower --lr, or --optimizer adam")
+                raise FloatingPointError(f"the loss is {value}; try a lower --lr or --optimizer adam")
             with torch.no_grad():
                 image.clamp_(0, 1)
             meter.advance(f"loss {value:.4g}")

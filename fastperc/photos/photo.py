@@ -1,4 +1,4 @@
-"""Photographs in and pictures out: whatever a user's file holds becomes 8-bit RGB, and what it carried is kept."""
+"""Decodes image files of any kind to 8-bit RGB, and encodes pictures with the alpha and metadata of their photo."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fastperc import reference
 from fastperc.errors import InputError
 from fastperc.files import PathLike, check_readable, write_atomically
 
-# What is written, and the keywords that make it as good as it gets. TIFF stays uncompressed: through libtiff, Pillow
-# cannot write the EXIF of a camera.
+# The formats that are written, with Pillow's keywords for the best quality. TIFF stays uncompressed, because Pillow
+# cannot write a camera's EXIF through libtiff.
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {},
     "JPEG": dict(quality=95, subsampling=0),
@@ -37,42 +37,42 @@ ALPHA_FORMATS = frozenset({"PNG", "WEBP", "AVIF", "TIFF", "JPEG2000", "TGA"})
 SUFFIXES = frozenset(
     suffix for suffix, name in Image.registered_extensions().items() if name in SAVE_OPTIONS and name in Image.SAVE
 ) - {".pbm", ".pgm", ".pfm"}
-# Pillow knows these by their suffix, but decodes none of them itself.
+# Pillow registers suffixes for these formats but cannot decode them by itself.
 NO_PHOTOS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"})
 READABLE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name not in NO_PHOTOS)
-# The tags that say how the pixels of the file were laid out (orientation among them), not what the picture shows.
+# EXIF tags about the layout of the file's pixels, orientation included. They do not fit the picture that is written.
 LAYOUT_TAGS = frozenset({*range(254, 269), *range(273, 282), *range(284, 294), 297, 301, *range(317, 360)}) | frozenset(
     {*range(512, 533), 700, 33723, 34377, 34675}  # JPEG in TIFF, XMP, IPTC, Photoshop, ICC
 )
-MAX_PIXELS = 2 * 89_478_485  # where Pillow itself stops
+MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit
 
 
 @dataclass
 class Photo:
-    """An upright 8-bit RGB image, its alpha channel if it had one, and what else its file carried."""
+    """An upright 8-bit RGB image, its alpha channel if it has one, and the metadata of its file."""
 
     rgb: Image.Image
     alpha: Image.Image | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)  # icc_profile, exif, dpi: keywords of Image.save
+    metadata: dict[str, Any] = field(default_factory=dict)  # icc_profile, exif, dpi, as keywords of Image.save
 
     def levels(self) -> Tensor:
-        """uint8 [H, W, 3]."""
+        """The RGB levels, uint8 [H, W, 3]."""
         return torch.from_numpy(np.array(self.rgb))
 
     def is_gray(self) -> bool:
-        """Whether red, green and blue are alike everywhere."""
+        """Whether red, green and blue are equal in every pixel."""
         levels = self.levels()
         return bool((levels == levels[..., :1]).all())
 
     def tensor(self) -> Tensor:
-        """RGB in 0–1, float32 [1, 3, H, W]."""
+        """The image as RGB in 0–1, float32 [1, 3, H, W]."""
         return self.levels().permute(2, 0, 1)[None].float() / 255
 
     def resized(self, long_side: int) -> Photo:
-        """The same photo with its longer side ``long_side`` pixels long.
+        """A copy whose longer side has ``long_side`` pixels.
 
         Raises:
-            InputError: that would be more than ``MAX_PIXELS``.
+            InputError: the copy would have more than ``MAX_PIXELS`` pixels.
         """
         width, height = self.rgb.size
         scale = long_side / max(width, height)
@@ -84,22 +84,22 @@ class Photo:
 
 
 def read_image(path: PathLike, enough: int | None = None) -> Photo:
-    """Opens any image that Pillow can, turned upright by its EXIF orientation; of several frames, the first.
+    """Reads an image in any format that Pillow can decode. Of several frames it reads the first.
 
-    Grayscale, palette, 16-bit, floating-point and CMYK images become 8-bit RGB. An RGB image keeps its ICC profile
-    beside its numbers; any other is converted to sRGB by it.
+    The image is rotated upright by its EXIF orientation. Grayscale, palette, 16-bit, floating-point and CMYK images
+    become 8-bit RGB. An RGB profile (ICC) is kept; with a gray or CMYK profile the image is converted to sRGB.
 
     Args:
         path: the file.
-        enough: where ``enough`` pixels a side will do, a larger JPEG is decoded at a fraction of its size.
+        enough: a sufficient size in pixels for both sides; a larger JPEG may then be decoded at a fraction of its size.
 
     Raises:
-        InputError: missing, unreadable, not an image, cut short.
+        InputError: the file is missing, unreadable, not an image or cut short.
     """
     path = check_readable(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a large image, a corrupt tag: the picture is there all the same
+            warnings.simplefilter("ignore")  # about large images and corrupt tags, which do not prevent reading
             with Image.open(path) as image:
                 if enough is not None:
                     image.draft("RGB", (enough, enough))
@@ -111,14 +111,14 @@ def read_image(path: PathLike, enough: int | None = None) -> Photo:
         raise InputError(f"{path}: larger than {MAX_PIXELS:,} pixels") from None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever the damage provokes
+    except Exception as error:  # a damaged file can raise anything in Pillow's decoders
         raise InputError(f"{path}: damaged or cut short ({error})") from None
 
 
 def _photo(image: Image.Image) -> Photo:
     metadata: dict[str, Any] = {}
     dpi = [float(value) for value in image.info.get("dpi", ())]
-    if len(dpi) == 2 and all(1 < value < 65536 for value in dpi):  # a TIFF without one says 1
+    if len(dpi) == 2 and all(1 < value < 65536 for value in dpi):  # Pillow reports 1 for a TIFF without resolution
         metadata["dpi"] = tuple(dpi)
     profile = image.info.get("icc_profile") or b""
     image, exif = _upright(image)
@@ -126,7 +126,7 @@ def _photo(image: Image.Image) -> Photo:
         metadata["exif"] = exif
 
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bit(image)
+        image = _to_eight_bit(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         rgb, alpha = rgba.convert("RGB"), rgba.getchannel("A")
@@ -144,12 +144,12 @@ def _photo(image: Image.Image) -> Photo:
 
 
 def _upright(image: Image.Image) -> tuple[Image.Image, bytes]:
-    """``image`` turned by its EXIF orientation, and the rest of its EXIF; what is damaged is as good as none."""
+    """``image`` rotated by its EXIF orientation, and the rest of its EXIF. Damaged EXIF counts as none."""
     try:
         exif = image.getexif()
     except Exception:
         return image, b""
-    image.info.pop("exif", None)  # exif_transpose would write it anew, and fail over a damaged tag
+    image.info.pop("exif", None)  # exif_transpose would encode it again, and fail on a damaged tag
     image = ImageOps.exif_transpose(image)
     for tag in LAYOUT_TAGS & exif.keys():
         del exif[tag]
@@ -159,8 +159,9 @@ def _upright(image: Image.Image) -> tuple[Image.Image, bytes]:
         return image, b""
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    # Pillow's own conversion clips these at 255. Integers are 16-bit samples; floats are 0–1, or 0–255 if far above 1.
+def _to_eight_bit(image: Image.Image) -> Image.Image:
+    """A 16-bit or floating-point grayscale image in 8 bits: floats span 0–1, or 0–255 if some are far above 1."""
+    # Pillow's own conversion would clip these images at 255.
     values = np.asarray(image, dtype=np.float64)
     top = 65535.0 if image.mode != "F" else (1.0 if np.nanmax(values, initial=0.0) <= 2.0 else 255.0)
     gray = Image.fromarray(np.nan_to_num(values / top * 255).clip(0, 255).round().astype(np.uint8))
@@ -170,15 +171,20 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """``image`` converted from ``profile`` to sRGB, or None if the profile cannot be used."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
-        return None  # a profile that cannot be used is as good as none
+        return None
 
 
 def check_format(path: PathLike) -> Path:
-    """``path`` as a ``Path``, once its suffix is known to name a format that can be written."""
+    """Checks that the suffix of ``path`` names a format that can be written, and returns it as a ``Path``.
+
+    Raises:
+        InputError: it does not.
+    """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(
@@ -188,56 +194,56 @@ def check_format(path: PathLike) -> Path:
 
 
 def write_image(path: PathLike, photo: Photo) -> None:
-    """Writes ``photo`` in the format of ``path``'s suffix, whole or not at all.
+    """Writes ``photo`` atomically, in the format that the suffix of ``path`` names.
 
-    A format without transparency shows the picture on white. Metadata that a format cannot hold is left out.
+    Formats without transparency get the picture on white. Metadata that the format cannot hold is left out.
 
     Raises:
-        InputError: the suffix names no format that can be written, or that format cannot hold so large an image.
-        OSError: the system refused, by a full disk for one.
+        InputError: the suffix names no format that can be written, or the image is too large for the format.
+        OSError: the system refuses to write it, for example because the disk is full.
     """
     path = check_format(path)
-    kind = Image.registered_extensions()[path.suffix.lower()]
+    format_name = Image.registered_extensions()[path.suffix.lower()]
     image, metadata = photo.rgb, dict(photo.metadata)
-    if photo.alpha is not None and kind in ALPHA_FORMATS:
+    if photo.alpha is not None and format_name in ALPHA_FORMATS:
         image = image.copy()
         image.putalpha(photo.alpha)
     elif photo.alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), photo.alpha)
-    if kind == "JPEG" and len(metadata.get("exif", b"")) > 65533:  # what a JPEG segment holds
+    if format_name == "JPEG" and len(metadata.get("exif", b"")) > 65533:  # the most that a JPEG segment holds
         del metadata["exif"]
     with write_atomically(path) as temporary:
         try:
-            image.save(temporary, format=kind, **SAVE_OPTIONS[kind], **metadata)
-        except (ValueError, OverflowError, RuntimeError) as error:  # what Pillow's encoders raise on too many pixels
-            raise InputError(f"{path}: cannot be written as {kind} ({error})") from None
+            image.save(temporary, format=format_name, **SAVE_OPTIONS[format_name], **metadata)
+        except (ValueError, OverflowError, RuntimeError) as error:  # Pillow's encoders, on too many pixels
+            raise InputError(f"{path}: cannot be written as {format_name} ({error})") from None
 
 
 def to_image(x: Tensor) -> Image.Image:
-    """RGB in 0–1 [3, H, W] → an 8-bit image; clamped, then rounded to the nearest level."""
-    pixels = reference.to_levels(x.detach().float())
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    """Converts RGB in 0–1, floating-point [3, H, W], to an 8-bit image. Clamps, then rounds to the nearest level."""
+    levels = reference.to_levels(x.detach().float())
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def find_images(folder: PathLike) -> list[Path]:
-    """Every file under ``folder`` with an image's suffix, at any depth, in a fixed order; hidden ones are left out.
+    """Every file with an image suffix under ``folder``, at any depth, sorted by path.
 
-    Links are followed, to each folder once.
+    Leaves out hidden files and folders. Follows links, but visits each folder once.
 
     Raises:
-        InputError: there is no such folder, or no image in it.
+        InputError: the folder does not exist or holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     images: list[Path] = []
-    seen: set[str] = set()
+    visited: set[str] = set()
     for directory, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(directory)
-        if real in seen:  # links may lead in circles
+        if real in visited:  # links may form a circle
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         images += (Path(directory, name) for name in files if not name.startswith("."))
     images = sorted(path for path in images if path.suffix.lower() in READABLE_SUFFIXES)
@@ -247,7 +253,10 @@ def find_images(folder: PathLike) -> list[Path]:
 
 
 def contact_sheet(rows: Iterable[Tensor], gap: int = 4) -> Image.Image:
-    """Rows of equally large images [N, 3, H, W] in 0–1 as one picture."""
+    """One picture with a row for each of ``rows``: images of equal size, RGB in 0–1 [N, 3, H, W].
+
+    ``gap`` is the white space between images in pixels.
+    """
     rows = [torch.nn.functional.pad(row, (0, gap, 0, gap), value=1.0) for row in rows]
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
     return to_image(sheet[:, :-gap, :-gap])

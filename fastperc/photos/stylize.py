@@ -1,4 +1,4 @@
-"""Photographs painted by a style network."""
+"""Paints photos with a style network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from fastperc import reference
 from fastperc.engine import Engine
 from fastperc.errors import InputError
-from fastperc.photos.jobs import painted
+from fastperc.photos.jobs import paint_tiles
 from fastperc.photos.photo import Photo, read_image
 from fastperc.presets import MINIMUM_SIDE
 from fastperc.progress import Watch, unwatched
@@ -24,22 +24,22 @@ def stylize(
     tile: int | str = "auto",
     watch: Watch = unwatched,
 ) -> Photo:
-    """``photo`` as ``engine`` paints it, with its alpha and metadata.
+    """Paints ``photo`` with ``engine``. The picture keeps the photo's size, alpha and metadata.
 
     Args:
         engine: a frozen style network.
-        photo: any size from 16 pixels a side up.
-        strength: from 0, the photo, to 1, the painting; a blend of the two between.
-        keep_colors: take only the lightness of the painting and keep the colours of the photo.
-        tile, watch: as :meth:`fastperc.engine.engine.Engine.tiles` has them.
+        photo: at least 16 pixels a side.
+        strength: blends photo and painting: 0 gives the photo, 1 the painting.
+        keep_colors: take the lightness from the painting and the colours from the photo.
+        tile, watch: see :meth:`fastperc.engine.engine.Engine.tiles`.
 
     Raises:
-        FloatingPointError: the network's output is not a number.
-        InputError: there is not enough memory.
+        FloatingPointError: the network's output holds a NaN.
+        InputError: not enough memory.
     """
     levels = photo.levels()
     painting = torch.empty_like(levels)
-    for rows, columns, y in painted(engine, levels, tile, watch):
+    for rows, columns, y in paint_tiles(engine, levels, tile, watch):
         x = levels[rows, columns].permute(2, 0, 1)[None].to(y.device).float() / 255
         if keep_colors:
             y = x + (reference.luma(y) - reference.luma(x))
@@ -48,10 +48,10 @@ def stylize(
 
 
 def read_photo(path: Path, size: int | None = None) -> Photo:
-    """The photo in the file ``path``, its longer side resized to ``size`` if given.
+    """Reads a photo, and resizes it so that its longer side has ``size`` pixels if ``size`` is given.
 
     Raises:
-        InputError: it cannot be read, or has too few pixels for a network, or too many.
+        InputError: the file cannot be read, or the photo is too small for a network or too large.
     """
     photo = read_image(path)
     try:
@@ -60,5 +60,5 @@ def read_photo(path: Path, size: int | None = None) -> Photo:
         raise InputError(f"{path}: {error}") from None
     width, height = photo.rgb.size
     if min(width, height) < MINIMUM_SIDE:
-        raise InputError(f"{path}: {width}×{height} is too small, both sides need {MINIMUM_SIDE} pixels")
+        raise InputError(f"{path}: {width}×{height} is too small; both sides need at least {MINIMUM_SIDE} pixels")
     return photo

@@ -1,4 +1,4 @@
-"""How fast this machine paints: ``fastperc bench``."""
+"""``fastperc bench``: how fast this machine paints."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ROUNDS = 5
 
 
 def report(net: nn.Module, sizes: Iterable[tuple[int, int]], device: torch.device) -> str:
-    """A line for each size: milliseconds a picture of ``net`` in plain PyTorch, and frozen in float32 and in bfloat16.
+    """A table with one line for each size: milliseconds a picture in plain PyTorch, frozen in float32 and in bfloat16.
 
     Args:
         net: a style network on ``device``, in eval mode.
         sizes: widths and heights in pixels.
-        device: where to paint.
+        device: the device to paint on.
     """
     painters: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "PyTorch": net,
@@ -42,7 +42,7 @@ def report(net: nn.Module, sizes: Iterable[tuple[int, int]], device: torch.devic
 
 
 def measure(paint: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, device: torch.device) -> float:
-    """Seconds that ``paint`` takes."""
+    """The median time in seconds of ``paint(image)`` over ``ROUNDS`` calls, after one call to warm up."""
     with torch.inference_mode():
-        seconds(lambda: paint(image), device)  # compiles, and fills caches
+        seconds(lambda: paint(image), device)  # compiles kernels and fills caches
         return median(seconds(lambda: paint(image), device) for _ in range(ROUNDS))

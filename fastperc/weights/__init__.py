@@ -1,7 +1,7 @@
-"""The networks that ship with the package, by name. Imports nothing heavy: the command line lists them in its help."""
+"""The networks that ship with the package: name → file. Imports nothing heavy, because ``--help`` lists the names."""
 
 from pathlib import Path
 
-HERE = Path(__file__).parent
-STYLES = {path.stem: path for path in sorted(HERE.glob("styles/*.safetensors"))}
-SUPER_RESOLUTION = {path.stem: path for path in sorted(HERE.glob("super_resolution/*.safetensors"))}  # x4_pixel, …
+FOLDER = Path(__file__).parent
+STYLES = {path.stem: path for path in sorted(FOLDER.glob("styles/*.safetensors"))}
+SUPER_RESOLUTION = {path.stem: path for path in sorted(FOLDER.glob("super_resolution/*.safetensors"))}  # x4_pixel, …

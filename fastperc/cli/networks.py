@@ -1,0 +1,92 @@
+"""The networks that commands run: the options that name one, finding its file, and loading it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastperc.cli.options import path
+from fastperc.errors import InputError
+from fastperc.weights import STYLES, SUPER_RESOLUTION
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from fastperc.photos.jobs import Painter
+
+DEFAULT_STYLE = "great_wave"
+METHODS = "bicubic", "srcnn", "pixel", "feature"  # ways to enlarge; all but the first are networks
+
+
+def add_style_network(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--style`` and ``--model``, which name a style network."""
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--style", default=DEFAULT_STYLE, metavar="NAME", help=f"one of {', '.join(STYLES)}; default: %(default)s"
+    )
+    model.add_argument(
+        "--model",
+        type=path,
+        metavar="FILE",
+        help="a trained network: fastperc's .safetensors, or a state_dict of PyTorch's fast_neural_style example",
+    )
+
+
+def style_file(arguments: argparse.Namespace) -> Path:
+    """The file of the network that ``--style`` or ``--model`` names.
+
+    Raises:
+        InputError: no style of that name.
+    """
+    if arguments.model is None and arguments.style not in STYLES:
+        raise InputError(f"no style {arguments.style!r}; there are {', '.join(STYLES)} (or give a --model FILE)")
+    return arguments.model or STYLES[arguments.style]
+
+
+def load_style(source: Path, device: torch.device) -> nn.Module:
+    """Loads the style network in the file ``source``.
+
+    Raises:
+        InputError: the file cannot be read, or holds another kind of network.
+    """
+    from fastperc import checkpoints
+    from fastperc.models import TransformNet
+
+    net = checkpoints.load(source, device)
+    if not isinstance(net, TransformNet):
+        raise InputError(f"{source}: holds a {type(net).__name__}, which is not a style network")
+    return net
+
+
+def super_resolution_file(method: str, scale: int) -> Path:
+    """The file of the network that ships for one of ``METHODS`` and a scale.
+
+    Raises:
+        InputError: none ships.
+    """
+    name = f"x{scale}_{method}"
+    if name not in SUPER_RESOLUTION:
+        methods = [known.partition("_")[2] for known in SUPER_RESOLUTION if known.startswith(f"x{scale}_")]
+        choice = f"use {' or '.join(methods)}, or" if methods else "use another --scale, or"
+        raise InputError(f"no {method!r} network ships for ×{scale}; {choice} give the file of a network")
+    return SUPER_RESOLUTION[name]
+
+
+def load_painter(source: Path, scale: int | None, device: torch.device) -> Painter:
+    """Loads the super-resolution network in the file ``source`` and makes it ready to paint.
+
+    Raises:
+        InputError: the file cannot be read, holds another kind of network, or one of another ``scale`` than given.
+    """
+    from fastperc import checkpoints
+    from fastperc.models import SRCNN, SuperResolutionNet
+    from fastperc.photos.upscale import make_painter
+
+    net = checkpoints.load(source, device)
+    if not isinstance(net, (SRCNN, SuperResolutionNet)):
+        raise InputError(f"{source}: holds a {type(net).__name__}, which is not a super-resolution network")
+    if scale is not None and net.config["scale"] != scale:
+        raise InputError(f"{source}: enlarges {net.config['scale']} times, not {scale}")
+    return make_painter(net)

@@ -1,0 +1,66 @@
+"""``fastperc sr upscale``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fastperc.cli.networks import METHODS, load_painter, super_resolution_file
+from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_match, add_tile, path
+from fastperc.errors import BAD_INPUT, InputError
+from fastperc.presets import SCALES
+
+
+def add(commands: argparse._SubParsersAction[Any]) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "upscale",
+        help="enlarge photos",
+        description="Enlarges photos four or eight times with a network that ships with fastperc, or with your own.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  fastperc sr upscale photo.jpg                                writes photo-x4.jpg\n"
+        "  fastperc sr upscale thumbnails/ -o large/ --scale 8\n"
+        "  fastperc sr upscale photo.jpg -o large.png --method feature  sharper, but with lower PSNR\n"
+        "  fastperc sr upscale photo.jpg --model runs/mine/model.safetensors\n\n" + SEVERAL_INPUTS,
+    )
+    add_files(parser)
+    parser.add_argument(
+        "--scale", type=int, choices=SCALES, help="how many times to enlarge; default: 4, or the model's"
+    )
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument(
+        "--method",
+        default="pixel",
+        choices=METHODS[1:],
+        help="which shipped network: trained on pixels (clean), trained on VGG-16's features (sharp, with a faint grid "
+        "as in the paper), or SRCNN; default: %(default)s",
+    )
+    network.add_argument("--model", type=path, metavar="FILE", help="a network trained by `fastperc sr train`")
+    add_match(parser)
+    add_tile(parser, "enlarge")
+    add_device(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
+    from fastperc.devices import find_device
+    from fastperc.photos.jobs import plan_jobs, run_jobs
+    from fastperc.photos.photo import Photo, read_image
+    from fastperc.photos.upscale import upscale
+    from fastperc.progress import Watch
+
+    source = arguments.model or super_resolution_file(arguments.method, arguments.scale or 4)
+    painter = load_painter(source, arguments.scale, find_device(arguments.device))
+
+    def paint(path: Path, watch: Watch) -> Photo:
+        photo = read_image(path)
+        try:
+            return upscale(painter, photo, arguments.match, arguments.tile, watch)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    jobs = plan_jobs(arguments.inputs, arguments.out, f"x{painter.scale}")
+    return BAD_INPUT if run_jobs(jobs, "enlarging", paint) else 0
