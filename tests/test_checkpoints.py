@@ -1,4 +1,4 @@
-"""Networks to disk and back, other projects' layouts, and what is refused."""
+"""Saving and loading networks, reading fast_neural_style's state_dicts, and files that are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_half_on_disk_is_float32_in_use(tmp_path):
 
 
 class Example(torch.nn.Module):
-    """The fast_neural_style example's network, written after its state_dict: names, shapes and order of layers."""
+    """The network of the fast_neural_style example, with the layer names and shapes of its state_dict."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def test_shipped_super_resolution_networks_load_by_name(name):
 
 
 def damaged(tmp_path, damage):
-    """A file that cannot be loaded, and words its message must hold."""
+    """A file that cannot be loaded, and a pattern for the error message."""
     path = tmp_path / "net.safetensors"
     net = TransformNet("instance", width=4)
     if damage == "missing":
@@ -178,8 +178,8 @@ def damaged(tmp_path, damage):
     ],
 )
 def test_refuses(tmp_path, damage):
-    path, told = damaged(tmp_path, damage)
-    with pytest.raises(InputError, match=told):
+    path, message = damaged(tmp_path, damage)
+    with pytest.raises(InputError, match=message):
         fastperc.load(path)
 
 

@@ -1,24 +1,23 @@
-"""The command line on good input, and what it costs to start."""
+"""The command line on good input, its help, and the time it takes to start."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from pictures import picture, pixels
 
 import fastperc
 from fastperc.photos.photo import read_image
 
 
-def pixels(path):
-    return np.asarray(read_image(path).rgb).astype(int)
+def pixels_of(path):
+    return pixels(read_image(path).rgb)
 
 
 def test_stylize_one(run, here, model):
@@ -27,19 +26,19 @@ def test_stylize_one(run, here, model):
     assert sorted(path.name for path in here.iterdir()) == ["photo-wave.png", "photo.png"]
 
 
-def test_stylize_in_parts(run, here, model):
+def test_stylize_in_tiles(run, here, model):
     picture(70, 53).save("large.png")
     for tile in ("off", "auto", "24"):
         assert run("stylize", "large.png", "-o", f"{tile}.png", "--model", model, "--tile", tile).status == 0
-    assert (pixels("auto.png") == pixels("off.png")).all()
-    assert np.abs(pixels("24.png") - pixels("off.png")).max() <= 1
+    assert (pixels_of("auto.png") == pixels_of("off.png")).all()
+    assert np.abs(pixels_of("24.png") - pixels_of("off.png")).max() <= 1
 
 
 def test_stylize_options(run, here, model):
     assert run("stylize", "photo.png", "-o", "new/out.jpg", "--model", model, "--size", 64, "--keep-colors").status == 0
     assert read_image("new/out.jpg").rgb.size == (64, 48)
     assert run("stylize", "photo.png", "-o", "same.png", "--model", model, "--strength", 0).status == 0
-    assert (pixels("same.png") == pixels("photo.png")).all()
+    assert (pixels_of("same.png") == pixels_of("photo.png")).all()
 
 
 @pytest.mark.parametrize("name", ["a b.png", "[red]{x}%s.png", "日本 ü.png", ":dog:.PNG", "-dash.png", "new\nline.png"])
@@ -70,8 +69,8 @@ def test_optimize(run, here, vgg_options):
     picture(24, 20, seed=1).save("style.png")
     options = "optimize", "photo.png", "--style", "style.png", "--style-size", 24, *vgg_options
     assert run(*options, "-o", "out.png", "--iterations", 2).status == 0
-    assert pixels("out.png").shape == (24, 32, 3)
-    assert (pixels("out.png") != pixels("photo.png")).any()
+    assert pixels_of("out.png").shape == (24, 32, 3)
+    assert (pixels_of("out.png") != pixels_of("photo.png")).any()
 
 
 def test_doctor_prints_operation_backend_and_reason(run):
@@ -85,7 +84,7 @@ def test_doctor_prints_operation_backend_and_reason(run):
         assert backend in ("native", "triton", "reference") and reason
 
 
-# What it costs to start
+# Help, and the time it takes to start
 
 
 def python(code, *arguments):
@@ -100,25 +99,31 @@ def test_importing_fastperc_imports_nothing_heavy():
     assert not heavy & set(python(code).split())
 
 
-def test_help_takes_less_than_a_second():
-    def seconds():
-        began = time.perf_counter()
-        command = "import sys; from fastperc.cli import main; sys.exit(main(['--help']))"
-        assert python(command).startswith("usage: fastperc")
-        return time.perf_counter() - began
+def test_help_takes_less_than_a_tenth_of_a_second():
+    """In processor time: on a busy machine the time on the wall says nothing."""
+    code = "import time; from fastperc.cli import main\ntry: main(['--help'])\nfinally: print(time.process_time())"
 
-    assert min(seconds() for _ in range(3)) < 1
+    def seconds():
+        lines = python(code).splitlines()
+        assert lines[0].startswith("usage: fastperc")
+        return float(lines[-1])
+
+    assert min(seconds() for _ in range(3)) < 0.1
 
 
 @pytest.mark.parametrize(
     "command",
-    ["stylize", "train", "sr", "sr train", "sr upscale", "sr eval", "optimize", "tune", "bench", "doctor"],
+    ["stylize", "train", "figure2", "sr", "sr train", "sr upscale", "sr eval", "optimize", "tune", "bench", "doctor"],
 )
 def test_help_of_each_command(run, command):
     status, out, err = run(*command.split(), "--help")
     assert (status, err) == (0, "") and out.startswith(f"usage: fastperc {command}")
     assert max(map(len, out.splitlines())) <= 120
-    assert out.isascii(), "a terminal that speaks less than Unicode would get a traceback"
+    assert out.isascii(), "a terminal without Unicode would show a traceback"
+
+
+def test_help_states_the_exit_statuses(run):
+    assert "Exit status: 0 success, 1 failure while running, 2 bad input, 130 Ctrl-C." in run("--help").out
 
 
 def test_version(run):
@@ -135,7 +140,7 @@ def test_bench_times_each_size(run, model):
 
 
 @pytest.mark.parametrize("sizes", ["15", "16x", "16x16x16", "large", "-20"])
-def test_bench_refuses_sizes_that_are_none(run, model, sizes):
+def test_bench_refuses_bad_sizes(run, model, sizes):
     status, _, err = run("bench", "--model", model, f"--sizes={sizes}")
-    told = f"argument --sizes: {sizes} is no size like 512 or 1920x1080, 16 pixels and more"
-    assert status == 2 and err == f"fastperc bench: {told} (see fastperc bench --help)\n"
+    reason = f"argument --sizes: {sizes} is not a size like 512 or 1920x1080, with 16 pixels or more a side"
+    assert status == 2 and err == f"fastperc bench: {reason} (see fastperc bench --help)\n"

@@ -1,4 +1,4 @@
-"""The paper's baseline: pixels optimised under the training objective."""
+"""Optimising the pixels of a picture under the training objective."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_loss_falls_and_pixels_stay_in_range(loss, optimizer, iterations, me
     assert torch.equal(image, optimize(content, loss, iterations, optimizer))
 
 
-def test_a_loss_that_is_not_finite_is_told(loss):
+def test_a_loss_that_is_not_finite_is_an_error(loss):
     content = torch.full((1, 3, 16, 16), float("nan"))
     with pytest.raises(FloatingPointError, match="the loss is nan"):
         optimize(content, loss, 2)

@@ -1,4 +1,4 @@
-"""What long work shows."""
+"""Progress lines of long work."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fastperc import progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until told otherwise."""
+    """A clock that the test sets."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_log_gets_a_line_now_and_then_with_the_present_speed(clock, capsys):
+def test_a_log_gets_a_line_every_few_seconds_with_the_recent_speed(clock, capsys):
     with progress.Meter("working", 200) as meter:
         for i in range(200):
             clock[0] += 0.1 if i < 100 else 1.0  # ten a second, then one
@@ -26,7 +26,7 @@ def test_a_log_gets_a_line_now_and_then_with_the_present_speed(clock, capsys):
     assert "1.00/s" in lines[-2]
 
 
-def test_a_resumed_count_begins_where_it_stopped(clock, capsys):
+def test_a_count_can_start_above_zero(clock, capsys):
     with progress.Meter("working", 12, start=10) as meter:
         for _ in range(2):
             clock[0] += 2.0
@@ -34,6 +34,6 @@ def test_a_resumed_count_begins_where_it_stopped(clock, capsys):
     assert capsys.readouterr().err.splitlines() == ["working  12/12  0.50/s  0 s left"]
 
 
-def test_tracks_what_it_hands_on(capsys):
+def test_track_yields_the_items_and_counts_them(capsys):
     assert list(progress.track("abc", "counting", 3)) == ["a", "b", "c"]
     assert "counting  3/3" in capsys.readouterr().err

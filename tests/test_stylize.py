@@ -1,11 +1,11 @@
-"""Photographs through a style network, from files to files."""
+"""Painting photos with a style network."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture, pixels
+from pictures import picture, pixels
 from PIL import Image
 
 from fastperc import InputError, TransformNet, freeze, reference
@@ -21,7 +21,7 @@ def engine():
 
 
 class Inverse:
-    """An engine whose painting is known: the negative. It paints in two parts."""
+    """An engine that paints the negative of an image, in two tiles."""
 
     scale = -1.0
 
@@ -33,14 +33,14 @@ class Inverse:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 23), (33, 18), (61, 47)], ids=lambda size: f"{size[0]}x{size[1]}")
-def test_the_painting_is_as_large_as_the_photo(engine, size):
+def test_the_painting_has_the_size_of_the_photo(engine, size):
     photo = Photo(picture(*size))
     painting = stylize(engine, photo).rgb
     assert (painting.mode, painting.size) == ("RGB", size)
     assert (pixels(painting) != pixels(photo.rgb)).mean() > 0.5
 
 
-def test_alpha_and_metadata_are_passed_on(engine):
+def test_alpha_and_metadata_are_kept(engine):
     photo = Photo(picture(20, 18), picture(20, 18).getchannel("R"), {"dpi": (300, 300)})
     painting = stylize(engine, photo)
     assert painting.alpha is photo.alpha and painting.metadata == {"dpi": (300, 300)}
@@ -61,7 +61,7 @@ def test_strength_blends_photo_and_painting(strength):
 
 
 def test_keep_colors_takes_the_lightness_and_keeps_the_chroma():
-    # Mid-tones about grey, so that no channel is clamped.
+    # Mid-tones near gray, so that no channel is clamped.
     photo = Photo(Image.fromarray((110 + 30 * np.random.default_rng(0).random((18, 20, 3))).astype(np.uint8)))
     x = photo.tensor()
     y = stylize(Inverse(), photo, keep_colors=True).tensor()
@@ -88,7 +88,7 @@ def test_read_photo_resizes(tmp_path):
     [(None, "15×64 is too small"), (32, "8×32 is too small"), (10**6, "234375×1000000 is larger than")],
     ids=["as-it-is", "32", "1000000"],
 )
-def test_read_photo_refuses_sizes_that_no_network_takes(tmp_path, size, reason):
+def test_read_photo_refuses_sizes_that_no_network_accepts(tmp_path, size, reason):
     picture(15, 64).save(tmp_path / "in.png")
     with pytest.raises(InputError, match=f"in.png: {reason}"):
         read_photo(tmp_path / "in.png", size)

@@ -1,16 +1,16 @@
-"""Photographs through a super-resolution network, from files to files."""
+"""Enlarging photos with a super-resolution network."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture, pixels
+from pictures import picture, pixels
 from PIL import Image
 
 from fastperc import SRCNN, InputError, SuperResolutionNet, reference, save
 from fastperc.photos.photo import Photo, read_image
-from fastperc.photos.upscale import match_histograms, painter_of, upscale
+from fastperc.photos.upscale import make_painter, match_histograms, upscale
 
 
 def network(scale=4):
@@ -20,16 +20,16 @@ def network(scale=4):
 
 @pytest.fixture(scope="module")
 def painter():
-    return painter_of(network())
+    return make_painter(network())
 
 
 @pytest.mark.parametrize("make", [network, SRCNN, lambda: SRCNN(2, (9, 1, 5))], ids=["sr", "srcnn", "srcnn-x2"])
 @pytest.mark.parametrize("size", [(16, 16), (33, 18), (61, 47)], ids=lambda size: f"{size[0]}x{size[1]}")
-def test_the_picture_is_what_the_network_says(make, size):
+def test_the_picture_is_the_output_of_the_network(make, size):
     net, photo = make(), Photo(picture(*size))
     with torch.inference_mode():
         expected = reference.to_levels(net(photo.tensor()))[0].permute(1, 2, 0)
-    large = upscale(painter_of(net), photo, match=False)
+    large = upscale(make_painter(net), photo, match=False)
     scale = net.config["scale"]
     assert large.rgb.size == (scale * size[0], scale * size[1])
     assert np.abs(pixels(large.rgb) - expected.numpy().astype(int)).max() <= 1
@@ -37,8 +37,8 @@ def test_the_picture_is_what_the_network_says(make, size):
 
 @pytest.mark.parametrize("make", [network, SRCNN, lambda: SRCNN(8, (9, 1, 5))], ids=["sr", "srcnn", "srcnn-x8"])
 @pytest.mark.parametrize("tile", [16, 23])
-def test_parts_are_the_whole(make, tile):
-    painter, photo = painter_of(make()), Photo(picture(61, 47))
+def test_tiles_give_the_same_picture_as_the_whole(make, tile):
+    painter, photo = make_painter(make()), Photo(picture(61, 47))
     whole = upscale(painter, photo, match=False, tile="off").rgb
     assert np.abs(pixels(upscale(painter, photo, match=False, tile=tile).rgb) - pixels(whole)).max() <= 1
 
@@ -62,11 +62,11 @@ def test_a_result_too_large_is_refused(painter):
         upscale(painter, Photo(Image.new("RGB", (10_000, 10_000))))
 
 
-def test_a_network_that_overflows_is_told():
+def test_an_overflow_of_the_network_is_an_error():
     net = SRCNN()
     net.conv3.bias.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not a number"):
-        upscale(painter_of(net), Photo(picture(20, 20)))
+        upscale(make_painter(net), Photo(picture(20, 20)))
 
 
 def image_of(levels):
@@ -80,10 +80,10 @@ def test_matching_gives_the_histogram_of_the_photo():
     matched = torch.from_numpy(pixels(match_histograms(image_of(levels), image_of(target)))).double()
     ranks = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     for channel in range(3):
-        mine, wanted = (torch.quantile(one[..., channel].double().flatten(), ranks) for one in (matched, target))
-        assert (mine - wanted).abs().max() <= 3
+        actual, expected = (torch.quantile(x[..., channel].double().flatten(), ranks) for x in (matched, target))
+        assert (actual - expected).abs().max() <= 3
         order = levels[..., channel].flatten().long().argsort()
-        assert (matched[..., channel].flatten()[order].diff() >= 0).all(), "ranks are kept"
+        assert (matched[..., channel].flatten()[order].diff() >= 0).all(), "the order of levels is kept"
 
 
 def test_matching_an_image_to_itself_changes_nothing():
@@ -99,20 +99,20 @@ def test_matching_one_colour():
 
 
 def test_an_srcnn_keeps_its_colours_and_is_not_matched():
-    painter, photo = painter_of(SRCNN()), Photo(picture(20, 20))
+    painter, photo = make_painter(SRCNN()), Photo(picture(20, 20))
     assert (pixels(upscale(painter, photo).rgb) == pixels(upscale(painter, photo, match=False).rgb)).all()
 
 
 # The command line
 
 
-def test_one_beside_the_photo(run, here, sr_model):
+def test_the_default_output_is_beside_the_photo(run, here, sr_model):
     status, out, err = run("sr", "upscale", "photo.png", "--model", sr_model)
     assert (status, out) == (0, ""), err
     assert read_image("photo-x4.png").rgb.size == (128, 96)
 
 
-def test_a_folder_in_parts_without_matching(run, here, sr_model):
+def test_a_folder_in_tiles_without_matching(run, here, sr_model):
     (here / "in").mkdir()
     picture(40, 30).save("in/a.png")
     picture(30, 40).convert("LA").save("in/b.png")

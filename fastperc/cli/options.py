@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +85,10 @@ def tile(text: str) -> int | str:
     """``auto``, ``off``, or the side of a tile in pixels, at least what a network accepts."""
     if text in ("auto", "off"):
         return text
-    side = _integer(text)
-    if side < MINIMUM_SIDE:
-        raise argparse.ArgumentTypeError(f"{text} is not auto, off or a number from {MINIMUM_SIDE} up")
-    return side
+    with suppress(ValueError):
+        if int(text) >= MINIMUM_SIDE:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not auto, off or a number from {MINIMUM_SIDE} up")
 
 
 def square(text: str) -> tuple[int, int, int]:

@@ -1,19 +1,17 @@
-"""Bad input is one line on stderr, a status, and nothing else: no traceback, nothing half-written."""
+"""Bad photos, networks, weights, folders and outputs: one line on stderr, status 2, and no file written."""
 
 from __future__ import annotations
 
-import errno
 import os
-import struct
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from pictures import picture
 from PIL import Image
+from refusals import check_refused
 
 import fastperc
 from fastperc.weights import STYLES
@@ -21,22 +19,8 @@ from fastperc.weights import STYLES
 
 @pytest.fixture
 def refused(run, here):
-    """Runs a command that must fail in one line on stderr and leave no trace in the folder."""
-
-    def refused(*arguments, says, status=2):
-        before = contents(here)
-        result = run(*arguments)
-        lines = result.err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("fastperc"), result.err
-        assert says in lines[0]
-        assert (result.status, result.out) == (status, "")
-        assert contents(here) == before
-
-    return refused
-
-
-def contents(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    """Runs a command that must fail in one line and leave no trace."""
+    return partial(check_refused, run, here)
 
 
 # Bad photos
@@ -72,7 +56,7 @@ BAD_PHOTOS = {
     "text": "bad.png: not an image",
     "empty": "bad.png: not an image",
     "truncated": "bad.png: damaged or cut short",
-    "one pixel": "bad.png: 1×1 is too small, both sides need 16 pixels",
+    "one pixel": "bad.png: 1×1 is too small; both sides need at least 16 pixels",
     "pipe": "bad.png: is a folder or a device",
 }
 
@@ -123,7 +107,7 @@ def test_upscale_refuses_a_photo_too_large(refused, here, sr_model):
         ("nowhere", "nowhere: no such folder"),
         ("empty", "empty: no images in this folder"),
         ("bad", "bad.png: not an image"),
-        (".", "photo.png: 32×24 is too small, both sides need 64 pixels"),
+        (".", "photo.png: 32×24 is too small; both sides need at least 64 pixels"),
     ],
 )
 def test_eval_refuses_a_bad_folder(refused, here, folder, says):
@@ -135,16 +119,18 @@ def test_eval_refuses_a_bad_folder(refused, here, folder, says):
 
 
 def test_super_resolution_refuses_other_networks(refused, model, sr_model):
-    refused("sr", "upscale", "photo.png", "--model", model, says="TransformNet, which is no super-resolution network")
+    refused(
+        "sr", "upscale", "photo.png", "--model", model, says="TransformNet, which is not a super-resolution network"
+    )
     refused("sr", "upscale", "photo.png", "--model", sr_model, "--scale", 8, says="enlarges 4 times, not 8")
-    refused("stylize", "photo.png", "--model", sr_model, says="SuperResolutionNet, which is no style network")
+    refused("stylize", "photo.png", "--model", sr_model, says="SuperResolutionNet, which is not a style network")
 
 
 # Bad models
 
 
 class Touch:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -167,7 +153,7 @@ def bad_model(kind, path, model):
     elif kind == "truncated state_dict":
         torch.save(torch.nn.Linear(2, 3).state_dict(), path)
         path.write_bytes(path.read_bytes()[:-100])
-    elif kind == "damaged state_dict":  # its list of entries
+    elif kind == "damaged state_dict":  # damages the zip file's list of entries
         torch.save(torch.nn.Linear(2, 3).state_dict(), path)
         path.write_bytes(path.read_bytes().replace(b"PK\1\2", b"PK\1\3"))
     elif kind == "another state_dict":
@@ -209,7 +195,7 @@ BAD_MODELS = {
     "another state_dict": "neither a network saved by fastperc nor a state_dict of PyTorch's fast_neural_style example",
     "numbered tensors": "neither a network saved by fastperc nor",
     "module": "holds more than tensors",
-    "super-resolution": "holds a SuperResolutionNet, which is no style network",
+    "super-resolution": "holds a SuperResolutionNet, which is not a style network",
     "not a number": "has values that are not finite",
     "code": "holds more than tensors, so opening it could run somebody's code",
     "code in an old file": "holds more than tensors",
@@ -288,13 +274,13 @@ BAD_OUTPUTS = {
     "/proc/new/out.png": "/proc/new/out.png: cannot be written (",
     f"{LONG}.png": "cannot be written (File name too long)",
     f"new/{LONG}/out.png": "cannot be written (File name too long)",
-    "full.png": "full.png: is a folder or a device, a file name is needed",
+    "full.png": "full.png: is a folder or a device; give a file name",
     "/dev/full": "/dev/full: no image format is written as 'a name without a suffix'",
     "out.xyz": "out.xyz: no image format is written as '.xyz'",
     "photo.png": "photo.png: would overwrite",
-    "": "argument -o/--out: an empty name",
+    "": "argument -o/--out: the name is empty",
 }
-# To stylize, these are folders to write photo.png in.
+# For stylize these are output folders.
 BAD_FOR_OPTIMIZE = {"folder.png": "folder.png: is a folder", "out": "out: no image format is written as 'a name"}
 
 
@@ -316,169 +302,4 @@ def test_bad_output(refused, here, model, vgg_options, command, out, says):
 def test_train_refuses_a_bad_output(refused, here, photo_folder, vgg_options, out):
     Path("file").touch()
     refused("train", "--style", "photo.png", "--data", photo_folder, "--out", out, "--size", 16, *vgg_options,
-            says="cannot be written (" if out else "argument --out: an empty name")  # fmt: skip
-
-
-# Failures while running: status 1
-
-
-FAILURES = {
-    "full disk": (OSError(errno.ENOSPC, "No space left on device"), "new/out.png: No space left on device"),
-    "encoder": (OSError("encoder error -2"), "new/out.png: encoder error -2"),
-    "memory": (MemoryError(), "out of memory; try a smaller --size"),
-}
-
-
-@pytest.mark.parametrize("kind", FAILURES)
-def test_a_failed_write_is_one_line_and_leaves_nothing_half_written(refused, here, model, monkeypatch, kind):
-    failure, says = FAILURES[kind]
-
-    def save(self, path, *args, **options):
-        path.write_bytes(b"half of a")
-        raise failure
-
-    monkeypatch.setattr(Image.Image, "save", save)
-    Path("new").mkdir()
-    Path("new/out.png").write_bytes(b"what was there")
-    refused("stylize", "photo.png", "-o", "new/out.png", "--model", model, says=says, status=1)
-
-
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (
-            RuntimeError("DefaultCPUAllocator:\n can't allocate memory: you tried"),
-            "out of memory; try a smaller --size",
-        ),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory; try a smaller --size"),
-        (RuntimeError("first line\nsecond line"), "fastperc stylize: first line second line"),
-        (FloatingPointError("not a number"), "fastperc stylize: not a number"),
-    ],
-    ids=["cpu-memory", "cuda-memory", "runtime", "arithmetic"],
-)
-def test_a_failure_of_the_network_is_one_line(refused, here, model, monkeypatch, error, says):
-    def tiles(self, *arguments):
-        raise error
-
-    monkeypatch.setattr("fastperc.engine.engine.Engine.tiles", tiles)
-    refused("stylize", "photo.png", "-o", "new.png", "--model", model, says=says, status=1)
-
-
-def test_a_photo_too_large_for_memory_is_not_called_damaged(refused, model, monkeypatch):
-    def load(self):
-        raise MemoryError
-
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
-    refused("stylize", "photo.png", "-o", "new.png", "--model", model, says="out of memory", status=1)
-
-
-def test_an_interruption_is_one_line(refused, here, model, monkeypatch):
-    def tiles(self, *arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fastperc.engine.engine.Engine.tiles", tiles)
-    refused("stylize", "photo.png", "-o", "new.png", "--model", model, says="fastperc stylize: interrupted", status=130)
-
-
-def test_a_full_disk_for_real(here, model):
-    picture(400, 300).save("photo.png")
-    Path("out.png").write_bytes(b"what was there")
-    before = contents(here)
-    limited = ["sh", "-c", 'ulimit -f 100; exec "$@"', "sh", sys.executable, "-m", "fastperc"]  # 50 kB a file
-    options = ["stylize", "photo.png", "-o", "out.png", "--model", model, "--strength", "0"]
-    result = subprocess.run([*limited, *options], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "fastperc stylize: out.png: File too large\n"
-    assert contents(here) == before
-
-
-# Bad options
-
-
-BAD_OPTIONS = {
-    "": "the following arguments are required: COMMAND",
-    "paint photo.png": "invalid choice: 'paint'",
-    "--nonesuch": "required: COMMAND",
-    "stylize": "the following arguments are required: INPUT",
-    "stylize photo.png --nonesuch": "unrecognized arguments: --nonesuch",
-    "stylize photo.png --size 0": "argument --size: 0 is below 1",
-    "stylize photo.png --size -5": "argument --size: -5 is not between 0 and 2^63",
-    "stylize photo.png --size 1.5": "argument --size: invalid positive value: '1.5'",
-    "stylize photo.png --size nan": "argument --size: invalid positive value: 'nan'",
-    "stylize photo.png --size 99999999999999999999": "argument --size: 99999999999999999999 is not between",
-    "stylize photo.png --strength 1.1": "argument --strength: 1.1 is not between 0 and 1",
-    "stylize photo.png --strength -0.1": "argument --strength: -0.1 is not between 0 and 1",
-    "stylize photo.png --strength nan": "argument --strength: nan is not between 0 and 1",
-    "stylize photo.png --tile 15": "argument --tile: 15 is none of auto, off and the numbers from 16 up",
-    "stylize photo.png --tile small": "argument --tile: invalid tile value: 'small'",
-    "stylize photo.png --strength much": "argument --strength: invalid fraction value: 'much'",
-    "stylize photo.png --style a --model b": "not allowed with argument",
-    "stylize photo.png --model": "argument --model: expected one argument",
-    "train --out run": "the following arguments are required: --style, --data",
-    "train --style a --data b --out c --preset d": "argument --preset: invalid choice: 'd'",
-    "train --style a --data b --out c --lr nan": "argument --lr: nan is not a number above 0",
-    "train --style a --data b --out c --lr 0": "argument --lr: 0 is not a number above 0",
-    "train --style a --data b --out c --tv-weight inf": "argument --tv-weight: inf is not a finite number from 0 up",
-    "train --style a --data b --out c --style-weight -1": "argument --style-weight: -1 is not a finite number",
-    "train --style a --data b --out c --seed 18446744073709551616": "argument --seed: 18446744073709551616 is not",
-    "optimize photo.png --style a": "the following arguments are required: -o/--out",
-    "optimize photo.png --style a -o b --iterations 0": "argument --iterations: 0 is below 1",
-    "optimize photo.png --style a -o b --optimizer sgd": "argument --optimizer: invalid choice: 'sgd'",
-    "sr": "fastperc sr: the following arguments are required: COMMAND",
-    "sr nonesuch": "invalid choice: 'nonesuch'",
-    "sr upscale": "fastperc sr upscale: the following arguments are required: INPUT",
-    "sr upscale photo.png --scale 3": "argument --scale: invalid choice: 3",
-    "sr upscale photo.png --method best": "argument --method: invalid choice: 'best'",
-    "sr upscale photo.png --method pixel --model m": "not allowed with argument",
-    "sr upscale photo.png --scale 16": "no 'pixel' network ships for ×16",
-    "sr eval": "fastperc sr eval: the following arguments are required: --data",
-    "sr eval --data . --methods ,": "argument --methods: no name given",
-    "sr eval --data . --methods bicubic,best": "best: neither a method (bicubic, srcnn, pixel, feature) nor a file",
-    "sr eval --data . --crop 1,2": "argument --crop: 1,2 is no square like 120,80,64",
-    "sr eval --data . --crop 1,2,0": "argument --crop: 1,2,0 is no square like 120,80,64",
-    "sr eval --data . --blur -1": "argument --blur: -1 is not a finite number from 0 up",
-    "sr train --out run": "the following arguments are required: --data",
-    "doctor now": "unrecognized arguments: now",
-}
-
-
-@pytest.mark.parametrize("line", BAD_OPTIONS, ids=lambda line: line or "nothing")
-def test_bad_options(refused, line):
-    refused(*line.split(), says=BAD_OPTIONS[line])
-
-
-def test_bad_options_with_line_breaks_are_one_line(refused):
-    refused("doctor", "a\nb", says="unrecognized arguments: a b (see fastperc --help)")
-
-
-def test_an_empty_name_is_not_the_current_folder(refused, model):
-    refused("stylize", "", "--model", model, says="argument INPUT: an empty name")
-
-
-@pytest.mark.parametrize("size", [8, 15, 10**9, 2**62])
-def test_sizes_that_no_network_takes(refused, model, size):
-    says = "is too small" if size < 16 else "is larger than"
-    refused("stylize", "photo.png", "-o", "new.png", "--model", model, "--size", size, says=says)
-
-
-@pytest.mark.parametrize("device", ["nonesuch", "cuda:99", "meta", "gpu", "cpu:x", "xla", "vulkan", ""])
-@pytest.mark.parametrize("command", ["stylize", "optimize", "train"])
-def test_unknown_devices(refused, model, photo_folder, vgg_options, command, device):
-    options = {
-        "stylize": ["photo.png", "-o", "new.png", "--model", model],
-        "optimize": ["photo.png", "-o", "new.png", "--style", "photo.png", *vgg_options],
-        "train": ["--style", "photo.png", "--data", photo_folder, "--out", "run", "--size", 16, *vgg_options],
-    }
-    refused(command, *options[command], "--device", device, says=f"no device '{device}' here; use cpu")
-
-
-def test_the_installed_command_refuses_in_one_line(here, model):
-    command = Path(sys.executable).with_name("fastperc")
-    if not command.exists():
-        pytest.skip("fastperc is not installed beside this interpreter")
-    picture(32, 24).save("bad.tif")
-    samples = struct.pack("<HHI", 277, 3, 1)  # per pixel; too many is what Pillow also logs
-    Path("bad.tif").write_bytes(Path("bad.tif").read_bytes().replace(samples + b"\3", samples + b"\x75"))
-    result = subprocess.run([command, "stylize", "bad.tif", "--model", model], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "fastperc stylize: bad.tif: not an image, or in a format that Pillow cannot read\n"
+            says="cannot be written (" if out else "argument --out: the name is empty")  # fmt: skip

@@ -1,15 +1,15 @@
-"""From files to files: which become which, and one bad file among several."""
+"""Jobs: the output file of each input, and bad files among several."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from conftest import picture, pixels
+from pictures import picture, pixels
 from PIL import ImageOps
 
 from fastperc import InputError
-from fastperc.photos.jobs import jobs_of, paint_files
+from fastperc.photos.jobs import plan_jobs, run_jobs
 from fastperc.photos.photo import Photo, read_image
 
 
@@ -17,10 +17,10 @@ def flip(path, watch):
     return Photo(ImageOps.mirror(read_image(path).rgb))
 
 
-def test_files_are_written_in_folders_that_are_made(tmp_path):
+def test_missing_output_folders_are_created(tmp_path):
     picture(32, 24).save(tmp_path / "a.png")
     jobs = [(tmp_path / "a.png", tmp_path / "new" / "folder" / "a.png")]
-    assert paint_files(jobs, "painting", flip) == 0
+    assert run_jobs(jobs, "painting", flip) == 0
     expected = ImageOps.mirror(picture(32, 24))
     assert (pixels(read_image(jobs[0][1]).rgb) == pixels(expected)).all()
 
@@ -31,20 +31,20 @@ def test_one_bad_file_does_not_stop_the_rest(tmp_path, capsys):
     (tmp_path / "b[bold] :dog:.png").write_bytes(b"no image")
     (tmp_path / "out").mkdir()
     jobs = [(path, tmp_path / "out" / path.name) for path in sorted(tmp_path.glob("*.png"))]
-    assert paint_files(jobs, "painting", flip) == 1
+    assert run_jobs(jobs, "painting", flip) == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c[red].png"]
     err = capsys.readouterr().err
     assert f"skipped {tmp_path}/b[bold] :dog:.png: not an image" in err and "3/3" in err
 
 
-def test_the_only_file_being_bad_is_an_error(tmp_path):
+def test_a_bad_file_alone_is_an_error(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"a\.png: not an image"):
-        paint_files([(tmp_path / "a.png", tmp_path / "b.png")], "painting", flip)
+        run_jobs([(tmp_path / "a.png", tmp_path / "b.png")], "painting", flip)
     assert not (tmp_path / "b.png").exists()
 
 
-# What becomes of which inputs. A tree of files, its names relative to the folder the test runs in.
+# inputs, --out → the expected jobs. Names are relative to the folder of the `tree` fixture.
 FILES = ["a.jpg", "b.png", "anim.gif", "scan", "photos/a.jpg", "photos/nested/c.webp", "photos/d.gif", "other/a.jpg"]
 JOBS = {
     "one, beside": (["a.jpg"], None, {"a.jpg": "a-wave.jpg"}),
@@ -63,9 +63,9 @@ JOBS = {
         {"photos/a.jpg": "o/a.jpg", "photos/d.gif": "o/d.gif.png", "photos/nested/c.webp": "o/nested/c.webp"},
     ),
     "folder, beside": (["other"], None, {"other/a.jpg": "{here}/other-wave/a.jpg"}),
-    "folder, to the one above": (["photos/nested"], "photos", {"photos/nested/c.webp": "photos/c.webp"}),
-    "folder, to itself where no name collides": (["gifs"], "gifs", {"gifs/e.gif": "gifs/e.gif.png"}),
-    "folder, to one within": (["again"], "again/out", {"again/f.png": "again/out/f.png"}),
+    "folder, to its parent": (["photos/nested"], "photos", {"photos/nested/c.webp": "photos/c.webp"}),
+    "folder, to itself, without a collision of names": (["gifs"], "gifs", {"gifs/e.gif": "gifs/e.gif.png"}),
+    "folder, to a subfolder": (["again"], "again/out", {"again/f.png": "again/out/f.png"}),
     "file and folder": (["b.png", "other"], "o", {"b.png": "o/b.png", "other/a.jpg": "o/a.jpg"}),
 }
 
@@ -84,16 +84,16 @@ def tree(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_jobs(tree, name):
+def test_plan_jobs(tree, name):
     inputs, out, expected = JOBS[name]
-    jobs = jobs_of([Path(path) for path in inputs], out and Path(out), "wave")
+    jobs = plan_jobs([Path(path) for path in inputs], out and Path(out), "wave")
     assert jobs == [(Path(source), Path(target.format(here=tree))) for source, target in expected.items()]
-    assert not Path("o").exists(), "planning makes no folders"
+    assert not Path("o").exists(), "planning creates no folders"
 
 
-def test_jobs_of_the_folder_one_is_in(tree, monkeypatch):
+def test_jobs_of_the_current_folder(tree, monkeypatch):
     monkeypatch.chdir(tree / "other")
-    assert jobs_of([Path(".")], None, "wave") == [(Path("a.jpg"), tree / "other-wave" / "a.jpg")]
+    assert plan_jobs([Path(".")], None, "wave") == [(Path("a.jpg"), tree / "other-wave" / "a.jpg")]
 
 
 REFUSED = {
@@ -104,9 +104,9 @@ REFUSED = {
     "only earlier results": (["finished"], "finished/out", "no images in this folder besides those in finished/out"),
     "unknown suffix": (["a.jpg"], "out.xyz", "no image format is written as '.xyz'"),
     "not a folder": (["a.jpg"], "scan", "scan: no image format"),
-    "several to a picture": (["a.jpg", "b.png"], "out.png", "out.png: several images need a folder"),
+    "several to an image": (["a.jpg", "b.png"], "out.png", "out.png: several images need a folder"),
     "several to a file": (["a.jpg", "b.png"], "file.d", "file.d: several images need a folder"),
-    "folder to a picture": (["photos"], "out.png", "out.png: several images need a folder"),
+    "folder to an image": (["photos"], "out.png", "out.png: several images need a folder"),
     "over the input": (["a.jpg"], "a.jpg", "a.jpg: would overwrite an input"),
     "over a link to it": (["a.jpg"], "link.jpg", "link.jpg: would overwrite an input"),
     "over the input of another": (["other/a.jpg", "a.jpg"], ".", "a.jpg: would overwrite an input"),
@@ -117,8 +117,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_jobs_refuse(tree, name):
+def test_plan_jobs_refuses(tree, name):
     inputs, out, reason = REFUSED[name]
     with pytest.raises(InputError) as caught:
-        jobs_of([Path(path) for path in inputs], out and Path(out), "wave")
+        plan_jobs([Path(path) for path in inputs], out and Path(out), "wave")
     assert reason in str(caught.value)

@@ -1,0 +1,19 @@
+"""Checks that a command refuses its input."""
+
+from __future__ import annotations
+
+
+def check_refused(run, folder, *arguments, says, status=2):
+    """Runs a command that must print one line with ``says`` on stderr, nothing else, and leave ``folder`` as it was."""
+    before = contents(folder)
+    result = run(*arguments)
+    lines = result.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fastperc"), result.err
+    assert says in lines[0]
+    assert (result.status, result.out) == (status, "")
+    assert contents(folder) == before
+
+
+def contents(folder):
+    """The bytes of each file under ``folder``; None for anything else."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
