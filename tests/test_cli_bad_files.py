@@ -211,7 +211,13 @@ def test_stylize_refuses_a_bad_model(refused, here, model, kind):
 
 
 def test_an_unknown_style_is_refused(refused):
-    refused("stylize", "photo.png", "--style", "nonesuch", says=f"no style 'nonesuch'; there are {', '.join(STYLES)}")
+    refused(
+        "stylize",
+        "photo.png",
+        "--style",
+        "nonesuch",
+        says=f"no style 'nonesuch'; use {', '.join(STYLES)} or --model FILE",
+    )
 
 
 # Bad VGG weights, data and layers
@@ -275,13 +281,13 @@ BAD_OUTPUTS = {
     f"{LONG}.png": "cannot be written (File name too long)",
     f"new/{LONG}/out.png": "cannot be written (File name too long)",
     "full.png": "full.png: is a folder or a device; give a file name",
-    "/dev/full": "/dev/full: no image format is written as 'a name without a suffix'",
-    "out.xyz": "out.xyz: no image format is written as '.xyz'",
+    "/dev/full": "/dev/full: the name has no suffix; use .png or .jpg",
+    "out.xyz": "out.xyz: cannot write an image as '.xyz'; use .png or .jpg",
     "photo.png": "photo.png: would overwrite",
     "": "argument -o/--out: the name is empty",
 }
 # For stylize these are output folders.
-BAD_FOR_OPTIMIZE = {"folder.png": "folder.png: is a folder", "out": "out: no image format is written as 'a name"}
+BAD_FOR_OPTIMIZE = {"folder.png": "folder.png: is a folder", "out": "out: the name has no suffix"}
 
 
 @pytest.mark.parametrize(

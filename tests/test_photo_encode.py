@@ -89,7 +89,7 @@ def test_formats():
 
 @pytest.mark.parametrize("name", ["out", "out.gif", "out.txt", "out.png.", "out.h5"])
 def test_an_unwritable_suffix_is_refused(tmp_path, name):
-    with pytest.raises(InputError, match="no image format"):
+    with pytest.raises(InputError, match=r"cannot write an image as|the name has no suffix"):
         write_image(tmp_path / name, Photo(picture(32, 24)))
     assert not list(tmp_path.iterdir())
 

@@ -41,7 +41,7 @@ def style_file(arguments: argparse.Namespace) -> Path:
         InputError: no style of that name.
     """
     if arguments.model is None and arguments.style not in STYLES:
-        raise InputError(f"no style {arguments.style!r}; there are {', '.join(STYLES)} (or give a --model FILE)")
+        raise InputError(f"no style {arguments.style!r}; use {', '.join(STYLES)} or --model FILE")
     return arguments.model or STYLES[arguments.style]
 
 

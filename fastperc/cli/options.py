@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Parts of the commands' epilogs.
 EXIT_STATUS = "Exit status: 0 success, 1 failure while running, 2 bad input, 130 Ctrl-C."
-SEVERAL_INPUTS = "With several inputs, bad ones are named and skipped, and the exit status is 2."
+SEVERAL_INPUTS = "With several photos, unusable ones are named and skipped, and the exit status is 2."
 STOPPING = "Ctrl-C saves the run and stops it, with exit status 0."
 RESULTS = (
     "Results: DIR/model.safetensors is the network, DIR/previews shows its progress, DIR/losses.csv has the loss of\n"

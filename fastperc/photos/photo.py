@@ -104,7 +104,7 @@ def read_image(path: PathLike, enough: int | None = None) -> Photo:
                 if enough is not None:
                     image.draft("RGB", (enough, enough))
                 image.load()
-                return _photo(image)
+                return _to_photo(image)
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image, or in a format that Pillow cannot read") from None
     except Image.DecompressionBombError:
@@ -115,7 +115,8 @@ def read_image(path: PathLike, enough: int | None = None) -> Photo:
         raise InputError(f"{path}: damaged or cut short ({error})") from None
 
 
-def _photo(image: Image.Image) -> Photo:
+def _to_photo(image: Image.Image) -> Photo:
+    """The photo that a decoded ``image`` holds. Pixels are converted as :func:`read_image` describes."""
     metadata: dict[str, Any] = {}
     dpi = [float(value) for value in image.info.get("dpi", ())]
     if len(dpi) == 2 and all(1 < value < 65536 for value in dpi):  # Pillow reports 1 for a TIFF without resolution
@@ -187,9 +188,8 @@ def check_format(path: PathLike) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(
-            f"{path}: no image format is written as {path.suffix or 'a name without a suffix'!r}; use .png or .jpg"
-        )
+        fault = f"cannot write an image as {path.suffix!r}" if path.suffix else "the name has no suffix"
+        raise InputError(f"{path}: {fault}; use .png or .jpg")
     return path
 
 
