@@ -4,53 +4,61 @@ from __future__ import annotations
 
 import torch
 from costs import gram_loss
-from harness import DEVICE, DTYPE, DTYPES, Case, runs
+from harness import DEVICE, DTYPE, DTYPES, Case, Measure, runs
 from networks import features, style_shapes
+from providers import Provider
 from torch import Tensor
 
 from fastperc import ops, reference
 
+Shapes = list[tuple[int, ...]]
+
 STYLE = style_shapes("relu4_3", 4, 256)
-LAYERS = {
+LAYERS: dict[str, Shapes] = {
     "cpu": {"4x64x256x256": STYLE[:1], "4x128x128x128": STYLE[1:2]},
     "cuda": {"4x3x256x256, relu1_2 to relu4_3": STYLE},
-}
+}[DEVICE]
+LAYOUTS = {"cpu": ("NCHW", "NHWC"), "cuda": ("NHWC",)}[DEVICE]
+TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (1e-2, 1e-2)}[DTYPE]
 
 
-def inputs(shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...]:
-    """Feature maps, then the Gram matrices of as many others."""
+def inputs(shapes: Shapes) -> tuple[Tensor, ...]:
+    """Feature maps of ``shapes``, then a target Gram matrix for each."""
     targets = [reference.gram_matrix(features(1, *shape[1:])) for shape in shapes]
     return *(features(*shape, requires_grad=True) for shape in shapes), *targets
 
 
-def plain(*tensors: Tensor) -> Tensor:
+def reference_loss(*tensors: Tensor) -> Tensor:
+    """The loss of each layer [layers]; arguments as :func:`inputs` returns them."""
     layers = len(tensors) // 2
     return torch.stack([reference.gram_loss(x, target) for x, target in zip(tensors[:layers], tensors[layers:])])
 
 
-def fused(*tensors: Tensor) -> Tensor:
+def fused_loss(*tensors: Tensor) -> Tensor:
+    """As :func:`reference_loss`."""
     layers = len(tensors) // 2
     return ops.gram_loss(tensors[:layers], tensors[layers:])
 
 
-CASES = [
-    Case(
+def make_case(name: str, shapes: Shapes, layout: str) -> Case:
+    """Losses and gradients of feature maps of ``shapes`` in ``layout``."""
+    return Case(
         "gram_loss",
         "forward+backward",
         f"{name}, {layout}",
         DTYPE,
-        inputs=lambda shapes=shapes: inputs(shapes),
-        reference=plain,
-        fused=fused,
-        costs=lambda shapes=shapes: [cost for s in shapes for cost in gram_loss(s, DTYPES[DTYPE].itemsize)],
+        inputs=lambda: inputs(shapes),
+        reference=reference_loss,
+        fused=fused_loss,
+        costs=lambda: [cost for shape in shapes for cost in gram_loss(shape, DTYPES[DTYPE].itemsize)],
         channels_last=layout == "NHWC",
-        tolerance={"fp32": (1e-5, 1e-5), "bf16": (1e-2, 1e-2)}[DTYPE],
+        tolerance=TOLERANCE,
     )
-    for name, shapes in LAYERS[DEVICE].items()
-    for layout in {"cpu": ("NCHW", "NHWC"), "cuda": ("NHWC",)}[DEVICE]
-]
+
+
+CASES = [make_case(name, shapes, layout) for name, shapes in LAYERS.items() for layout in LAYOUTS]
 
 
 @runs(CASES)
-def test_gram_loss(measure, case, provider):
+def test_gram_loss(measure: Measure, case: Case, provider: Provider) -> None:
     measure(case, provider)

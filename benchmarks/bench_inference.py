@@ -1,12 +1,13 @@
-"""Whole networks in eval mode, and video: frames from the CPU's memory, painted, and back."""
+"""Whole networks in eval mode, and video: frames from the CPU's memory to the device, painted, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from harness import DEVICE, Case, runs
+from harness import DEVICE, Case, Measure, runs
 from networks import forward, image, trained
+from providers import Provider
 from torch import Tensor, nn
 
 import fastperc
@@ -36,16 +37,17 @@ SIZES = {  # batch, height, width, dtype
         ("great_wave", 1, 1080, 1920, "bf16"),
     ],
 }
-VIDEOS = {"cpu": [], "cuda": [("paper", 1080, 1920, "bf16", 60)]}
+VIDEOS: dict[str, list[tuple[str, int, int, str, int]]] = {"cpu": [], "cuda": [("paper", 1080, 1920, "bf16", 60)]}
 TOLERANCE = {"fp32": (1e-5, 0), "bf16": (5e-2, 0)}
 
 
 def freeze(module: nn.Module, *inputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """An engine of ``module``."""
     return fastperc.freeze(module)
 
 
 def one_by_one(module: nn.Module, *frames: Tensor) -> Tensor:
-    """The last picture of ``frames``, uint8 [H, W, 3] on the CPU, each painted as one does without an engine."""
+    """Paints ``frames``, uint8 [H, W, 3] on the CPU, without an engine; returns the last picture."""
     weight = next(module.parameters())
     for frame in frames:
         x = frame.to(weight.device).permute(2, 0, 1)[None].to(weight.dtype) / 255
@@ -54,13 +56,14 @@ def one_by_one(module: nn.Module, *frames: Tensor) -> Tensor:
 
 
 def streamed(engine: fastperc.engine.engine.Engine, *frames: Tensor) -> Tensor:
-    """The last picture of ``frames``, once all have come."""
+    """Paints ``frames`` with an engine; returns the last picture."""
     for picture in engine.stream(frames):
-        last = picture
-    return last
+        last_picture = picture
+    return last_picture
 
 
 def still(name: str, n: int, height: int, width: int, dtype: str) -> Case:
+    """One image, or a batch of them."""
     return Case(
         "inference",
         "inference",
@@ -78,6 +81,8 @@ def still(name: str, n: int, height: int, width: int, dtype: str) -> Case:
 
 
 def video(name: str, height: int, width: int, dtype: str, frames: int) -> Case:
+    """A video of ``frames`` frames."""
+
     def inputs() -> tuple[Tensor, ...]:
         return tuple(torch.randint(256, (frames, height, width, 3), dtype=torch.uint8))
 
@@ -101,5 +106,5 @@ CASES = [*(still(*sizes) for sizes in SIZES[DEVICE]), *(video(*sizes) for sizes 
 
 
 @runs(CASES)
-def test_inference(measure, case, provider):
+def test_inference(measure: Measure, case: Case, provider: Provider) -> None:
     measure(case, provider)

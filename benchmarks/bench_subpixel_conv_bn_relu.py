@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from harness import DEVICE, runs
-from networks import BOTH, INFERENCE, features, layer_cases, trained
+from harness import DEVICE, Case, Measure, runs
+from networks import BOTH, INFERENCE, Directions, features, layer_cases, trained
+from providers import Provider
 
 from fastperc import SubpixelConvBNReLU
 
-# (batch, in, out, height and width of the input, directions): in inference those of images of 512² and 1080p
-SHAPES = {
+# (batch, in, out, height and width of the input, directions): in inference the layers of images of 512² and 1080p
+SHAPES: list[tuple[int, int, int, int, int, Directions]] = {
     "cpu": [(1, 64, 32, 64, 64, BOTH)],
     "cuda": [
         (4, 128, 64, 64, 64, BOTH),
@@ -18,22 +19,24 @@ SHAPES = {
         (1, 128, 64, 270, 480, INFERENCE),
         (1, 64, 32, 540, 960, INFERENCE),
     ],
-}
+}[DEVICE]
 
-CASES = [
-    case
-    for n, c_in, c_out, h, w, directions in SHAPES[DEVICE]
-    for case in layer_cases(
+
+def make_cases(n: int, c_in: int, c_out: int, height: int, width: int, directions: Directions) -> list[Case]:
+    """A layer on ``n`` feature maps of this size."""
+    return layer_cases(
         "subpixel_conv_bn_relu",
-        f"{n}x{c_in}x{h}x{w} to {c_out}",
-        module=lambda c_in=c_in, c_out=c_out: trained(SubpixelConvBNReLU(c_in, c_out)),
-        inputs=lambda n=n, c=c_in, h=h, w=w: (features(n, c, h, w, requires_grad=True),),
+        f"{n}x{c_in}x{height}x{width} to {c_out}",
+        module=lambda: trained(SubpixelConvBNReLU(c_in, c_out)),
+        inputs=lambda: (features(n, c_in, height, width, requires_grad=True),),
         directions=directions,
         trains=DEVICE == "cuda",
     )
-]
+
+
+CASES = [case for shape in SHAPES for case in make_cases(*shape)]
 
 
 @runs(CASES)
-def test_subpixel_conv_bn_relu(measure, case, provider):
+def test_subpixel_conv_bn_relu(measure: Measure, case: Case, provider: Provider) -> None:
     measure(case, provider)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from harness import DEVICE, Case, runs
+from harness import DEVICE, Case, Measure, runs
 from networks import forward, image, perceptual_loss, style_costs
+from providers import Provider
 from torch import Tensor, nn
 
 from fastperc import PixelLoss, SuperResolutionNet, TransformNet
@@ -12,9 +13,11 @@ from fastperc import PixelLoss, SuperResolutionNet, TransformNet
 STYLES = {"cpu": [("paper", "relu2_2", 1, 128)], "cuda": [("paper", "relu4_3", 4, 256)]}
 # (scale, batch, side of the photos)
 SUPER_RESOLUTION = {"cpu": [(4, 1, 288)], "cuda": [(4, 4, 288)]}
+DTYPE = {"cpu": "fp32", "cuda": "amp"}[DEVICE]
+TOLERANCE = {"fp32": (1e-5, 1e-2), "amp": (2e-2, 0.5)}[DTYPE]  # rounding switches some ReLUs
 
 
-class Objective(nn.Module):
+class StyleObjective(nn.Module):
     """The loss of a style network on a batch of photos [N, 3, H, W]."""
 
     def __init__(self, preset: str, deepest: str, side: int) -> None:
@@ -26,8 +29,8 @@ class Objective(nn.Module):
         return self.loss(self.net(photos), photos).total
 
 
-class Restoration(nn.Module):
-    """The loss of a super-resolution network on small photos [N, 3, H, W] and what they were."""
+class SuperResolutionObjective(nn.Module):
+    """The loss of a super-resolution network on photos [N, 3, H, W] and the small photos made of them."""
 
     def __init__(self, scale: int) -> None:
         super().__init__()
@@ -38,42 +41,46 @@ class Restoration(nn.Module):
         return self.loss(self.net(small), photos)
 
 
-DTYPE = {"cpu": "fp32", "cuda": "amp"}[DEVICE]
-TOLERANCE = {"fp32": (1e-5, 1e-2), "amp": (2e-2, 0.5)}[DTYPE]  # ReLUs that rounding switches
-
-CASES = [
-    Case(
+def style_case(preset: str, deepest: str, n: int, side: int) -> Case:
+    """A step of a style network on ``n`` photos of ``side``²."""
+    return Case(
         "training",
         "training step",
         f"{preset} {n}x3x{side}x{side} to {deepest}",
         DTYPE,
-        module=lambda preset=preset, deepest=deepest, side=side: Objective(preset, deepest, side),
-        inputs=lambda n=n, side=side: (image(n, side, side),),
+        module=lambda: StyleObjective(preset, deepest, side),
+        inputs=lambda: (image(n, side, side),),
         reference=forward,
         fused=forward,
         channels_last=True,
-        costs=lambda deepest=deepest, n=n, side=side: style_costs(deepest, n, side, DTYPE),
+        costs=lambda: style_costs(deepest, n, side, DTYPE),
         tolerance=TOLERANCE,
     )
-    for preset, deepest, n, side in STYLES[DEVICE]
-]
-CASES += [
-    Case(
+
+
+def super_resolution_case(scale: int, n: int, side: int) -> Case:
+    """A step of a super-resolution network on ``n`` photos of ``side``²."""
+    small = side // scale
+    return Case(
         "training",
         "training step",
-        f"x{scale} {n}x3x{side // scale}x{side // scale}, pixel loss",
+        f"x{scale} {n}x3x{small}x{small}, pixel loss",
         DTYPE,
-        module=lambda scale=scale: Restoration(scale),
-        inputs=lambda scale=scale, n=n, side=side: (image(n, side // scale, side // scale), image(n, side, side)),
+        module=lambda: SuperResolutionObjective(scale),
+        inputs=lambda: (image(n, small, small), image(n, side, side)),
         reference=forward,
         fused=forward,
         channels_last=True,
         tolerance=TOLERANCE,
     )
-    for scale, n, side in SUPER_RESOLUTION[DEVICE]
+
+
+CASES = [
+    *(style_case(*style) for style in STYLES[DEVICE]),
+    *(super_resolution_case(*sizes) for sizes in SUPER_RESOLUTION[DEVICE]),
 ]
 
 
 @runs(CASES)
-def test_training(measure, case, provider):
+def test_training(measure: Measure, case: Case, provider: Provider) -> None:
     measure(case, provider)

@@ -1,4 +1,4 @@
-"""What the device itself can do, measured once a session: the two numbers that every floor comes from."""
+"""The device's memory bandwidth and arithmetic rate, measured once per session. Every floor is computed from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def device_type() -> str:
-    """What a benchmark runs on here: the GPU where there is one."""
+    """The type of the device that benchmarks run on: the GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -30,7 +30,7 @@ def device_name() -> str:
 
 
 def best_seconds(step: Callable[[], object], rounds: int) -> float:
-    """The shortest of ``rounds`` runs: a ceiling is what the device reached, not what it usually does."""
+    """Seconds of the fastest of ``rounds`` runs: a ceiling is the best that the device reached."""
     step()
     if device_type() == "cpu":
         times = []
@@ -41,18 +41,18 @@ def best_seconds(step: Callable[[], object], rounds: int) -> float:
         return min(times)
     events = []
     for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
         step()
-        end.record()
-        events.append((start, end))
+        after.record()
+        events.append((before, after))
     torch.cuda.synchronize()
-    return min(start.elapsed_time(end) for start, end in events) / 1e3
+    return min(before.elapsed_time(after) for before, after in events) / 1e3
 
 
 @cache
 def bandwidth() -> float:
-    """Bytes a second of a copy far larger than any cache, counting those read and those written."""
+    """Bytes per second of a copy far larger than any cache, counting bytes read and bytes written."""
     device = device_type()
     size = 2**32 if device == "cuda" else 2**28
     x = torch.ones(size, dtype=torch.uint8, device=device)
@@ -62,7 +62,7 @@ def bandwidth() -> float:
 
 @cache
 def rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large product of random matrices in ``dtype``."""
+    """Floating-point operations per second of a large product of random matrices in ``dtype``."""
     device = device_type()
     n = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

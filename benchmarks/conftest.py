@@ -1,16 +1,21 @@
-"""Options of ``pytest benchmarks/``, and the fixture that every benchmark uses."""
+"""Options of ``pytest benchmarks/``, and the fixture of every benchmark."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    from harness import Measure
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds ``--rows`` and ``--seconds``."""
     group = parser.getgroup("fastperc")
-    group.addoption("--rows", type=Path, metavar="FILE", help="append each row to FILE as soon as it is measured")
+    group.addoption("--rows", type=Path, metavar="FILE", help="append each row to FILE when it is measured")
     group.addoption(
         "--seconds",
         type=float,
@@ -21,13 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_tables(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Backends are chosen as they are for a user who never tuned."""
+    """No tuned table is read: backends are chosen as on a machine that was never tuned."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
-def measure(benchmark, request):
-    """Checks and times a provider on a case; see harness.measure."""
+def measure(benchmark: Any, request: pytest.FixtureRequest) -> Measure:
+    """Checks and times a provider on a case; see ``harness.measure``."""
     from harness import measure
 
     seconds, rows_file = request.config.getoption("--seconds"), request.config.getoption("--rows")

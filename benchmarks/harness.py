@@ -1,4 +1,4 @@
-"""A benchmark's case, and how one is checked, timed and turned into a row."""
+"""A benchmark's case, and how it is checked, timed and turned into a row."""
 
 from __future__ import annotations
 
@@ -18,53 +18,54 @@ import torch
 from ceilings import bandwidth, device_name, device_type, rate
 from costs import Cost, convolutions
 from memory import peak_bytes
-from providers import PROVIDERS, Provider, Step
+from providers import PROVIDERS, Function, Provider
 from torch import Tensor, nn
 
 import fastperc
 
 DEVICE = device_type()
-DTYPE = {"cpu": "fp32", "cuda": "bf16"}[DEVICE]  # what a device is timed in where a case does not say
+DTYPE = {"cpu": "fp32", "cuda": "bf16"}[DEVICE]  # the default of a case on this device
 # "amp": float32 weights and images under autocast to bfloat16, as `fastperc train --amp` has them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.float32}
-PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.bfloat16}  # what its convolutions multiply
+PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.bfloat16}  # dtypes of convolutions' products
 
 
 @dataclass(frozen=True)
 class Case:
     """What is timed: one operation in one direction on inputs of one shape.
 
-    ``reference`` and ``fused`` take the inputs, after the module if there is one, and return a tensor; ``fused`` has
-    what ``freeze`` makes of the module and the inputs, if that is given.
+    ``reference`` and ``fused`` take the module, if there is one, and the inputs, and return a tensor. In inference
+    ``fused`` gets the result of ``freeze(module, *inputs)`` in place of the module, if ``freeze`` is given.
     """
 
-    operation: str  # bench_<operation>.py
+    operation: str  # as in bench_<operation>.py
     direction: str  # "forward", "forward+backward", "training step" (with Adam); in eval mode "inference", "video"
     shape: str
-    dtype: str  # of DTYPES
-    inputs: Callable[[], tuple[Tensor, ...]]  # float32 or uint8, on the CPU; those that require gradients get them
-    reference: Step
-    tolerance: tuple[float, float]  # largest relative error against float64 of the output, of any gradient
-    fused: Step | None = None  # None: there is no such kernel yet
+    dtype: str  # a key of DTYPES
+    inputs: Callable[[], tuple[Tensor, ...]]  # float32 or uint8, on the CPU; gradients where they require them
+    reference: Function
+    tolerance: tuple[float, float]  # largest relative error against float64, of the output and of any gradient
+    fused: Function | None = None  # None: there is no such kernel yet
     module: Callable[[], nn.Module] | None = None
-    freeze: Callable[..., Step] | None = None  # not timed
-    costs: Callable[[], Sequence[Cost]] = list  # of what is no convolution
+    freeze: Callable[..., Function] | None = None  # not timed
+    costs: Callable[[], Sequence[Cost]] = list  # of everything but convolutions
     channels_last: bool = False
     track_memory: bool = False
-    frames: int = 1  # of a video, an input each; the row is of one, and the last picture is checked
+    frames: int = 1  # of a video, each an input; the row is per frame, and the last picture is checked
 
     @property
     def infers(self) -> bool:
-        """Whether its weights stay what they are."""
+        """Whether the weights are constant."""
         return self.direction in ("inference", "video")
 
     @property
     def id(self) -> str:
+        """The case's part of a test's name."""
         return "-".join(f"{self.direction} {self.shape} {self.dtype}".replace(",", "").split())
 
 
 def runs(cases: Iterable[Case]) -> Any:
-    """The mark that runs a test for each case and each provider of it on this machine's device."""
+    """A mark that runs a test for each case with each provider that serves it on this machine's device."""
     return pytest.mark.parametrize(
         ("case", "provider"),
         [
@@ -72,7 +73,7 @@ def runs(cases: Iterable[Case]) -> Any:
                 case,
                 provider,
                 id=f"{case.id}-{provider.name}",
-                marks=[pytest.mark.benchmark(timer=Moment)] if DEVICE == "cuda" else [],
+                marks=[pytest.mark.benchmark(timer=GpuTime)] if DEVICE == "cuda" else [],
             )
             for case in cases
             for provider in PROVIDERS
@@ -82,7 +83,7 @@ def runs(cases: Iterable[Case]) -> Any:
 
 
 class Problem:
-    """The inputs and the module of a case, in its dtype or ``exact``: the same values, computed with in float64."""
+    """The inputs and the module of a case in its dtype, or, if ``exact``, the same values in float64."""
 
     def __init__(self, case: Case, exact: bool = False) -> None:
         torch.manual_seed(0)
@@ -91,17 +92,17 @@ class Problem:
         layout = torch.channels_last if case.channels_last else torch.contiguous_format
         rounded = DTYPES[case.dtype]
         dtype = torch.float64 if exact else rounded
-        self.module = case.module() if case.module else None
+        self.module: Any = case.module() if case.module else None  # a provider may prepare another callable of it
         if self.module is not None:
             self.module.to(rounded).to(DEVICE, dtype).train(not case.infers)
             self.module.to(memory_format=layout)  # type: ignore[call-overload]
         self.inputs = []
         for x in case.inputs()[-1:] if exact and case.frames > 1 else case.inputs():
-            if x.dtype == torch.uint8:  # levels; the frames of a video [H, W, 3] stay where they are
+            if x.dtype == torch.uint8:  # images of levels; a video's frames [H, W, 3] stay on the CPU
                 y = x.to(DEVICE, memory_format=layout) if x.dim() == 4 else x
-            elif x.dim() == 4:  # images and features; the rest is float32 whatever those are
+            elif x.dim() == 4:  # images and features
                 y = x.detach().to(rounded).to(DEVICE, dtype, memory_format=layout)
-            else:
+            else:  # anything else is at least float32
                 y = x.detach().to(DEVICE, torch.promote_types(dtype, torch.float32))
             self.inputs.append(y.requires_grad_(x.requires_grad))
         parameters = [] if self.module is None else list(self.module.parameters())
@@ -109,15 +110,18 @@ class Problem:
         self.gradient: Tensor | None = None
         self.output: Tensor = torch.empty(0)
 
-    def call(self, function: Step) -> Step:
-        """``function`` of the inputs alone."""
+    def call(self, function: Function) -> Function:
+        """``function`` with the module already given: it takes the inputs alone."""
         return function if self.module is None else lambda *inputs: function(self.module, *inputs)
 
-    def step(self, call: Step) -> Step:
-        """What is timed, but for the optimizer; it leaves ``output`` and the gradients of ``leaves``."""
+    def step(self, call: Function) -> Function:
+        """What is timed, without the optimizer; it sets ``output`` and the gradients of ``leaves``."""
 
         def infer() -> None:
-            with torch.inference_mode(mode=not self.exact), torch.no_grad():  # the counter sees no inference mode
+            with (
+                torch.inference_mode(mode=not self.exact),
+                torch.no_grad(),
+            ):  # costs cannot be counted in inference mode
                 self.output = call(*self.inputs)
 
         def run() -> None:
@@ -132,13 +136,14 @@ class Problem:
         return infer if self.case.infers else run
 
     def incoming(self, output: Tensor) -> Tensor:
-        """The gradient that comes to ``output``: random, the same in every step."""
+        """The gradient of ``output``: random, the same in every step."""
         if self.gradient is None:
             values = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
             self.gradient = torch.empty_like(output).copy_(values)
         return self.gradient
 
-    def with_optimizer(self, step: Step) -> Step:
+    def with_optimizer(self, step: Function) -> Function:
+        """``step``, and then one of Adam."""
         on_gpu = DEVICE == "cuda"
         optimizer = torch.optim.Adam(self.leaves, lr=1e-3, fused=on_gpu, capturable=on_gpu)
 
@@ -156,14 +161,16 @@ class Problem:
 
 
 class Oracle(NamedTuple):
+    """The exact results of a case, in float64, and the least that it must do."""
+
     output: Tensor
     gradients: list[Tensor]
     costs: Sequence[Cost]
 
 
-@lru_cache(maxsize=1)  # a case's providers follow one another
+@lru_cache(maxsize=1)  # the providers of a case run one after another
 def oracle(case: Case) -> Oracle:
-    """The reference's results in float64, and what the case must do at least."""
+    """The reference's results and costs."""
     with fastperc.use_backend("reference"):
         problem = Problem(case, exact=True)
         counted = convolutions(problem.step(problem.call(case.reference)))
@@ -173,10 +180,10 @@ def oracle(case: Case) -> Oracle:
 
 
 def errors(output: Tensor, gradients: Sequence[Tensor], expected: Oracle) -> tuple[float, float]:
-    """‖result − expected‖ / ‖expected‖ of the output, and the largest of a gradient; infinite if not finite.
+    """‖result − expected‖ / ‖expected‖ of the output, and the largest of any gradient; infinite if not finite.
 
-    A gradient that is zero but for rounding (a bias before a batch norm) is measured against the largest one, and any
-    other against at least a hundredth of that.
+    A gradient that is zero except for rounding (of a bias before a batch norm) is compared with the norm of the largest
+    gradient, and any other with at least a hundredth of that.
     """
     sizes = [gradient.norm().item() for gradient in expected.gradients]
     largest = max(sizes, default=0.0)
@@ -190,34 +197,35 @@ def errors(output: Tensor, gradients: Sequence[Tensor], expected: Oracle) -> tup
     return error(output, expected.output, expected.output.norm().item()), worst
 
 
-class Moment:
-    """A point in the GPU's queue; the difference of two waits for the later one and is in seconds.
+class GpuTime:
+    """A point in the GPU's queue, as pytest-benchmark's timer; ``later - earlier`` is in seconds.
 
-    As pytest-benchmark's timer it leaves the queue running between the two, which a host clock cannot.
+    Only the difference waits for the GPU. A host clock would have to empty the queue at both points.
     """
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
         self.event.record()
 
-    def __sub__(self, earlier: Moment) -> float:
+    def __sub__(self, earlier: GpuTime) -> float:
         self.event.synchronize()
         return earlier.event.elapsed_time(self.event) / 1e3
 
 
 @cache
 def eviction_buffer() -> Tensor:
+    """A GPU buffer larger than its caches."""
     return torch.empty(2**28, dtype=torch.uint8, device="cuda")
 
 
-def before_each_round() -> None:
-    """Evicts the GPU's caches; meanwhile Python gets ahead, so that a first launch is not waited for."""
+def evict_caches() -> None:
+    """Evicts the GPU's caches before a round; meanwhile Python runs ahead, so that the GPU need not wait for it."""
     if DEVICE == "cuda":
         eviction_buffer().zero_()
 
 
-def seconds_of(step: Step) -> float:
-    """A first impression, to choose the number of rounds by."""
+def seconds_of(step: Function) -> float:
+    """The time of one call, to choose the number of rounds."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -228,58 +236,85 @@ def seconds_of(step: Step) -> float:
 
 
 def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows_file: Path | None) -> None:
-    """Checks ``provider`` on ``case`` against float64, times it for about ``seconds`` and writes its row.
+    """Checks ``provider`` on ``case`` against float64, times it for about ``seconds`` and appends its row to a file.
+
+    Skips the test where the provider cannot run the case, and where another library's results are wrong.
 
     Raises:
-        AssertionError: a result or gradient is further from float64 than the case tolerates; nothing was timed. A
-            peer's is told and left out.
+        AssertionError: a result or gradient is further from float64 than the case tolerates; nothing was timed.
     """
     with nullcontext() if provider.fused else fastperc.use_backend("reference"):
         problem = Problem(case)
-        prepare = case.freeze if provider.fused else provider.prepare
-        if prepare is not None and case.infers:
-            problem.module = prepare(problem.module, *problem.inputs)
-            if problem.module is None:
-                pytest.skip(f"{provider.name} has nothing to offer here")
-        run = problem.step(provider.call(problem.call(case.fused if provider.fused else case.reference)))
-        step = provider.step(run)
+        run = prepared(problem, provider)
+        step = provider.wrap_step(run)
         peak = None
         if case.track_memory and provider.name in ("reference", "fused") and not benchmark.disabled:
             if not case.infers:
                 step()
-            peak = peak_bytes(step, DEVICE)  # an engine takes its memory in the first call, and keeps it
+            peak = peak_bytes(step, DEVICE)  # an engine allocates its memory in the first call, and keeps it
         step()
         expected = oracle(case)
         error = errors(*problem.results(), expected)
-        for what, off, tolerated in zip(("output", "gradient"), error, case.tolerance):
-            if off > tolerated:
-                told = f"{provider.name}: {what} off by {off:.1e}, more than {tolerated:.0e}"
-                if provider.peer:  # its mistakes are not ours to mend
-                    pytest.skip(told)
-                raise AssertionError(told)
+        check_errors(error, case, provider)
         if case.direction == "training step":
-            step = provider.step(problem.with_optimizer(run))
+            step = provider.wrap_step(problem.with_optimizer(run))
         if benchmark.disabled:
             benchmark.pedantic(step)
             return
         step()
         rounds = min(200, max(5, int(seconds / seconds_of(step))))
         benchmark.group = f"{case.operation} {case.direction} {case.shape} {case.dtype}"
-        benchmark.pedantic(step, setup=before_each_round, rounds=rounds, warmup_rounds=1)
-    row = describe(case, provider, expected.costs, benchmark.stats.stats, max(error), peak)
+        benchmark.pedantic(step, setup=evict_caches, rounds=rounds, warmup_rounds=1)
+    row = make_row(Measurement(case, provider, expected.costs, max(error), peak), benchmark.stats.stats)
     benchmark.extra_info.update(row)
     if rows_file is not None:
         rows.append(rows_file, row)
 
 
-def describe(
-    case: Case, provider: Provider, parts: Sequence[Cost], stats: Any, error: float, peak: int | None
-) -> rows.Row:
+def prepared(problem: Problem, provider: Provider) -> Function:
+    """The step of ``problem`` as ``provider`` runs it; skips the test if it cannot."""
+    case = problem.case
+    prepare = case.freeze if provider.fused else provider.prepare
+    if prepare is not None and case.infers:
+        problem.module = prepare(problem.module, *problem.inputs)
+        if problem.module is None:
+            pytest.skip(f"{provider.name} cannot run this case")
+    function = case.fused if provider.fused else case.reference
+    assert function is not None
+    return problem.step(provider.wrap_call(problem.call(function)))
+
+
+def check_errors(error: tuple[float, float], case: Case, provider: Provider) -> None:
+    """Compares the errors of output and gradients with the case's tolerances; skips the test of another library.
+
+    Raises:
+        AssertionError: eager PyTorch or fastperc is less accurate than the case tolerates.
+    """
+    for name, value, tolerance in zip(("output", "gradient"), error, case.tolerance):
+        if value > tolerance:
+            message = f"{provider.name}: {name} off by {value:.1e}, more than {tolerance:.0e}"
+            if provider.is_other_library:
+                pytest.skip(message)
+            raise AssertionError(message)
+
+
+class Measurement(NamedTuple):
+    """What a row says besides the times."""
+
+    case: Case
+    provider: Provider
+    costs: Sequence[Cost]
+    error: float  # the largest
+    peak_bytes: int | None
+
+
+def make_row(measurement: Measurement, stats: Any) -> rows.Row:
     """The row of one measurement; ``stats`` are pytest-benchmark's, in seconds."""
-    total = Cost(sum(part.bytes for part in parts), sum(part.flops for part in parts))
+    case, provider, costs, error, peak = measurement
+    total = Cost(sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs))
     median, iqr = stats.median / case.frames, stats.iqr / case.frames
     ceilings = bandwidth(), rate(PRODUCTS[case.dtype])
-    floor = sum(part.floor(*ceilings) for part in parts)
+    floor = sum(cost.floor(*ceilings) for cost in costs)
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -313,6 +348,9 @@ def describe(
             peak_bytes=peak,
         )
     )
+
+
+Measure = Callable[[Case, Provider], None]  # the fixture ``measure`` of conftest.py
 
 
 def significant(x: float) -> float:

@@ -1,10 +1,10 @@
-"""One command for a machine with a GPU: builds, tests and measures what fits in a budget, the most valuable first.
+"""Builds, tests and measures fastperc on a machine with a GPU within a time budget, the most valuable stages first.
 
     python benchmarks/lab.py --out DIR [--budget SECONDS] [--only NAME ...] [--sanitize]
     python benchmarks/lab.py --list
 
-Needs no network: Python, torch, pytest, pytest-benchmark and, to build, what pyproject.toml requires. Without a GPU the
-CPU is measured, and the rows say so. DIR/rows.jsonl has each row as soon as it is measured, DIR/lab.log everything
+Needs no network: Python, torch, pytest, pytest-benchmark and, to build, what pyproject.toml requires. Without a GPU it
+measures the CPU, and the rows say so. DIR/rows.jsonl gets each row as soon as it is measured, DIR/lab.log everything
 printed, DIR/cache the tuned table; `benchmarks/report.py DIR` merges the rows. Exit status 1: a stage failed.
 """
 
@@ -25,25 +25,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import report
+import operations
 import rows
+from comparison import compare
+from operations import ROOT
 
-ROOT = rows.ROOT
 PYTEST = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
 BENCHMARK = ("--benchmark-only", "--benchmark-columns=median,iqr,rounds")
 NEEDED = ("torch", "numpy", "pytest", "pytest_benchmark")
-GPU_TESTS = "cuda or cudnn or triton or graphs"  # tests name their device, or what only a GPU has
-# A few, for tools that slow them a hundredfold; those of the head come with the engine's.
+NO_TEST_SELECTED = 5  # pytest's exit status
+GPU_TESTS = "cuda or cudnn or triton or graphs"  # in the names of tests that need a GPU
+# A few tests, for tools that slow them a hundredfold; the engine's tests cover the head.
 KERNEL_TESTS = "on_triton or (cuda and (layout or exact or mask or pool or (formula and bf16 and not head)))"
-
-TUNE = """
-import torch
-from fastperc import dispatch, tuning
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-times = tuning.tune(device, tuning.cases(batch=4, size=256))
-dispatch.save(device, times)
-print(tuning.report(times))
-"""
 
 
 @dataclass(frozen=True)
@@ -51,89 +44,99 @@ class Stage:
     """A step of the lab: a Python command line in a process of its own."""
 
     name: str
-    seconds: float  # on a GPU machine, about
-    what: str
-    arguments: Sequence[str]
-    prefix: Sequence[str] = ()  # what runs Python
+    seconds: float  # that it takes on a GPU machine, about
+    description: str
+    arguments: Sequence[str]  # of Python; "{rows}" becomes the file of rows
+    prefix: Sequence[str] = ()  # a program that runs Python, with its options
     environment: dict[str, str] = field(default_factory=dict)
     gpu: bool = False  # whether it needs one
-    allowed: tuple[int, ...] = (0,)  # exit statuses of success
+    allowed: tuple[int, ...] = (0,)  # exit statuses that count as success
 
 
-FROZEN = ("conv_bn_relu", "subpixel_conv_bn_relu", "rgb_conv", "instance_norm", "image_io", "engine")
-TRAINING = ("tv_loss", "gram_loss", "vgg_loss", "norm_relu", "conv3x3", "conv_chain")
+FROZEN = (*operations.tests(frozen=True), "engine")
+TRAINING = operations.tests(frozen=False)
 LAYERS = ("rgb_conv", "subpixel_conv_bn_relu", "conv_bn_relu", "residual_block")
-COMPILED = "compile or autotune"  # providers that take minutes before anything is timed
-OTHERS = f"not ({COMPILED})"
+COMPILED = "compile or autotune"  # providers that compile for minutes before they run
+NOT_COMPILED = f"not ({COMPILED})"
 
 
-def bench(name: str, seconds: float, what: str, selection: str = "", of: Sequence[str] = ()) -> Stage:
-    files = [str(ROOT / "benchmarks" / f"bench_{operation}.py") for operation in of or (name,)]
+def bench(name: str, seconds: float, description: str, selection: str = "", benchmarks: Sequence[str] = ()) -> Stage:
+    """Runs the benchmark ``name``, or ``benchmarks``; ``selection`` is an expression for pytest's ``-k``."""
+    files = [str(ROOT / "benchmarks" / f"bench_{benchmark}.py") for benchmark in benchmarks or (name,)]
     arguments = (*PYTEST, *files, *BENCHMARK, "--rows={rows}", *(("-k", selection) if selection else ()))
-    return Stage(name, seconds, what, arguments)
+    return Stage(name, seconds, description, arguments)
 
 
 def tests(
-    name: str, seconds: float, what: str, of: Sequence[str], selection: str = GPU_TESTS, prefix: Sequence[str] = ()
+    name: str,
+    seconds: float,
+    description: str,
+    tested: Sequence[str],
+    selection: str = GPU_TESTS,
+    prefix: Sequence[str] = (),
 ) -> Stage:
-    # Memory checkers see into PyTorch's own allocator only if it keeps nothing.
+    """Runs ``tests/test_<tested>.py`` where there is such a file."""
+    # Memory checkers see what PyTorch's allocator does only if it caches nothing.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if prefix else {}
-    files = [ROOT / "tests" / f"test_{tested}.py" for tested in of]
+    files = [ROOT / "tests" / f"test_{test}.py" for test in tested]
     arguments = (*PYTEST, *(str(file) for file in files if file.exists()), "-k", selection)
-    return Stage(name, seconds, what, arguments, prefix, environment, gpu=True, allowed=(0, 5))  # 5: none selected
+    allowed = (0, NO_TEST_SELECTED)
+    return Stage(name, seconds, description, arguments, prefix, environment, gpu=True, allowed=allowed)
 
 
 def sanitizer(tool: str) -> Stage:
+    """Runs a few kernel tests under a tool of compute-sanitizer."""
     prefix = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
-    what = f"compute-sanitizer's {tool} over a few kernel tests"
-    return tests(tool, 180, what, (*FROZEN, *TRAINING), KERNEL_TESTS, prefix)
+    description = f"compute-sanitizer's {tool} over a few kernel tests"
+    return tests(tool, 180, description, (*FROZEN, *TRAINING), KERNEL_TESTS, prefix)
 
 
+TRAINING_SPEED = str(ROOT / "benchmarks" / "training_speed.py")
 STAGES = (
-    tests("tests_inference", 120, "the engine's tests on the GPU, and those of its kernels", FROZEN),
-    bench("inference", 150, "whole networks in eval mode, 4K and video", OTHERS),
-    bench("rgb_conv", 60, "the 9×9 convolutions", OTHERS),
-    bench("subpixel_conv_bn_relu", 60, "the ½-stride convolutions", OTHERS),
-    bench("conv_bn_relu", 60, "the stride-2 convolutions", OTHERS),
-    bench("residual_block", 60, "the residual block", OTHERS),
-    Stage("tune", 180, "the backends against each other, as fastperc tune has them", ("-c", TUNE)),
+    tests("tests_inference", 120, "tests on the GPU: the engine and its kernels", FROZEN),
+    bench("inference", 150, "whole networks in eval mode, 4K and video", NOT_COMPILED),
+    bench("rgb_conv", 60, "the 9×9 convolutions", NOT_COMPILED),
+    bench("subpixel_conv_bn_relu", 60, "the ½-stride convolutions", NOT_COMPILED),
+    bench("conv_bn_relu", 60, "the stride-2 convolutions", NOT_COMPILED),
+    bench("residual_block", 60, "the residual block", NOT_COMPILED),
+    Stage("tune", 180, "fastperc tune: the backends of each operation", ("-m", "fastperc", "tune")),
     bench("inference_compiled", 400, "whole networks by torch.compile and max-autotune", COMPILED, ("inference",)),
-    tests("tests_training", 90, "the tests on the GPU of what trains", TRAINING),
+    tests("tests_training", 90, "tests on the GPU: operations of training", TRAINING),
     bench("tv_loss", 45, "total variation"),
     bench("gram_loss", 45, "Gram loss"),
     bench("vgg_loss", 90, "the whole loss network, and its memory"),
     bench("training", 120, "a training step"),
-    Stage("train", 60, "fastperc train, photos and all", (str(ROOT / "benchmarks" / "training_speed.py"),), gpu=True),
-    bench("norm_relu", 30, "norms and the ReLU after them in training", OTHERS),
-    bench("conv3x3", 30, "3×3 convolutions in training", OTHERS),
+    Stage("train", 60, "fastperc train with photos and checkpoints", (TRAINING_SPEED,), gpu=True),
+    bench("norm_relu", 30, "norms and the ReLU after them in training", NOT_COMPILED),
+    bench("conv3x3", 30, "3×3 convolutions in training", NOT_COMPILED),
     bench("layers_compiled", 600, "layers by torch.compile and max-autotune", COMPILED, LAYERS),
 )
 SANITIZERS = (sanitizer("memcheck"), sanitizer("racecheck"))
 
 
 def choose(only: Sequence[str], sanitize: bool) -> list[Stage]:
-    """The stages to run, in their order.
+    """The stages called ``only``, or all; in their order.
 
     Raises:
-        ValueError: a name that is no stage's.
+        ValueError: there is no stage of such a name.
     """
     known = {stage.name: stage for stage in (*STAGES, *SANITIZERS)}
     unknown = [name for name in only if name not in known]
     if unknown:
-        raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")
+        raise ValueError(f"no stage {', '.join(unknown)}; choose from {', '.join(known)}")
     if not only:
         return [*STAGES, *(SANITIZERS if sanitize else ())]
     return [stage for stage in known.values() if stage.name in only or (sanitize and stage in SANITIZERS)]
 
 
 class Lab:
-    """One run: where things go, how much time is left, and what became of each stage."""
+    """One run: its folders, the time left, and the outcome of each stage."""
 
     def __init__(self, out: Path, budget: float) -> None:
         self.out, self.end = out, time.monotonic() + budget
         self.rows = out / "rows.jsonl"
         self.log = out / "lab.log"
-        self.outcomes: list[tuple[str, str]] = []  # of stages: name, "ok", "skipped: …" or "FAILED: …"
+        self.outcomes: list[tuple[str, str]] = []  # name of a stage, and "ok", "skipped: …" or "FAILED: …"
         self.work = Path(tempfile.gettempdir()) / f"fastperc-lab-{os.getuid() if hasattr(os, 'getuid') else 0}"
         self.environment = {
             **os.environ,
@@ -147,15 +150,20 @@ class Lab:
 
     @property
     def left(self) -> float:
+        """Seconds left of the budget."""
         return self.end - time.monotonic()
 
-    def say(self, text: str) -> None:
+    def print_and_log(self, text: str) -> None:
+        """Prints ``text`` and appends it to the log."""
         print(text, flush=True)
         with self.log.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def execute(self, command: Sequence[str], environment: dict[str, str] | None = None) -> int | None:
-        """Runs a command away from the checkout, which would shadow the package; ``None``: out of time."""
+        """Runs a command with its output in the log; returns its exit status, or ``None`` if time ran out.
+
+        The working folder is outside the checkout, whose ``fastperc`` would hide the installed package.
+        """
         with self.log.open("ab") as log:
             self.child = subprocess.Popen(
                 command,
@@ -163,7 +171,7 @@ class Lab:
                 env={**self.environment, **(environment or {})},
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=os.setpgrp,  # to be stopped as one; a session of its own might outlive the machine
+                preexec_fn=os.setpgrp,  # a group can be killed at once; a new session might outlive the machine's job
             )
             try:
                 return self.child.wait(max(self.left, 1))
@@ -173,68 +181,71 @@ class Lab:
                 self.stop()
 
     def stop(self) -> None:
-        """Ends the stage under way, with the processes that it started."""
+        """Kills the running stage with the processes that it started."""
         if self.child is not None:
             if self.child.poll() is None:
                 os.killpg(self.child.pid, signal.SIGKILL)
                 self.child.wait()
             self.child = None
 
-    def ask(self, code: str) -> str:
-        """What a line of Python prints in the stages' environment, or nothing if it fails."""
+    def output_of(self, code: str) -> str:
+        """What a line of Python prints in the stages' environment; empty if it fails."""
         command = [sys.executable, "-c", code]
         run = subprocess.run(command, cwd=self.work, env=self.environment, capture_output=True, text=True)
         return run.stdout.strip() if run.returncode == 0 else ""
 
     def run(self, stage: Stage, gpu: bool) -> None:
-        """Runs a stage, if there is reason to, and notes what became of it."""
+        """Runs a stage and records its outcome; skips it where it cannot run or time is short."""
         if stage.gpu and not gpu:
-            return self.note(stage.name, "skipped: no GPU")
+            return self.record(stage.name, "skipped: no GPU")
         if stage.prefix and not shutil.which(stage.prefix[0]):
-            return self.note(stage.name, f"FAILED: there is no {stage.prefix[0]} here")
-        if self.left < stage.seconds / 2:  # rows are kept as they come, so half the time is worth a start
-            return self.note(stage.name, f"skipped: takes about {stage.seconds:.0f} s, {self.left:.0f} s are left")
+            return self.record(stage.name, f"FAILED: {stage.prefix[0]} is not installed")
+        if self.left < stage.seconds / 2:  # a stage that is cut off keeps its rows, so half the time is worth a start
+            return self.record(stage.name, f"skipped: takes about {stage.seconds:.0f} s, {self.left:.0f} s are left")
         arguments = [argument.replace("{rows}", str(self.rows)) for argument in stage.arguments]
         command = [*stage.prefix, sys.executable, *arguments]
-        self.guarded(stage.name, lambda: self.execute(command, stage.environment), stage.allowed)
+        self.attempt(stage.name, lambda: self.execute(command, stage.environment), stage.allowed)
 
-    def guarded(self, name: str, action: Callable[[], int | None], allowed: tuple[int, ...] = (0,)) -> bool:
-        """Runs ``action`` and notes its outcome; whatever it does, the lab goes on. Returns whether it succeeded."""
-        self.say(f"\n== {name}, {self.left:.0f} s left")
+    def attempt(self, name: str, action: Callable[[], int | None], allowed: tuple[int, ...] = (0,)) -> bool:
+        """Runs ``action``, which returns an exit status, and records the outcome; returns whether it succeeded."""
+        self.print_and_log(f"\n== {name}, {self.left:.0f} s left")
         start, size = time.monotonic(), self.log.stat().st_size
         try:
             status = action()
         except OSError as error:
-            self.note(name, f"FAILED: {error}")
+            self.record(name, f"FAILED: {error}")
             return False
-        took = f"{time.monotonic() - start:.0f} s"
+        seconds = f"{time.monotonic() - start:.0f} s"
         if status in allowed:
-            self.note(name, f"ok, {took}" + ", but no test was selected" * (status == 5))
+            self.record(name, f"ok, {seconds}" + ", but no test was selected" * (status == NO_TEST_SELECTED))
             return True
-        self.note(name, f"FAILED: exit status {status}, {took}" if status is not None else f"FAILED: cut off at {took}")
+        self.record(
+            name, f"FAILED: cut off at {seconds}" if status is None else f"FAILED: exit status {status}, {seconds}"
+        )
         with self.log.open("rb") as log:
             log.seek(size)
             print("\n".join(log.read().decode("utf-8", "replace").splitlines()[-25:]), flush=True)
         return False
 
-    def note(self, name: str, outcome: str) -> None:
+    def record(self, name: str, outcome: str) -> None:
+        """Keeps and prints the outcome of a stage."""
         self.outcomes.append((name, outcome))
-        self.say(f"-- {name}: {outcome}")
+        self.print_and_log(f"-- {name}: {outcome}")
 
-    def provide_package(self, needed: bool) -> bool:
-        """Makes ``import fastperc`` find this checkout's, built; returns whether it does.
+    def provide_package(self, must_build: bool) -> bool:
+        """Makes ``import fastperc`` find a build of this checkout in the stages; returns whether it does.
 
-        A build is kept by the hash of its sources. Unless ``needed``, an editable install of this checkout will do.
+        Keeps builds by the hash of their sources. Unless ``must_build``, an editable install of this checkout will do.
         """
-        if not needed and self.ask("import fastperc._C; print(fastperc.__path__[0])") == str(ROOT / "fastperc"):
-            self.say("fastperc: this checkout, as installed")
+        installed = "import fastperc._C; print(fastperc.__path__[0])"
+        if not must_build and self.output_of(installed) == str(ROOT / "fastperc"):
+            self.print_and_log("fastperc: this checkout, as installed")
             return True
         site = self.work / f"site-{tree_hash()}"
-        self.environment["PYTHONPATH"] = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]).rstrip(
-            os.pathsep
-        )
+        search_path = [str(site), os.environ.get("PYTHONPATH", "")]
+        self.environment["PYTHONPATH"] = os.pathsep.join(search_path).rstrip(os.pathsep)
         if (site / "fastperc").exists():
-            self.say(f"fastperc: built before, in {site}")
+            self.print_and_log(f"fastperc: built before, in {site}")
             return True
 
         def build() -> int | None:
@@ -246,17 +257,16 @@ class Lab:
                 partial.rename(site)
             return status
 
-        return self.guarded("build", build)
+        return self.attempt("build", build)
 
 
 def tree_hash() -> str:
-    """A hash of all that the package is built from."""
+    """A hash of everything that the package is built from."""
     digest = hashlib.sha256()
     files = [ROOT / name for name in ("CMakeLists.txt", "pyproject.toml", "setup.py")]
+    suffixes = (".py", ".cu", ".cuh", ".cpp", ".h", ".json")
     for folder in ("csrc", "kernels", "fastperc"):
-        files += sorted(
-            p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cu", ".cuh", ".cpp", ".h", ".json")
-        )
+        files += sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes)
     for path in files:
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
@@ -265,16 +275,16 @@ def tree_hash() -> str:
 def summary(measured: Sequence[rows.Row]) -> str:
     """The short table that the lab ends with."""
     lines = [("kernel", "shape", "dtype", "ours ms", "best peer ms", "", "ratio", "of floor")]
-    for c in report.compare(rows.merge(measured)):
-        ours, peer = c.fastest(ours=True), c.fastest(ours=False)
-        ratio = c.ratio(peer)
-        best = ours or peer
-        share = best["share_of_floor"] if best and rows.is_gpu(best) else None  # on a CPU a cache may beat the memory
+    for comparison in compare(rows.merge(measured)):
+        case, ours, peer = comparison.case, comparison.ours, comparison.best_peer
+        ratio, fastest = comparison.speedup_over(peer), ours or peer
+        # On a CPU a cache may beat the memory, so the share says little.
+        share = fastest["share_of_floor"] if fastest and rows.is_gpu(fastest) else None
         lines.append(
             (
-                f"{c.case['operation']} {c.case['direction']}",
-                c.case["shape"],
-                c.case["dtype"],
+                f"{case['operation']} {case['direction']}",
+                case["shape"],
+                case["dtype"],
                 f"{ours['median_ms']:.4g}" if ours else "-",
                 f"{peer['median_ms']:.4g}" if peer else "-",
                 peer["provider"] if peer else "",
@@ -286,21 +296,18 @@ def summary(measured: Sequence[rows.Row]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def missing_modules() -> list[str]:
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where rows and the log go")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the rows and the log")
     parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="default: %(default)s")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this stage; may be repeated")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run this stage; may be repeated")
     parser.add_argument("--sanitize", action="store_true", help="also run compute-sanitizer over the CUDA kernels")
     parser.add_argument("--list", action="store_true", help="print the stages in their order and stop")
     arguments = parser.parse_args(argv)
     if arguments.list:
         for stage in (*STAGES, *SANITIZERS):
-            print(f"{stage.name:<24}{stage.seconds:>5.0f} s  {stage.what}")
+            print(f"{stage.name:<24}{stage.seconds:>5.0f} s  {stage.description}")
         return 0
     if arguments.out is None:
         parser.error("--out is needed")
@@ -308,35 +315,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         stages = choose(arguments.only, arguments.sanitize)
     except ValueError as error:
         parser.error(str(error))
-    signal.signal(signal.SIGTERM, told_to_stop)
-    return experiment(Lab(arguments.out.resolve(), arguments.budget), stages, needs_build=not arguments.only)
+    signal.signal(signal.SIGTERM, raise_interrupt)
+    return experiment(Lab(arguments.out.resolve(), arguments.budget), stages, must_build=not arguments.only)
 
 
-def told_to_stop(number: int, _: Any) -> None:
+def raise_interrupt(number: int, _: Any) -> None:
+    """A signal handler that stops the lab as Ctrl-C does.
+
+    Raises:
+        KeyboardInterrupt: always, with the signal's name.
+    """
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def experiment(lab: Lab, stages: Sequence[Stage], needs_build: bool) -> int:
-    """Runs the stages and ends with the table, also when it is told to stop."""
-    before = len(rows.read(lab.rows)) if lab.rows.exists() else 0
-    gpu = lab.ask("import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')")
-    lab.say(f"device: {gpu}" if gpu else "device: no GPU here, measuring the CPU")
-    missing = missing_modules()
+def experiment(lab: Lab, stages: Sequence[Stage], must_build: bool) -> int:
+    """Runs the stages and prints the summary, also when it is interrupted; returns an exit status."""
+    rows_before = len(rows.read(lab.rows)) if lab.rows.exists() else 0
+    gpu = lab.output_of("import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')")
+    lab.print_and_log(f"device: {gpu}" if gpu else "device: no GPU, measuring the CPU")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        lab.say(f"missing here: {', '.join(missing)}; what needs them will fail")
+        lab.print_and_log(f"not installed: {', '.join(missing)}; the stages that need them will fail")
     try:
-        if lab.provide_package(needs_build and bool(gpu)):
-            if gpu and needs_build:
-                lab.guarded("doctor", lambda: lab.execute([sys.executable, "-m", "fastperc", "doctor"]))
+        if lab.provide_package(must_build and bool(gpu)):
+            if gpu and must_build:
+                lab.attempt("doctor", lambda: lab.execute([sys.executable, "-m", "fastperc", "doctor"]))
             for stage in stages:
                 lab.run(stage, bool(gpu))
     except KeyboardInterrupt as interrupt:
-        lab.note("lab", f"FAILED: stopped by {interrupt or 'SIGINT'}")
+        lab.record("lab", f"FAILED: stopped by {interrupt or 'SIGINT'}")
     finally:
         lab.stop()
-    measured = rows.read(lab.rows)[before:] if lab.rows.exists() else []
-    lab.say(f"\n{summary(measured)}" if measured else "\nnothing was measured")
-    lab.say("\n" + "\n".join(f"{name:<24}{outcome}" for name, outcome in lab.outcomes))
+    measured = rows.read(lab.rows)[rows_before:] if lab.rows.exists() else []
+    lab.print_and_log(f"\n{summary(measured)}" if measured else "\nno rows were measured")
+    lab.print_and_log("\n" + "\n".join(f"{name:<24}{outcome}" for name, outcome in lab.outcomes))
     return int(any(outcome.startswith("FAILED") for _, outcome in lab.outcomes))
 
 

@@ -12,7 +12,7 @@ def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:
     """The most bytes held at once while ``step()`` runs, beyond those held when it starts.
 
     Every tensor and temporary of PyTorch's allocator counts; a library's own scratch memory does not. Call ``step``
-    once before, so that what it keeps between calls is there already.
+    once before, so that buffers it keeps between calls already exist.
     """
     if device == "cuda":
         torch.cuda.synchronize()

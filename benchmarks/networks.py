@@ -1,4 +1,4 @@
-"""What several benchmarks build: images, features and a loss network with random weights of the true shapes."""
+"""What several benchmarks share: images, features, layers, and a loss network with random weights of true shapes."""
 
 from __future__ import annotations
 
@@ -20,33 +20,35 @@ from fastperc.models.common import to_network_range
 from fastperc.models.vgg import CONVOLUTIONS, TORCHVISION_INDEX
 from fastperc.types import Window
 
-INFERENCE = ("inference",)
-BOTH = (*INFERENCE, "forward+backward")
+Directions = tuple[str, ...]
+
+INFERENCE: Directions = ("inference",)
+BOTH: Directions = (*INFERENCE, "forward+backward")
 VGG_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
 
 
 def image(n: int, height: int, width: int, requires_grad: bool = False) -> Tensor:
-    """RGB in 0–1."""
+    """A random image, RGB in 0–1."""
     return torch.rand(n, 3, height, width, requires_grad=requires_grad)
 
 
 def levels(n: int, height: int, width: int) -> Tensor:
-    """The same as uint8."""
+    """A random image of levels, uint8."""
     return torch.randint(256, (n, 3, height, width), dtype=torch.uint8)
 
 
 def features(*shape: int, requires_grad: bool = False) -> Tensor:
-    """What a ReLU leaves: half of it zero."""
+    """Random features after a ReLU: half of them are zero."""
     return torch.randn(shape).relu().requires_grad_(requires_grad)
 
 
 def forward(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """A module's result: the reference of every module, under ``use_backend("reference")``."""
+    """The module's result. Under ``use_backend("reference")`` this is every module's reference."""
     return module(*inputs)
 
 
 def trained(module: nn.Module) -> nn.Module:
-    """``module`` with batch norms as training leaves them: a mistake in folding them must show."""
+    """``module`` with batch norms as after training, so that a mistake in folding them shows."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.normal_(norm.bias, std=0.1)
@@ -56,7 +58,7 @@ def trained(module: nn.Module) -> nn.Module:
 
 
 class FromLevels(nn.Module):
-    """A network's first layer, with what makes levels of its input."""
+    """A network's first layer, which takes levels."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class FromLevels(nn.Module):
 
 
 class ToLevels(nn.Module):
-    """A network's last layer, with what makes levels of its output."""
+    """A network's last layer, which gives levels."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -80,8 +82,9 @@ class ToLevels(nn.Module):
 def frozen(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     """A layer as the engine runs it, on inputs like ``x``."""
     in_levels = isinstance(module, (FromLevels, ToLevels))
+    layer = module.layer if isinstance(module, (FromLevels, ToLevels)) else module
     unit = 1 if in_levels else 255  # a "linear" network works in levels; a bare convolution does not
-    steps = [step.to(x.device, torch.float32) for step in steps_of(module.layer if in_levels else module)]
+    steps = [step.to(x.device, torch.float32) for step in steps_of(layer)]
     first, last = steps[0], steps[-1]
     if first.weight.shape[1] == 3:
         steps[0] = first._replace(end="first", weight=first.weight / unit)
@@ -90,15 +93,15 @@ def frozen(module: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     dtype = next(module.parameters()).dtype
     plan = Plan(tuple(steps), 1, 0, 1, "tanh" if in_levels else "linear", dtype)
     sizes = plan.sizes(*x.shape[2:])
-    doing = parts(steps, sizes, Window(0, 0, *sizes[-1]))
+    whole = parts(steps, sizes, Window(0, 0, *sizes[-1]))
     shape = (len(x), 3, *sizes[-1])
 
     def run(x: Tensor) -> Tensor:
         picture = None
         if last.channels == 3:
-            kind = torch.uint8 if in_levels else dtype
-            picture = torch.empty(shape, dtype=kind, device=x.device, memory_format=torch.channels_last)
-        return run_plan(plan, steps, doing, x, picture)
+            picture_dtype = torch.uint8 if in_levels else dtype
+            picture = torch.empty(shape, dtype=picture_dtype, device=x.device, memory_format=torch.channels_last)
+        return run_plan(plan, steps, whole, x, picture)
 
     return run
 
@@ -112,8 +115,14 @@ def layer_cases(
     rounding: float = 0.0,
     trains: bool = False,
 ) -> list[Case]:
-    """A layer of a network, in inference and in training: ``rounding`` is what its output's own may cost, ``trains``
-    whether there is a kernel for training."""
+    """Cases of a network's layer, one for each of ``directions``.
+
+    Args:
+        operation, shape, module, inputs: as in :class:`Case`.
+        directions: ``"inference"``, ``"forward+backward"`` or both.
+        rounding: the least tolerance of the output, where the output itself is rounded.
+        trains: whether there is a fused kernel for training.
+    """
     output, gradient = {"fp32": (1e-5, 1e-3), "bf16": (1e-2, 0.2)}[DTYPE]
     return [
         Case(
@@ -134,29 +143,29 @@ def layer_cases(
 
 
 def loss(module: PerceptualLoss, output: Tensor, content: Tensor) -> Tensor:
-    """The total alone."""
+    """The total of a perceptual loss, without its terms."""
     return module(output, content).total
 
 
 def perceptual_loss(deepest: str, size: int) -> PerceptualLoss:
-    """Content at relu2_2, style at ``VGG_LAYERS`` down to ``deepest``, the target from a random image of ``size``²."""
+    """Content at relu2_2, style at ``VGG_LAYERS`` down to ``deepest``, and a random style image of ``size``²."""
     layers = VGG_LAYERS[: VGG_LAYERS.index(deepest) + 1]
     return PerceptualLoss(VGG16Features(vgg_file(), layers), torch.rand(1, 3, size, size), convention="relative")
 
 
 def style_shapes(deepest: str, n: int, size: int) -> list[tuple[int, ...]]:
-    """Shapes of the activations at ``VGG_LAYERS`` down to ``deepest`` of ``n`` images of ``size``²."""
+    """Shapes of the activations of ``n`` images of ``size``² at ``VGG_LAYERS`` down to ``deepest``."""
     return [(n, 64 << i, size >> i, size >> i) for i in range(VGG_LAYERS.index(deepest) + 1)]
 
 
 def style_costs(deepest: str, n: int, size: int, dtype: str) -> list[Cost]:
-    """What the style terms of :func:`perceptual_loss` cost on ``n`` images."""
+    """The costs of the style terms of :func:`perceptual_loss` on ``n`` images."""
     return [cost for shape in style_shapes(deepest, n, size) for cost in gram_loss(shape, PRODUCTS[dtype].itemsize)]
 
 
 @cache
 def vgg_file() -> Path:
-    """Random weights under torchvision's names, scaled to keep activations level."""
+    """A file of random VGG-16 weights under torchvision's names, scaled so that activations keep their size."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, c_in, c_out in CONVOLUTIONS[: CONVOLUTIONS.index(("4_3", 512, 512)) + 1]:

@@ -1,4 +1,4 @@
-"""Who computes an operation in a benchmark; declared once for all of them."""
+"""The providers that compute an operation in a benchmark: eager PyTorch, fastperc, and other libraries."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fastperc import ConvBNReLU, ResidualBlock
 from fastperc.engine.plan import steps_of
 
-Step = Callable[..., Any]
+Function = Callable[..., Any]
 
 
-def unchanged(step: Step) -> Step:
-    return step
+def unchanged(function: Function) -> Function:
+    """``function`` itself."""
+    return function
 
 
-def compiled(mode: str | None = None) -> Callable[[Step], Step]:
-    """``torch.compile`` for these very shapes."""
+def compiled(mode: str | None = None) -> Callable[[Function], Function]:
+    """Applies ``torch.compile`` with static shapes."""
 
-    def prepare(call: Step) -> Step:
+    def compile_function(function: Function) -> Function:
         torch.compiler.reset()
-        function = torch.compile(call, mode=mode, dynamic=False)
+        compiled_function = torch.compile(function, mode=mode, dynamic=False)
 
-        def next_step(*inputs: Any) -> Any:
+        def step(*inputs: Any) -> Any:
             torch.compiler.cudagraph_mark_step_begin()  # the results of the step before may be overwritten
-            return function(*inputs)
+            return compiled_function(*inputs)
 
-        return next_step
+        return step
 
-    return prepare
+    return compile_function
 
 
-def with_constants(step: Step) -> Step:
-    """What ``step`` compiles takes the weights as constants: folds batch norms in and packs them for oneDNN.
+def with_constant_weights(step: Function) -> Function:
+    """Compiles ``step`` with weights as constants, so that batch norms are folded and weights packed for oneDNN.
 
-    As an option of ``torch.compile`` it would come too late: tracing asks for it already.
+    As an option of ``torch.compile`` this would come too late, since tracing already asks for it.
     """
     from torch._inductor import config
 
@@ -51,12 +52,12 @@ def with_constants(step: Step) -> Step:
     return step
 
 
-def captured(step: Step) -> Step:
-    """``step`` as the replay of a CUDA graph: what a GPU needs once nobody waits for Python."""
+def as_cuda_graph(step: Function) -> Function:
+    """``step`` as the replay of a CUDA graph: the GPU's time without Python's."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries choose their algorithms and kernels are compiled before the capture
+        for _ in range(3):  # before the capture, libraries choose algorithms and kernels compile
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -66,11 +67,11 @@ def captured(step: Step) -> Step:
 
 
 def folded(module: nn.Module, *inputs: Tensor) -> nn.Module:
-    """``module`` in eval mode with each batch norm folded into the convolution before it."""
+    """A copy of ``module`` in eval mode, in NHWC, with each batch norm folded into the convolution before it."""
     module = deepcopy(module)
     for layer in [*module.modules()]:
         for name, norm in [*layer.named_children()]:
-            if isinstance(norm, nn.BatchNorm2d):  # norm, norm1 and norm2 follow conv, conv1 and conv2
+            if isinstance(norm, nn.BatchNorm2d):  # norm, norm1, norm2 follow conv, conv1, conv2
                 conv = getattr(layer, name.replace("norm", "conv"))
                 fused = fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d))
                 setattr(layer, name.replace("norm", "conv"), fused)
@@ -79,7 +80,7 @@ def folded(module: nn.Module, *inputs: Tensor) -> nn.Module:
 
 
 class CudnnLayer(nn.Module):
-    """A layer's folded convolutions, each in one call of cuDNN with its ReLU and, where one follows, the addition."""
+    """A layer's folded convolutions. One call of cuDNN does a convolution, its ReLU and any addition in between."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -88,46 +89,46 @@ class CudnnLayer(nn.Module):
         self.weights = [step.weight.contiguous(memory_format=torch.channels_last) for step in self.steps]
 
     def forward(self, x: Tensor) -> Tensor:
-        before = x
+        skipped = x  # the input of the step before
         for step, weight in zip(self.steps, self.weights):
             geometry = [step.stride] * 2, [step.padding] * 2, [1, 1], 1
             if not step.relu:
                 y = F.conv2d(x, weight, step.bias, *geometry[:2])
-                y = y + before if step.skip else y
+                y = y + skipped if step.skip else y
             elif step.skip:
-                y = torch.cudnn_convolution_add_relu(x, weight, before, 1.0, step.bias, *geometry)
+                y = torch.cudnn_convolution_add_relu(x, weight, skipped, 1.0, step.bias, *geometry)
             else:
                 y = torch.cudnn_convolution_relu(x, weight, step.bias, *geometry)
-            before, x = x, y
+            skipped, x = x, y
         return x
 
 
 def cudnn_fused(module: nn.Module, *inputs: Tensor) -> nn.Module | None:
-    """``module`` folded, with a :class:`CudnnLayer` wherever that can stand; ``None`` if it nowhere can."""
+    """``module`` folded, with a :class:`CudnnLayer` for each layer that it can serve; ``None`` if it can serve none."""
 
-    def fused(layer: nn.Module) -> nn.Module:
+    def replaced(layer: nn.Module) -> nn.Module:
         if isinstance(layer, (ConvBNReLU, ResidualBlock)):
             steps = [*steps_of(layer)]
-            whole = all(step.padding == step.kernel // 2 for step in steps)  # else the skip would have to be cropped
-            if whole and all(step.norm is None and step.padding_mode == "zeros" for step in steps):
+            same_size = all(step.padding == step.kernel // 2 for step in steps)  # else the skip would need a crop
+            if same_size and all(step.norm is None and step.padding_mode == "zeros" for step in steps):
                 return CudnnLayer(layer)
         for name, child in layer.named_children():
-            setattr(layer, name, fused(child))
+            setattr(layer, name, replaced(child))
         return layer
 
-    module = fused(deepcopy(module))
+    module = replaced(deepcopy(module))
     return folded(module) if any(isinstance(layer, CudnnLayer) for layer in module.modules()) else None
 
 
 def onnx_model(module: nn.Module, image: Tensor) -> bytes:
-    """``module`` folded, in float32, as ONNX for this shape."""
+    """``module`` folded, in float32, exported to ONNX for the shape of ``image``."""
     program = torch.onnx.export(folded(module).float(), (image.float(),), dynamo=True, verbose=False)
     assert program is not None
     return program.model_proto.SerializeToString()
 
 
-def onnxruntime(module: nn.Module, image: Tensor) -> Step | None:
-    """Its session for ``module``; on the CPU it has no bfloat16."""
+def onnxruntime(module: nn.Module, image: Tensor) -> Function | None:
+    """``module`` in an ONNX Runtime session; ``None`` in bfloat16, which it does not have on a CPU."""
     if image.dtype != torch.float32:
         return None
     from onnxruntime import InferenceSession, SessionOptions
@@ -139,8 +140,8 @@ def onnxruntime(module: nn.Module, image: Tensor) -> Step | None:
     return lambda image: torch.from_numpy(session.run(None, {name: image.numpy()})[0])
 
 
-def openvino(module: nn.Module, image: Tensor) -> Step:
-    """Its compiled ``module``, which takes and gives float32 whatever it computes in."""
+def openvino(module: nn.Module, image: Tensor) -> Function:
+    """``module`` compiled by OpenVINO; it takes and returns float32 and computes in the dtype of ``image``."""
     from openvino import Core
 
     settings = {
@@ -153,67 +154,83 @@ def openvino(module: nn.Module, image: Tensor) -> Step:
     return lambda image: torch.from_numpy(model(image.float().numpy())[0])
 
 
-# Which cases a provider serves. A video is many calls, with copies between: none to be captured or compiled as a whole.
-def anything(case: Any) -> bool:
+# Which cases a provider serves. A video is many calls with copies between, which no graph or compiler takes as one.
+def every_case(case: Any) -> bool:
+    """All cases."""
     return True
 
 
-def one_call(case: Any) -> bool:
+def no_video(case: Any) -> bool:
+    """Cases of one call."""
     return case.direction != "video"
 
 
-def frozen(case: Any) -> bool:
+def inference_or_video(case: Any) -> bool:
+    """Cases with constant weights."""
     return case.infers
 
 
-def frozen_call(case: Any) -> bool:
+def inference(case: Any) -> bool:
+    """Cases of one call with constant weights."""
     return case.direction == "inference"
 
 
-def whole_network(case: Any) -> bool:
-    """A layer alone would be timed with its way into another library and back."""
+def network_inference(case: Any) -> bool:
+    """Whole networks in one call: a single layer would be timed with the conversion to another library and back."""
     return case.operation == case.direction == "inference"
 
 
 class Provider(NamedTuple):
-    """``prepare`` makes of a module that infers another that does the same, or ``None`` if it has nothing to offer;
-    ``call`` wraps the operation, ``step`` the whole of what is timed: operation, backward and optimizer."""
+    """Who computes a case, and how.
+
+    In inference ``prepare`` turns the module into another that computes the same; it returns ``None`` if it cannot.
+    ``wrap_call`` wraps the operation, ``wrap_step`` everything that is timed: operation, backward and optimizer.
+    """
 
     name: str
-    fused: bool  # whether it runs the case's fused callable, or its reference
-    prepare: Callable[..., Step | None] | None = None  # of the module and the inputs; not timed
-    call: Callable[[Step], Step] = unchanged
-    step: Callable[[Step], Step] = unchanged
+    fused: bool  # whether it runs the case's fused function, or its reference
+    prepare: Callable[..., Function | None] | None = None  # takes the module and the inputs; not timed
+    wrap_call: Callable[[Function], Function] = unchanged
+    wrap_step: Callable[[Function], Function] = unchanged
     devices: tuple[str, ...] = ("cpu", "cuda")
-    serves: Callable[[Any], bool] = one_call  # which cases
-    needs: tuple[str, ...] = ()  # packages; where one is missing this is left out
+    serves: Callable[[Any], bool] = no_video  # whether it runs a case
+    needs: tuple[str, ...] = ()  # packages; without them the provider is left out
 
     @property
-    def peer(self) -> bool:
-        """Whether it is somebody else's: neither ours nor plain PyTorch."""
+    def is_other_library(self) -> bool:
+        """Whether it is neither fastperc nor eager PyTorch."""
         return not self.fused and self.name != "reference"
 
     def is_for(self, case: Any, device: str) -> bool:
-        """Whether it is to run ``case`` here."""
+        """Whether it runs ``case`` on ``device``."""
         if device not in self.devices or not self.serves(case) or (self.fused and case.fused is None):
             return False
         return all(map(find_spec, self.needs))
 
 
 ONNX = ("onnx", "onnxscript")
+GPU = ("cuda",)
+CPU = ("cpu",)
 
-# A case runs them in this order: should time run out, what is left is what compiles the longest.
+# In this order for each case: if time runs out, those that compile the longest are left over.
 PROVIDERS = (
-    Provider("reference", False, serves=anything),  # eager PyTorch
-    Provider("fused", True, serves=anything),
-    Provider("fused-graph", True, step=captured, devices=("cuda",)),
-    Provider("graph", False, step=captured, devices=("cuda",)),  # the honest baseline: eager without its launches
-    Provider("folded", False, folded, serves=frozen),
-    Provider("folded-graph", False, folded, step=captured, devices=("cuda",), serves=frozen_call),
-    Provider("cudnn-fused", False, cudnn_fused, step=captured, devices=("cuda",), serves=frozen_call),
-    Provider("onnxruntime", False, onnxruntime, devices=("cpu",), serves=whole_network, needs=(*ONNX, "onnxruntime")),
-    Provider("openvino", False, openvino, devices=("cpu",), serves=whole_network, needs=(*ONNX, "openvino")),
-    Provider("compile", False, call=compiled()),
-    Provider("compile-freezing", False, call=compiled(), step=with_constants, devices=("cpu",), serves=frozen_call),
-    Provider("max-autotune", False, folded, call=compiled("max-autotune"), devices=("cuda",)),
+    Provider("reference", False, serves=every_case),
+    Provider("fused", True, serves=every_case),
+    Provider("fused-graph", True, wrap_step=as_cuda_graph, devices=GPU),
+    Provider("graph", False, wrap_step=as_cuda_graph, devices=GPU),  # the fair baseline: eager without its launches
+    Provider("folded", False, folded, serves=inference_or_video),
+    Provider("folded-graph", False, folded, wrap_step=as_cuda_graph, devices=GPU, serves=inference),
+    Provider("cudnn-fused", False, cudnn_fused, wrap_step=as_cuda_graph, devices=GPU, serves=inference),
+    Provider("onnxruntime", False, onnxruntime, devices=CPU, serves=network_inference, needs=(*ONNX, "onnxruntime")),
+    Provider("openvino", False, openvino, devices=CPU, serves=network_inference, needs=(*ONNX, "openvino")),
+    Provider("compile", False, wrap_call=compiled()),
+    Provider(
+        "compile-freezing",
+        False,
+        wrap_call=compiled(),
+        wrap_step=with_constant_weights,
+        devices=CPU,
+        serves=inference,
+    ),
+    Provider("max-autotune", False, folded, wrap_call=compiled("max-autotune"), devices=GPU),
 )

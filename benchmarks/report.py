@@ -1,213 +1,205 @@
-"""Merges measured rows into results/<device>.json, and renders the README's tables and the figures from those.
+"""Merges measured rows into results/<device>.json, and renders docs/performance.md, README's table and the figures.
 
     python benchmarks/report.py [DIR | rows.jsonl | pytest-benchmark.json ...]
-    python benchmarks/report.py --check       the README is what the results render to (for CI; changes nothing)
+    python benchmarks/report.py --check       fail if a document is not what the results render to; change nothing
 
-Nothing is shown without a measured row, and a kernel whose files have changed since is shown as not measured.
+Only measured rows are shown. A row of fastperc whose source files have changed since is shown as not measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
-from math import floor, log10
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import rows
-from rows import FUSED, RESULTS, ROOT, Row, is_current
+from comparison import PROVIDER_TITLES, Comparison, number, shape, times, title, with_fastperc
+from rows import RESULTS, ROOT, Row
 
-README = ROOT / "README.md"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 NOT_MEASURED = "*not measured*"
+NOT_MEASURED_NOTE = f"{NOT_MEASURED}: fastperc's code has changed since this was last measured."
+NO_GPU = "On a GPU: not measured."
 
-OPERATIONS = {  # in the order of the tables
-    "tv_loss": "Total variation",
-    "gram_loss": "Gram loss",
-    "vgg_loss": "Loss network",
-    "training": "Network",
-    "inference": "Network",
-    "norm_relu": "Norm, ReLU",
-    "conv3x3": "3×3 conv",
-    "conv_bn_relu": "Conv, norm, ReLU",
-    "residual_block": "Residual block",
-    "subpixel_conv_bn_relu": "½-stride conv, norm, ReLU",
-    "rgb_conv": "9×9 conv",
-}
-PROVIDERS = {  # in the order of the columns
-    "reference": "eager PyTorch",
-    "graph": "eager, CUDA graph",
-    "folded": "norm folded",
-    "folded-graph": "norm folded, CUDA graph",
-    "cudnn-fused": "cuDNN's fused conv",
-    "compile": "`torch.compile`",
-    "compile-freezing": "`torch.compile`, freezing",
-    "max-autotune": "`max-autotune`",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "fused": "fastperc",
-    "fused-graph": "fastperc, CUDA graph",
-}
+# README's rows: of each operation and direction the first case whose shape starts so.
+HIGHLIGHTS = (
+    ("inference", "inference", "great_wave"),
+    ("inference", "inference", "x4"),
+    ("training", "training step", "paper"),
+    ("vgg_loss", "forward+backward", ""),
+    ("gram_loss", "forward+backward", ""),
+    ("conv_bn_relu", "inference", ""),
+)
 
 
-class Comparison(NamedTuple):
-    """The rows of one case, by provider; those of kernels that changed since are left out."""
+class Device(NamedTuple):
+    """The rows of one device."""
 
-    rows: dict[str, Row]
-    stale: bool  # whether fastperc's were left out
+    file: Path  # that holds them
+    rows: list[Row]
+    comparisons: list[Comparison]  # not empty
 
     @property
-    def case(self) -> Row:
-        return next(iter(self.rows.values()))
+    def on_gpu(self) -> bool:
+        return rows.is_gpu(self.rows[0])
 
-    def fastest(self, ours: bool) -> Row | None:
-        """The fastest row of fastperc's, or of its peers."""
-        found = [row for name, row in self.rows.items() if (name in FUSED) == ours]
-        return min(found, key=lambda row: row["median_ms"], default=None)
+    @property
+    def is_measured(self) -> bool:
+        """Whether any row of fastperc is current."""
+        return any(comparison.ours for comparison in self.comparisons)
 
-    def ratio(self, peer: Row | None) -> float | None:
-        """How many times faster than ``peer`` fastperc's fastest is."""
-        ours = self.fastest(ours=True)
-        return peer["median_ms"] / ours["median_ms"] if ours and peer else None
+    @property
+    def has_stale_rows(self) -> bool:
+        return any(comparison.stale and not comparison.ours for comparison in self.comparisons)
 
+    @property
+    def heading(self) -> str:
+        """The device, the software and the date of the newest row."""
+        newest = max(self.rows, key=lambda row: row["date"])
+        triton = f", Triton {newest['triton']}" if self.on_gpu else ""
+        return f"**{newest['device']}**, torch {newest['torch']}{triton}, {newest['date'][:10]}"
 
-def compare(measured: Iterable[Row]) -> list[Comparison]:
-    """A comparison for each case, in the order of ``OPERATIONS``."""
-    order = list(OPERATIONS)
-    ordered = sorted(
-        measured, key=lambda row: (order.index(row["operation"]), row["shape"].split(",")[0], row["dtype"] != "fp32")
-    )
-    found = []
-    for _, group in groupby(ordered, key=lambda row: rows.key(row, rows.CASE)):
-        by_provider = {row["provider"]: row for row in group}
-        current = {
-            name: by_provider[name] for name in PROVIDERS if name in by_provider and is_current(by_provider[name])
-        }
-        if current:
-            found.append(Comparison(current, stale=any(name in FUSED for name in by_provider.keys() - current.keys())))
-    return found
+    def figure(self, kind: str) -> Path:
+        """The file of a figure: ``speedup`` or ``roofline``."""
+        return self.file.with_name(f"{self.file.stem}-{kind}.svg")
 
 
-def with_fastperc(measured: Iterable[Row]) -> list[Comparison]:
-    """The cases that fastperc has, or had, a kernel for."""
-    return [c for c in compare(measured) if c.stale or c.fastest(ours=True)]
+def devices() -> list[Device]:
+    """The device measured last in each file of results, GPUs first; without those that fastperc has no row of."""
+    measured = []
+    for path in sorted(RESULTS.glob("*.json")):
+        if all_rows := rows.read(path):
+            newest = max(all_rows, key=lambda row: row["date"])["device"]
+            of_newest = [row for row in all_rows if row["device"] == newest]
+            measured.append(Device(path, of_newest, with_fastperc(of_newest)))
+    return sorted((device for device in measured if device.comparisons), key=lambda device: not device.on_gpu)
 
 
-def describe(row: Row) -> str:
-    return f"{OPERATIONS[row['operation']]}, {row['direction']}"
-
-
-def shape(row: Row) -> str:
-    return re.sub(r"x(?=\d)", "×", row["shape"])
-
-
-def number(x: float) -> str:
-    """Three significant digits, no exponent."""
-    return f"{x:.{max(0, 2 - floor(log10(x)))}f}"
-
-
-def times(x: float | None) -> str:
-    return "" if x is None else f"{x:.2f}×" if x < 2 else f"{x:.1f}×" if x < 20 else f"{x:.0f}×"
-
-
-def markdown(lines: Sequence[Sequence[str]], left: int) -> str:
-    """A table whose first line is its head; the first ``left`` columns are text."""
-    rule = ["---"] * left + ["---:"] * (len(lines[0]) - left)
+def markdown_table(lines: Sequence[Sequence[str]], text_columns: int) -> str:
+    """A table whose first line is its head; columns after the first ``text_columns`` are numbers."""
+    rule = ["---"] * text_columns + ["---:"] * (len(lines[0]) - text_columns)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
 
 
-def cell(row: Row | None, best: bool = False) -> str:
-    """Milliseconds."""
-    return "" if row is None else f"**{number(row['median_ms'])}**" if best else number(row["median_ms"])
+def milliseconds(row: Row | None, bold: bool = False) -> str:
+    """The median of ``row``; empty for ``None``."""
+    if row is None:
+        return ""
+    return f"**{number(row['median_ms'])}**" if bold else number(row["median_ms"])
 
 
-def table(comparisons: Sequence[Comparison]) -> str:
-    """Milliseconds of eager PyTorch, of its best rival and of fastperc, and what that gains."""
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """Milliseconds of the best peer, of eager PyTorch and of fastperc, and fastperc's speedup over both."""
     on_gpu = rows.is_gpu(comparisons[0].case)
-    head = ["operation", "input", "dtype", "best peer", "its ms", "eager PyTorch", "fastperc", "over eager"]
-    lines = [[*head, "over best peer"] + ["share of floor"] * on_gpu]
-    for c in comparisons:
-        ours, eager, peer = c.fastest(ours=True), c.rows.get("reference"), c.fastest(ours=False)
-        cells = [describe(c.case), shape(c.case), c.case["dtype"], PROVIDERS[peer["provider"]] if peer else ""]
-        cells += [cell(peer), cell(eager), cell(ours, best=True) or NOT_MEASURED]
-        cells += [times(c.ratio(eager)), times(c.ratio(peer))]
+    head = ["operation", "input", "dtype", "best peer", "its ms", "eager PyTorch", "fastperc"]
+    lines = [[*head, "over eager", "over best peer", *(["share of floor"] if on_gpu else [])]]
+    for comparison in comparisons:
+        case, ours, peer = comparison.case, comparison.ours, comparison.best_peer
+        line = [title(case), shape(case), case["dtype"], PROVIDER_TITLES[peer["provider"]] if peer else ""]
+        line += [milliseconds(peer), milliseconds(comparison.eager), milliseconds(ours, bold=True) or NOT_MEASURED]
+        line += [times(comparison.speedup_over(comparison.eager)), times(comparison.speedup_over(peer))]
         if on_gpu:
-            cells.append(f"{ours['share_of_floor']:.0%}" if ours and ours["share_of_floor"] is not None else "")
-        lines.append(cells)
-    return markdown(lines, left=4)
+            line.append(f"{ours['share_of_floor']:.0%}" if ours and ours["share_of_floor"] is not None else "")
+        lines.append(line)
+    return markdown_table(lines, text_columns=4)
 
 
-def networks(comparisons: Sequence[Comparison]) -> str:
-    """Every provider's milliseconds for the whole networks in eval mode, or nothing."""
-    chosen = [c for c in comparisons if c.case["operation"] == "inference"]
-    columns = [name for name in PROVIDERS if any(name in c.rows for c in chosen)]
-    lines = [["a network's ms by", "dtype", *(PROVIDERS[name] for name in columns)]]
-    for c in chosen:
-        fastest = min(c.rows.values(), key=lambda row: row["median_ms"])
-        values = [cell(c.rows.get(name), c.rows.get(name) is fastest) for name in columns]
-        video = f", {c.case['direction']}" * (c.case["direction"] != "inference")
-        lines.append([shape(c.case) + video, c.case["dtype"], *values])
-    return markdown(lines, left=2) if chosen else ""
+def network_table(comparisons: Sequence[Comparison]) -> str:
+    """Every provider's milliseconds for whole networks in eval mode; empty if none was measured."""
+    networks = [comparison for comparison in comparisons if comparison.case["operation"] == "inference"]
+    if not networks:
+        return ""
+    providers = [name for name in PROVIDER_TITLES if any(name in comparison.rows for comparison in networks)]
+    lines = [["network, ms", "dtype", *(PROVIDER_TITLES[name] for name in providers)]]
+    for comparison in networks:
+        case, fastest = comparison.case, min(comparison.rows.values(), key=lambda row: row["median_ms"])
+        cells = [milliseconds(comparison.rows.get(name), comparison.rows.get(name) is fastest) for name in providers]
+        video = ", video" if case["direction"] == "video" else ""
+        lines.append([shape(case) + video, case["dtype"], *cells])
+    return markdown_table(lines, text_columns=2)
 
 
-def memory(comparisons: Sequence[Comparison]) -> str:
-    """Peak memory where it was tracked, or nothing."""
-    lines = [["peak memory beyond inputs and weights", "input", "eager PyTorch", "fastperc", ""]]
-    for c in comparisons:
-        peaks = [c.rows[name]["peak_bytes"] for name in ("reference", "fused") if name in c.rows]
-        if len(peaks) == 2 and all(peaks):
-            peer, ours = peaks
-            megabytes = [f"{peer / 2**20:.0f} MiB", f"**{ours / 2**20:.0f} MiB**"]
-            lines.append([describe(c.case), shape(c.case), *megabytes, f"{peer / ours:.1f}× less"])
-    return markdown(lines, left=2) if len(lines) > 1 else ""
-
-
-def devices() -> Iterator[tuple[Path, list[Row]]]:
-    """Each file of results with the rows of the device that was measured last; GPUs before CPUs."""
-    found = []
-    for path in sorted(RESULTS.glob("*.json")):
-        measured = rows.read(path)
-        if measured:
-            latest = max(measured, key=lambda row: row["date"])["device"]
-            found.append((path, [row for row in measured if row["device"] == latest]))
-    return iter(sorted(found, key=lambda entry: not rows.is_gpu(entry[1][0])))
-
-
-def render() -> str:
-    """What stands between the README's markers."""
-    parts = []
-    on_gpu = False
-    for path, measured in devices():
-        comparisons = with_fastperc(measured)
-        if not comparisons:
-            continue
-        on_gpu |= rows.is_gpu(measured[0]) and any(c.fastest(ours=True) for c in comparisons)
-        latest = max(measured, key=lambda row: row["date"])
-        stack = f"torch {latest['torch']}" + f", Triton {latest['triton']}" * rows.is_gpu(latest)
-        parts.append(
-            f"**{latest['device']}**, {stack}, {latest['date'][:10]}: medians in milliseconds "
-            f"([the rows](benchmarks/results/{path.name}))."
+def memory_table(comparisons: Sequence[Comparison]) -> str:
+    """Peak memory where both eager PyTorch's and fastperc's were tracked; empty if nowhere."""
+    lines = [["peak memory beyond inputs and weights", "input", "eager PyTorch", "fastperc", "ratio"]]
+    for comparison in comparisons:
+        eager, ours = (
+            comparison.rows[name]["peak_bytes"] if name in comparison.rows else None for name in ("reference", "fused")
         )
-        parts += [table(comparisons), networks(comparisons)]
-        if any(c.fastest(ours=True) for c in comparisons):
-            parts.append(f"![How many times faster than eager PyTorch](benchmarks/results/{speedup_file(path).name})")
-            if rows.is_gpu(latest):
-                parts.append(f"![Arithmetic under the device's roof](benchmarks/results/{roofline_file(path).name})")
-        parts.append(memory(comparisons))
-    if not on_gpu:
-        parts.append("On a GPU: not measured.")
+        if eager and ours:
+            mebibytes = [f"{eager / 2**20:.0f} MiB", f"**{ours / 2**20:.0f} MiB**"]
+            lines.append([title(comparison.case), shape(comparison.case), *mebibytes, f"{eager / ours:.1f}× less"])
+    return markdown_table(lines, text_columns=2) if len(lines) > 1 else ""
+
+
+def render_performance() -> str:
+    """What stands between the markers of docs/performance.md: all tables and figures of all devices."""
+    parts = []
+    measured = devices()
+    results = f"../{RESULTS.relative_to(ROOT).as_posix()}"
+    for device in measured:
+        parts.append(f"{device.heading}: medians in milliseconds ([rows]({results}/{device.file.name})).")
+        parts.append(comparison_table(device.comparisons))
+        parts.append(NOT_MEASURED_NOTE if device.has_stale_rows else "")
+        parts.append(network_table(device.comparisons))
+        if device.is_measured:
+            parts.append(f"![Times faster than eager PyTorch]({results}/{device.figure('speedup').name})")
+            if device.on_gpu:
+                parts.append(f"![Share of the device's roofline]({results}/{device.figure('roofline').name})")
+        parts.append(memory_table(device.comparisons))
+    parts.append("" if has_gpu_rows(measured) else NO_GPU)
     return "\n\n".join(part for part in parts if part)
 
 
-def speedup_file(path: Path) -> Path:
-    return path.with_name(f"{path.stem}-speedup.svg")
+def render_readme() -> str:
+    """What stands between README's markers: ``HIGHLIGHTS`` on the first device, and a link to the rest."""
+    measured = devices()
+    parts = []
+    if measured:
+        device = measured[0]
+        chosen = [found for highlight in HIGHLIGHTS if (found := highlighted(device.comparisons, *highlight))]
+        if chosen:
+            parts.append(f"{device.heading}: medians in milliseconds.")
+            parts.append(readme_table(chosen))
+        if any(comparison.ours is None for comparison in chosen):
+            parts.append(NOT_MEASURED_NOTE)
+    everything = "[All rows, figures and how they were measured](docs/performance.md)."
+    parts.append(everything if has_gpu_rows(measured) else f"{NO_GPU} {everything}")
+    return "\n\n".join(parts)
 
 
-def roofline_file(path: Path) -> Path:
-    return path.with_name(f"{path.stem}-roofline.svg")
+def highlighted(comparisons: Iterable[Comparison], operation: str, direction: str, prefix: str) -> Comparison | None:
+    """The first comparison of ``operation`` in ``direction`` whose shape starts with ``prefix``."""
+    for comparison in comparisons:
+        case = comparison.case
+        if (case["operation"], case["direction"]) == (operation, direction) and case["shape"].startswith(prefix):
+            return comparison
+    return None
+
+
+def readme_table(comparisons: Sequence[Comparison]) -> str:
+    """The columns of :func:`comparison_table` that fit a README."""
+    lines = [["", "input", "dtype", "eager PyTorch", "best peer", "fastperc", "over best peer"]]
+    for comparison in comparisons:
+        case, peer = comparison.case, comparison.best_peer
+        best = f"{milliseconds(peer)}, {PROVIDER_TITLES[peer['provider']]}" if peer else ""
+        ours = milliseconds(comparison.ours, bold=True) or NOT_MEASURED
+        line = [title(case), shape(case), case["dtype"], milliseconds(comparison.eager), best, ours]
+        lines.append([*line, times(comparison.speedup_over(peer))])
+    return markdown_table(lines, text_columns=3)
+
+
+def has_gpu_rows(measured: Iterable[Device]) -> bool:
+    """Whether fastperc has a current row of a GPU."""
+    return any(device.on_gpu and device.is_measured for device in measured)
+
+
+def documents() -> list[tuple[Path, Callable[[], str]]]:
+    """Each document with markers, and what renders its part."""
+    return [(README, render_readme), (PERFORMANCE, render_performance)]
 
 
 def between_markers(text: str, new: str) -> str:
@@ -217,27 +209,23 @@ def between_markers(text: str, new: str) -> str:
         ValueError: a marker is missing, or stands twice.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README needs {BEGIN} and {END}, once each")
+        raise ValueError(f"the document needs {BEGIN} and {END}, once each")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
 
 
-def draw() -> None:
-    """The figures of each device; one that nothing current was measured for is removed."""
+def draw_figures() -> None:
+    """Draws each device's figures, and removes those that no current row is left for."""
     from figures import draw_roofline, draw_speedup
 
-    for path, measured in devices():
-        comparisons = [c for c in with_fastperc(measured) if c.fastest(ours=True)]
-        # A roof is a bound where caches start cold: on GPUs, whose caches are evicted before each round.
-        on_gpu = rows.is_gpu(measured[0])
-        for file, drawn, wanted in (
-            (speedup_file(path), draw_speedup, comparisons),
-            (roofline_file(path), draw_roofline, comparisons if on_gpu else []),
-        ):
-            if wanted:
-                drawn(wanted, file)
+    for device in devices():
+        comparisons = [comparison for comparison in device.comparisons if comparison.ours]
+        # A roofline is a bound only where caches start cold: on GPUs, whose caches are evicted before each round.
+        for kind, draw, wanted in (("speedup", draw_speedup, True), ("roofline", draw_roofline, device.on_gpu)):
+            if wanted and comparisons:
+                draw(comparisons, device.figure(kind))
             else:
-                file.unlink(missing_ok=True)
+                device.figure(kind).unlink(missing_ok=True)
 
 
 def collect(paths: Iterable[Path]) -> Iterator[Row]:
@@ -248,12 +236,12 @@ def collect(paths: Iterable[Path]) -> Iterator[Row]:
             yield from rows.read(file)
 
 
-def keep(measured: Iterable[Row]) -> None:
+def merge_into_results(measured: Iterable[Row]) -> None:
     """Merges rows into the files of their devices."""
     by_file: dict[Path, list[Row]] = {}
     for row in measured:
         if row["commit"] is None and row["source"] == rows.source_hash(row["operation"]):
-            row["commit"] = rows.commit()  # measured on a copy without a history, of the very files that are here
+            row["commit"] = rows.commit()  # measured in a copy without history, on the same files as here
         by_file.setdefault(rows.results_file(row["device"], row["cuda"]), []).append(row)
     for file, new in by_file.items():
         rows.write(file, rows.merge(rows.read(file) if file.exists() else [], new))
@@ -261,22 +249,30 @@ def keep(measured: Iterable[Row]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="rows to merge")
-    parser.add_argument("--check", action="store_true", help="fail if the README is not up to date; change nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="fail if a document is not up to date; merge and write nothing"
+    )
     arguments = parser.parse_args(argv)
-
-    text = README.read_text(encoding="utf-8")
     if arguments.check:
-        if between_markers(text, render()) == text:
-            return 0
-        print("README.md: its measurements are not what benchmarks/results render to, or a kernel has changed since.")
-        print("Run: python benchmarks/report.py")
-        return 1
-    keep(collect(arguments.paths))
-    README.write_text(between_markers(text, render()), encoding="utf-8")
-    draw()
+        outdated = [path for path, render in documents() if with_new_part(path, render) != path.read_text("utf-8")]
+        for path in outdated:
+            print(f"{path.relative_to(ROOT)}: not what benchmarks/results render to, or a kernel has changed since.")
+        if outdated:
+            print("Run: python benchmarks/report.py")
+        return int(bool(outdated))
+    merge_into_results(collect(arguments.paths))
+    for path, render in documents():
+        path.write_text(with_new_part(path, render), encoding="utf-8")
+    draw_figures()
     return 0
+
+
+def with_new_part(path: Path, render: Callable[[], str]) -> str:
+    """The text of ``path`` with what ``render`` returns between its markers."""
+    return between_markers(path.read_text("utf-8"), render())
 
 
 if __name__ == "__main__":
