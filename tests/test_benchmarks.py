@@ -1,4 +1,4 @@
-"""What the benchmarks rest on: costs, memory, harness, peers and the lab. Nothing is timed here."""
+"""The benchmarks' parts: costs, memory, harness, providers and the lab. Nothing is timed here."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from measured import BENCHMARKS, row
 from torch import nn
 
 from fastperc import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU, TransformNet
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import ceilings  # noqa: E402
-import costs  # noqa: E402
-import harness  # noqa: E402
-import lab  # noqa: E402
-import networks  # noqa: E402
-import providers  # noqa: E402
-import report  # noqa: E402
-import rows  # noqa: E402
-from measured import row  # noqa: E402
-from memory import peak_bytes  # noqa: E402
+# isort: split
+import ceilings
+import comparison
+import costs
+import harness
+import lab
+import networks
+import operations
+import providers
+import rows
+from memory import peak_bytes
 
 MiB = 2**20
 
@@ -90,12 +88,12 @@ BENCHES = sorted(path.stem for path in BENCHMARKS.glob("bench_*.py"))
 
 
 def names(case):
-    """Of the providers that run ``case``."""
+    """The names of the providers that run ``case``."""
     return [parameters.values[1].name for parameters in harness.runs([case]).args[1]]
 
 
-def measured(case, name):
-    """What a provider gives for ``case``, checked but not timed."""
+def check(case, name):
+    """Runs the provider ``name`` on ``case`` and checks its results, without timing."""
     provider = next(provider for provider in providers.PROVIDERS if provider.name == name)
     harness.measure(SimpleNamespace(disabled=True, pedantic=lambda step: step()), case, provider, 0.1, None)
 
@@ -103,15 +101,15 @@ def measured(case, name):
 class TestHarness:
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     @pytest.mark.parametrize("name", BENCHES)
-    def test_cases_are_told_apart(self, name, device, monkeypatch):
+    def test_cases_have_ids_of_their_own(self, name, device, monkeypatch):
         cases = bench_cases(name, device, monkeypatch)
         ids = [case.id for case in cases]
         assert ids and len(set(ids)) == len(ids)
         for case in cases:
-            assert case.operation == name.removeprefix("bench_") and case.operation in report.OPERATIONS
+            assert case.operation == name.removeprefix("bench_") and case.operation in operations.names()
             assert case.dtype in harness.DTYPES and (case.infers or case.tolerance[1] > 0)
 
-    def test_no_code_has_two_names(self, monkeypatch):
+    def test_no_provider_runs_a_case_twice(self, monkeypatch):
         for name in BENCHES:
             for case in bench_cases(name, "cpu", monkeypatch):
                 runs = names(case)
@@ -131,8 +129,8 @@ class TestHarness:
             monkeypatch.setattr(providers, "find_spec", lambda name, found=found: found)
             assert libraries & set(names(network)) == (libraries if found else set())
 
-    def test_every_provider_has_a_name_in_the_report(self):
-        assert {provider.name for provider in providers.PROVIDERS} == set(report.PROVIDERS)
+    def test_every_provider_has_a_title_in_the_report(self):
+        assert {provider.name for provider in providers.PROVIDERS} == set(comparison.PROVIDER_TITLES)
 
     def test_every_bench_is_a_stage_of_the_lab(self):
         assert {f"bench_{stage.name}" for stage in lab.STAGES} >= set(BENCHES)
@@ -156,42 +154,43 @@ class TestHarness:
             tolerance=(1e-6, 1e-6),
         )
         with pytest.raises(AssertionError, match=r"fused: gradient off by 1\.0e-02"):
-            measured(case, "fused")
+            check(case, "fused")
 
-    def test_a_wrong_peer_is_left_out(self):
+    def test_another_library_that_is_wrong_is_skipped(self):
         case = harness.Case(
             "tv_loss",
             "inference",
             "8",
             "fp32",
+            module=nn.Identity,
             inputs=lambda: (torch.rand(8),),
-            reference=lambda x: x.square().sum() * (1 if x.dtype == torch.float64 else 2),
+            reference=lambda module, x: x.square().sum() * (1 if x.dtype == torch.float64 else 2),
             tolerance=(1e-6, 1e-6),
         )
-        with pytest.raises(pytest.skip.Exception, match=r"compile: output off by 1\.0e\+00"):
-            measured(case, "compile")
+        with pytest.raises(pytest.skip.Exception, match=r"folded: output off by 1\.0e\+00"):
+            check(case, "folded")
         with pytest.raises(AssertionError, match="reference: output off by"):
-            measured(case, "reference")
+            check(case, "reference")
 
     @pytest.mark.parametrize("provider", ["reference", "folded", "fused"])
-    def test_video(self, provider, monkeypatch):
-        bench_cases("bench_inference", "cpu", monkeypatch)  # bench files find their neighbours
+    def test_video(self, provider):
         from bench_inference import video
 
         case = video("great_wave", 24, 32, "fp32", frames=3)
-        measured(replace(case, tolerance=(1e-3, 0)), provider)  # levels that rounding switches
+        check(replace(case, tolerance=(1e-3, 0)), provider)  # rounding switches some levels
 
-    def test_a_videos_row_is_of_one_frame(self, monkeypatch):
+    def test_the_row_of_a_video_is_per_frame(self, monkeypatch):
         monkeypatch.setattr(harness, "rate", lambda dtype: 1e12)
         monkeypatch.setattr(harness, "bandwidth", lambda: 1e12)
         from bench_inference import video
 
         provider, stats = providers.PROVIDERS[0], SimpleNamespace(median=6.0, iqr=0.6, rounds=5)
         case = video("paper", 24, 32, "fp32", frames=60)
-        described = harness.describe(case, provider, [costs.Cost(1e9, 1e9)], stats, 0.0, None)
-        assert (described["median_ms"], described["iqr_ms"], described["gb_per_s"]) == (100, 10, 10)
+        measurement = harness.Measurement(case, provider, [costs.Cost(1e9, 1e9)], error=0.0, peak_bytes=None)
+        made = harness.make_row(measurement, stats)
+        assert (made["median_ms"], made["iqr_ms"], made["gb_per_s"]) == (100, 10, 10)
 
-    def test_who_has_nothing_to_offer_is_skipped(self):
+    def test_a_provider_that_cannot_run_a_case_is_skipped(self):
         case = harness.Case(
             "inference",
             "inference",
@@ -204,8 +203,8 @@ class TestHarness:
             freeze=lambda module, x: None,
             tolerance=(1e-5, 0),
         )
-        with pytest.raises(pytest.skip.Exception, match="fused has nothing to offer"):
-            measured(case, "fused")
+        with pytest.raises(pytest.skip.Exception, match="fused cannot run this case"):
+            check(case, "fused")
 
     def test_ceilings(self):
         if ceilings.device_type() == "cpu":
@@ -219,7 +218,7 @@ def net():
 
 
 class TestPeers:
-    """What the peers make of a module before they are timed."""
+    """The other libraries' versions of a module compute the same."""
 
     x = torch.rand(1, 3, 20, 24)
 
@@ -229,7 +228,7 @@ class TestPeers:
             expected = module(*inputs).double()
             return ((peer(*inputs) - expected).norm() / expected.norm()).item()
 
-    def test_training_leaves_statistics_that_a_wrong_folding_would_show(self, net):
+    def test_trained_norms_would_show_a_wrong_folding(self, net):
         for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
             assert norm.running_mean.abs().max() > 1e-2 and norm.bias.abs().max() > 1e-2
         with torch.no_grad():
@@ -250,6 +249,7 @@ class TestPeers:
     def test_onnxruntime_has_no_bfloat16(self, net):
         assert providers.onnxruntime(net, self.x.bfloat16()) is None
 
+    @pytest.mark.slow
     def test_freezing_takes_the_weights_as_constants(self):
         from torch._inductor.utils import run_and_get_code
 
@@ -265,11 +265,11 @@ class TestPeers:
             channels_last=True,
         )
         for name, constant in (("compile", False), ("compile-freezing", True)):
-            _, code = run_and_get_code(lambda name=name: measured(case, name))
+            _, code = run_and_get_code(lambda name=name: check(case, name))
             assert ("_frozen_param" in "".join(code)) == constant
 
     def test_cudnns_fused_convolutions(self, net, monkeypatch):
-        """By what cuDNN computes in one call, in two."""
+        """cuDNN's calls are replaced by two plain calls each, so that this runs without a GPU."""
 
         def conv_relu(x, weight, bias, stride, padding, dilation, groups):
             return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
@@ -321,9 +321,9 @@ class TestLab:
             assert {str(path) for path in tested} <= {argument for stage in stages for argument in stage.arguments}
 
     @pytest.mark.parametrize("name", ["inference", *lab.LAYERS])
-    def test_what_takes_minutes_to_compile_comes_later(self, name):
+    def test_providers_that_compile_for_minutes_come_later(self, name):
         stages = [stage for stage in lab.STAGES if any(f"bench_{name}.py" in part for part in stage.arguments)]
-        assert [stage.arguments[-1] for stage in stages] == [lab.OTHERS, lab.COMPILED]
+        assert [stage.arguments[-1] for stage in stages] == [lab.NOT_COMPILED, lab.COMPILED]
 
     def test_refuses_an_unknown_stage(self):
         with pytest.raises(ValueError, match="no stage nonesuch"):
@@ -334,12 +334,12 @@ class TestLab:
 
     @pytest.fixture
     def run(self, tmp_path, monkeypatch, capsys):
-        """Runs stages in a lab whose package is there already; returns the status and what was printed."""
-        monkeypatch.setattr(lab.Lab, "provide_package", lambda self, needed: True)
-        monkeypatch.setattr(lab.Lab, "ask", lambda self, code: "")  # no GPU
+        """Runs stages in a lab whose package is already installed; returns the status and what was printed."""
+        monkeypatch.setattr(lab.Lab, "provide_package", lambda self, must_build: True)
+        monkeypatch.setattr(lab.Lab, "output_of", lambda self, code: "")  # no GPU
 
         def run(*stages, budget=30.0):
-            status = lab.experiment(lab.Lab(tmp_path, budget), stages, needs_build=False)
+            status = lab.experiment(lab.Lab(tmp_path, budget), stages, must_build=False)
             return status, capsys.readouterr().out
 
         return run

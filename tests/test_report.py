@@ -1,31 +1,32 @@
-"""Measured rows: how they are kept, told apart, merged and rendered."""
+"""Measured rows: how they are stored, compared, merged and rendered."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
+import re
 
 import pytest
+from measured import BENCHMARKS, row
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import report  # noqa: E402
-import rows  # noqa: E402
-from measured import row  # noqa: E402
+# isort: split
+import operations
+import report
+import rows
+from comparison import number
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """An empty folder of results, and a README, in the place of the repository's."""
-    folder, readme = tmp_path / "results", tmp_path / "README.md"
-    folder.mkdir()
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    """An empty folder of results, README and docs/performance.md, in place of the repository's."""
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
     for module in (rows, report):
         monkeypatch.setattr(module, "RESULTS", folder)
-        monkeypatch.setattr(module, "ROOT", tmp_path) if module is report else None
-    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    for name, path in (("README", tmp_path / "README.md"), ("PERFORMANCE", tmp_path / "docs" / "performance.md")):
+        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+        monkeypatch.setattr(report, name, path)
     return folder
 
 
@@ -87,59 +88,72 @@ class TestRows:
                 "kernels/instance_norm.py",
                 {"conv_bn_relu", "residual_block", "rgb_conv", "subpixel_conv_bn_relu", "inference", "training"},
             ),
-            ("fastperc/engine.py", {"inference"}),
+            ("fastperc/engine/engine.py", {"inference"}),
             ("fastperc/models/transform_net.py", {"vgg_loss", "training", "inference"}),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
-    def test_source_follows_the_files_that_an_operation_runs_on(self, tmp_path, monkeypatch, changed, affected):
-        monkeypatch.setattr(rows, "ROOT", tmp_path)
+    def test_the_hash_follows_the_files_that_a_benchmark_runs_on(self, tmp_path, monkeypatch, changed, affected):
+        benchmarks = [path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")]
+        monkeypatch.setattr(operations, "ROOT", tmp_path)
         for path in (tmp_path / changed, tmp_path / "kernels/gram_loss.py"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("a")
 
         def hashes():
             rows.source_hash.cache_clear()
-            return {operation: rows.source_hash(operation) for operation in (*report.OPERATIONS, "no_such")}
+            return {name: rows.source_hash(name) for name in (*benchmarks, "no_such")}
 
         before = hashes()
         (tmp_path / changed).write_text("b")
         after = hashes()
         rows.source_hash.cache_clear()
-        assert {operation for operation in before if before[operation] != after[operation]} == affected
+        assert {name for name in before if before[name] != after[name]} == affected
         assert before["no_such"] is None
 
-    def test_every_file_that_an_operation_runs_on_is_there(self):
-        for names in rows.OTHERS.values():
-            assert all((rows.ROOT / name).exists() for name in names)
-        for names in rows.KERNELS.values():
-            assert all(any(any((rows.ROOT / f).glob(f"{name}.*")) for f in rows.KERNEL_FOLDERS) for name in names)
+    def test_every_operation_has_sources_that_exist(self):
+        for operation in operations.OPERATIONS:
+            sources = list(operations.sources_of(operation))
+            assert sources and all(path.is_file() for path in sources)
+
+    def test_a_composed_benchmark_names_operations_and_folders_that_exist(self):
+        for benchmark in operations.COMPOSED.values():
+            assert set(benchmark.operations) <= set(operations.OPERATIONS)
+            assert all(list((operations.ROOT / folder).glob("*.py")) for folder in benchmark.folders)
+
+    def test_every_benchmark_has_a_name_and_every_composed_one_a_file(self):
+        files = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+        assert set(operations.COMPOSED) <= files <= set(operations.names())
+
+
+def measured_networks():
+    """Rows of whole networks, by which README's table and the large one can be compared."""
+    source = rows.source_hash("inference")
+    network = dict(operation="inference", direction="inference", shape="great_wave 1x3x256x256", source=source)
+    medians = {"fused": 2.0, "reference": 8.0, "compile": 5.0, "openvino": 3.0}
+    return [row(provider=provider, median_ms=median, **network) for provider, median in medians.items()]
 
 
 class TestReport:
     def test_a_current_row_is_shown(self, results):
         rows.write(results / "imaginary-g1.json", [row(), row(provider="reference", median_ms=4.0)])
-        text = report.render()
+        text = report.render_performance()
         assert "**0.500**" in text and "8.0×" in text and "not measured" not in text
 
     def test_a_changed_kernel_is_not_measured(self, results):
         rows.write(results / "imaginary-g1.json", [row(source="0123"), row(provider="reference", median_ms=4.0)])
-        text = report.render()
-        assert report.NOT_MEASURED in text and "4.00" in text
+        text = report.render_performance()
+        assert report.NOT_MEASURED_NOTE in text and "4.00" in text
         assert "0.500" not in text and "8.0×" not in text and "speedup" not in text
 
-    def test_the_best_of_all_peers_is_named_and_every_networks_peer_shown(self, results):
-        measured = [
-            row(operation="inference", direction="inference", source=rows.source_hash("inference"), **changes)
-            for changes in (
-                dict(median_ms=2.0),
-                dict(provider="reference", median_ms=8.0),
-                dict(provider="compile", median_ms=5.0),
-                dict(provider="openvino", median_ms=3.0),
-            )
-        ]
-        rows.write(results / "imaginary-g1.json", measured)
-        compared, networks = [text for text in report.render().split("\n\n") if text.startswith("| ")]
+    def test_the_note_is_left_out_where_all_is_current(self, results):
+        rows.write(results / "imaginary-g1.json", measured_networks())
+        assert report.NOT_MEASURED not in report.render_performance() + report.render_readme()
+
+    def test_the_best_peer_is_named_and_every_network_shown_by_all_providers(self, results):
+        rows.write(results / "imaginary-g1.json", measured_networks())
+        tables = [text for text in report.render_performance().split("\n\n") if text.startswith("| ")]
+        compared, networks = tables
         assert compared.splitlines()[2].split(" | ")[3:9] == ["OpenVINO", "3.00", "8.00", "**2.00**", "4.0×", "1.50×"]
         assert networks.splitlines()[2].split(" | ")[2:] == ["8.00", "5.00", "3.00", "**2.00** |"]
 
@@ -150,57 +164,101 @@ class TestReport:
             row(provider="compile", median_ms=1.0),
         ]
         rows.write(results / "imaginary-g1.json", measured)
-        assert "| `torch.compile` | 1.00 | 4.00 | **2.00** | 2.0× | 0.50× |" in report.render()
+        assert "| `torch.compile` | 1.00 | 4.00 | **2.00** | 2.0× | 0.50× |" in report.render_performance()
 
     def test_a_peer_stays_when_the_kernel_changes(self):
         assert rows.is_current(row(provider="compile", source="0123"))
 
     def test_without_a_gpu_it_says_so(self, results):
-        assert report.render() == "On a GPU: not measured."
+        assert report.render_performance() == report.NO_GPU
+        assert report.render_readme().startswith(report.NO_GPU)
         rows.write(results / "cpu.json", [row(device="Imaginary C1", cuda=None), row(provider="reference", cuda=None)])
-        assert report.render().endswith("On a GPU: not measured.")
+        assert report.render_performance().endswith(report.NO_GPU)
+        assert report.NO_GPU in report.render_readme()
+
+    def test_a_gpu_whose_rows_are_all_stale_is_not_measured(self, results):
+        rows.write(results / "imaginary-g1.json", [row(source="0123"), row(provider="reference", median_ms=4.0)])
+        assert report.NO_GPU in report.render_performance() and report.NO_GPU in report.render_readme()
 
     def test_the_device_measured_last_is_shown(self, results):
         older = [row(cuda=None, device="Old C0"), row(cuda=None, device="Old C0", provider="reference")]
         newer = [row(cuda=None, device="New C1", date="2026-03-01T00:00:00Z")]
         rows.write(results / "cpu.json", newer + older)
-        assert "New C1" in report.render() and "Old C0" not in report.render()
+        text = report.render_performance()
+        assert "New C1" in text and "Old C0" not in text
 
-    def test_readme_between_its_markers(self, results, tmp_path):
+    def test_readme_shows_a_few_rows_and_links_to_the_rest(self, results):
+        rows.write(results / "imaginary-g1.json", [*measured_networks(), row()])
+        text = report.render_readme()
+        lines = [line for line in text.splitlines() if line.startswith("| ")]
+        assert lines[2].split(" | ")[1:] == [
+            "great_wave 1×3×256×256", "bf16", "8.00", "3.00, OpenVINO", "**2.00**", "1.50× |"
+        ]  # fmt: skip
+        assert len(lines) == 3 and "Total variation" not in text  # which is no highlight
+        assert "](docs/performance.md)" in text
+
+    def test_readme_says_what_is_not_measured(self, results):
+        stale = [measured | dict(source="0123") for measured in measured_networks()]
+        rows.write(results / "imaginary-g1.json", stale)
+        text = report.render_readme()
+        assert f"| {report.NOT_MEASURED} |  |" in text and report.NOT_MEASURED_NOTE in text
+        assert "3.00, OpenVINO" in text and "2.00" not in text
+
+    def test_every_highlight_is_measured(self):
+        measured = [device.comparisons for device in report.devices()]
+        assert measured
+        for comparisons in measured:
+            assert all(report.highlighted(comparisons, *highlight) for highlight in report.HIGHLIGHTS)
+
+    def test_documents_between_their_markers(self, results, tmp_path, capsys):
         given = tmp_path / "rows.jsonl"
         for measured in (row(), row(provider="reference", median_ms=4.0)):
             rows.append(given, measured)
         pytest.importorskip("matplotlib")
         assert report.main(["--check"]) == 1
         assert report.main([str(given)]) == 0
-        text = report.README.read_text()
-        assert text.startswith(f"before\n{report.BEGIN}\n**Imaginary G1**") and text.endswith(f"{report.END}\nafter\n")
+        for path, start in ((report.README, report.BEGIN), (report.PERFORMANCE, f"{report.BEGIN}\n**Imaginary G1**")):
+            text = path.read_text()
+            assert text.startswith(f"before\n{start}") and text.endswith(f"{report.END}\nafter\n")
+            assert "old" not in text
         assert report.main(["--check"]) == 0
         assert (results / "imaginary-g1.json").exists()
         assert {path.name for path in results.glob("*.svg")} == {
             "imaginary-g1-speedup.svg",
             "imaginary-g1-roofline.svg",
         }
+        capsys.readouterr()
+        report.PERFORMANCE.write_text(f"{report.BEGIN}{report.END}")
+        assert report.main(["--check"]) == 1
+        told = capsys.readouterr().out
+        assert "docs/performance.md" in told and "README" not in told
+
+    def test_links_lead_to_files(self, results):
+        pytest.importorskip("matplotlib")
+        rows.write(results / "imaginary-g1.json", [row(), row(provider="reference")])
+        assert report.main([]) == 0
+        links = re.findall(r"\]\((.*?)\)", report.PERFORMANCE.read_text())
+        assert len(links) == 3 and all((report.PERFORMANCE.parent / link).is_file() for link in links)
 
     def test_figures_go_when_the_kernel_changes(self, results):
         pytest.importorskip("matplotlib")
         rows.write(results / "imaginary-g1.json", [row(), row(provider="reference")])
-        report.draw()
+        report.draw_figures()
         first = {path.name: path.read_bytes() for path in results.glob("*.svg")}
-        report.draw()
+        report.draw_figures()
         assert first == {path.name: path.read_bytes() for path in results.glob("*.svg")}
         rows.write(results / "imaginary-g1.json", [row(source="0123"), row(provider="reference")])
-        report.draw()
+        report.draw_figures()
         assert first and not list(results.glob("*.svg"))
 
     def test_no_roofline_of_a_cpu(self, results):
         pytest.importorskip("matplotlib")
         rows.write(results / "cpu.json", [row(cuda=None), row(cuda=None, provider="reference")])
-        report.draw()
+        report.draw_figures()
         assert [path.name for path in results.glob("*.svg")] == ["cpu-speedup.svg"]
 
     @pytest.mark.parametrize("text", ["none", report.BEGIN, f"{report.BEGIN}{report.END}{report.END}"])
-    def test_refuses_a_readme_without_its_markers(self, text):
+    def test_refuses_a_document_without_its_markers(self, text):
         with pytest.raises(ValueError, match="once each"):
             report.between_markers(text, "")
 
@@ -208,4 +266,4 @@ class TestReport:
         ("x", "text"), [(0.0123, "0.0123"), (0.4, "0.400"), (1, "1.00"), (39.54, "39.5"), (432.1, "432")], ids=str
     )
     def test_numbers(self, x, text):
-        assert report.number(x) == text
+        assert number(x) == text
