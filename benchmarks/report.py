@@ -182,7 +182,7 @@ def highlighted(comparisons: Iterable[Comparison], operation: str, direction: st
 
 def readme_table(comparisons: Sequence[Comparison]) -> str:
     """The columns of :func:`comparison_table` that fit a README."""
-    lines = [["", "input", "dtype", "eager PyTorch", "best peer", "fastperc", "over best peer"]]
+    lines = [["operation", "input", "dtype", "eager PyTorch", "best peer", "fastperc", "over best peer"]]
     for comparison in comparisons:
         case, peer = comparison.case, comparison.best_peer
         best = f"{milliseconds(peer)}, {PROVIDER_TITLES[peer['provider']]}" if peer else ""
