@@ -44,6 +44,7 @@ class Device(NamedTuple):
 
     @property
     def on_gpu(self) -> bool:
+        """Whether it is a GPU."""
         return rows.is_gpu(self.rows[0])
 
     @property
@@ -53,6 +54,7 @@ class Device(NamedTuple):
 
     @property
     def has_stale_rows(self) -> bool:
+        """Whether fastperc is not measured in some comparison."""
         return any(comparison.stale and not comparison.ours for comparison in self.comparisons)
 
     @property

@@ -271,11 +271,11 @@ class TestPeers:
     def test_cudnns_fused_convolutions(self, net, monkeypatch):
         """cuDNN's calls are replaced by two plain calls each, so that this runs without a GPU."""
 
-        def conv_relu(x, weight, bias, stride, padding, dilation, groups):
-            return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+        def conv_relu(x, weight, bias, *geometry):
+            return F.conv2d(x, weight, bias, *geometry).relu()
 
-        def conv_add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
-            return (F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z).relu()
+        def conv_add_relu(x, weight, z, alpha, bias, *geometry):
+            return (F.conv2d(x, weight, bias, *geometry) + alpha * z).relu()
 
         monkeypatch.setattr(torch, "cudnn_convolution_relu", conv_relu)
         monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
