@@ -60,7 +60,7 @@ def losses_of(recipe: StyleRecipe, threads: int | None, fused: bool) -> Losses:
         train(recipe, out)
         if not is_complete(recipe, out):
             raise KeyboardInterrupt
-        ran = {choice.backend for choice in choices}
+        ran = {choice.implementation for choice in choices}
         if (ran == {"reference"}) == fused:
             raise RuntimeError(f"the {'fused' if fused else 'plain'} run ran on {', '.join(sorted(ran))}")
         return read_losses(out / LOSSES, recipe.iterations)

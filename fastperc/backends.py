@@ -1,14 +1,19 @@
-"""Which backend runs an operation here, and why not another."""
+"""Operations, the ways to run each of them, and which one runs a call here, and why not another.
+
+OPERATION = register(Operation("tv_loss", "Total variation", (Implementation(…), …), …))     declared in ops/tv_loss.py
+OPERATION(x, "l2", "sum")     the fastest measured implementation that can serve the call; else the first that can
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +22,133 @@ from fastperc import dispatch
 
 BACKENDS = ("reference", "native", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WITH_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 1), (10, 3))  # 160 KiB and more to a block
+LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 1), (10, 3))  # 160 KiB and more a block
 _forced: str | None = None
-_has_triton = find_spec("triton") is not None  # it is imported with the first kernel: that takes a while
+_pinned: dict[str, str] = {}  # operation → the implementation that alone may run it
+_assumes_gpu = False
+_has_triton = find_spec("triton") is not None  # imported with the first kernel only: that takes a while
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def never(*call: Any) -> None:
+    """The reason of an implementation that serves every call."""
+
+
+class Implementation(NamedTuple):
+    """One way to run an operation. All three functions take the arguments of the operation."""
+
+    backend: str | None
+    """What ``use_backend`` calls it. ``None``: it is made of other operations, each of which chooses for itself."""
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None] = never
+    """Why it cannot serve the call, or ``None``."""
+    why_slow: Callable[..., str | None] = never
+    """Why a later implementation is expected to be faster where nothing was measured, or ``None``."""
+    label: str = ""
+    """What tells it from others of the same backend: the algorithm or the library."""
+
+    @property
+    def name(self) -> str:
+        """What ``fastperc tune`` and ``explain()`` call it."""
+        return self.label or self.backend or "composed"
+
+
+class TuningCases(NamedTuple):
+    """What ``fastperc tune`` measures of an operation."""
+
+    shapes: Callable[[int, int], Sequence[Shapes]]
+    """From the batch and the side of the image: the shapes of the measured tensors of each call in a training step."""
+    call: Callable[..., tuple[Any, ...]]
+    """From such tensors: the arguments of the operation."""
+
+
+def first_argument(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """A call measured by its first argument."""
+    return (x,)
+
+
+def first_two_arguments(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """A call measured by its first two arguments, as a convolution is by input and weight."""
+    return x, weight
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation: what it is called, the ways to run it, and how it is measured."""
+
+    name: str
+    title: str  # for people, in tables
+    implementations: tuple[Implementation, ...]  # by rule of thumb the fastest first; the last serves every call
+    tuning_cases: TuningCases | None = None
+    sources: tuple[str, ...] = ()  # files that decide how fast it is, from the root of the repository; may be patterns
+    measured_by: Callable[..., Sequence[Tensor]] = first_argument
+    """From the arguments: the tensors, [N, C, H, W] each, whose shapes, dtype and layout a measurement is of."""
+    frozen: bool = False  # whether only frozen networks run it, without gradients
+
+    def __call__(self, *call: Any) -> Any:
+        """Runs the call by the implementation that :meth:`choose` gives."""
+        return self.choose(*call).run(*call)
+
+    def choose(self, *call: Any) -> Implementation:
+        """The implementation for one call.
+
+        It is the one measured fastest (``fastperc tune``) among those that can serve it. Where nothing near was
+        measured, it is the first that can serve it and is not expected to be slow.
+
+        Raises:
+            CannotServe: ``use_backend`` asks for a backend that cannot.
+        """
+        chosen = self._fastest(*call) if _forced is None and self.name not in _pinned else self._asked_for(*call)
+        if _record.choices is not None:
+            _record.choices.append(Choice(_record.layer, self.name, chosen.name, self.reason(chosen, *call)))
+        return chosen
+
+    def _fastest(self, *call: Any) -> Implementation:
+        for name in dispatch.ranking(self.name, self.measured_by(*call)):
+            for implementation in self.implementations:
+                if implementation.name == name and implementation.why_not(*call) is None:
+                    return implementation
+        for implementation in self.implementations:
+            if implementation.why_not(*call) is None and implementation.why_slow(*call) is None:
+                return implementation
+        return self.implementations[-1]
+
+    def _asked_for(self, *call: Any) -> Implementation:
+        """The implementation that ``use_backend`` or ``use_implementation`` asks for."""
+        asked = [one for one in self.implementations if one.name == _pinned.get(self.name)]
+        if not asked:
+            asked = [one for one in self.implementations if one.backend == _forced]
+        if not asked:
+            asked = [one for one in self.implementations if one.backend is None]
+        able = [one for one in asked if one.why_not(*call) is None]
+        if not able:
+            reason = asked[0].why_not(*call) if asked else "there is no such kernel"
+            backend = asked[0].name if asked else _forced
+            raise CannotServe(f"{self.name} cannot run on the {backend} backend: {reason}")
+        return next((one for one in able if one.why_slow(*call) is None), able[0])
+
+    def reason(self, chosen: Implementation, *call: Any) -> str:
+        """Why ``chosen`` runs the call, in words."""
+        if _forced is not None:
+            return "use_backend asks for it"
+        measured = chosen.name in dispatch.ranking(self.name, self.measured_by(*call))
+        reasons = ["measured the fastest"] if measured else []
+        for other in self.implementations:
+            if other is chosen and not measured:
+                break
+            if reason := other.why_not(*call) or (None if measured else other.why_slow(*call)):
+                reasons.append(f"not {other.name}: {reason}")
+        return "; ".join(reasons) or "by rule of thumb the fastest that can"
+
+
+OPERATIONS: dict[str, Operation] = {}  # every operation, by name; filled as ``fastperc.ops`` is imported
+
+
+def register(operation: Operation) -> Operation:
+    """Adds ``operation`` to :data:`OPERATIONS`."""
+    OPERATIONS[operation.name] = operation
+    return operation
 
 
 @contextmanager
@@ -42,49 +171,35 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+@contextmanager
+def use_implementation(operation: str, name: str) -> Iterator[None]:
+    """Runs ``operation`` by its implementation ``name`` in the block; other operations choose as ever."""
+    before = _pinned.get(operation)
+    _pinned[operation] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del _pinned[operation]
+        else:
+            _pinned[operation] = before
+
+
 def forced() -> str | None:
-    """The backend that ``use_backend`` asks for, if it does."""
+    """The backend that ``use_backend`` asks for, or ``None``."""
     return _forced
 
 
 class CannotServe(RuntimeError):
-    """``use_backend`` asks for a backend that cannot take the call."""
-
-
-def choose(operation: str, *tensors: Tensor, **obstacles: str | None) -> str:
-    """The backend for one call.
-
-    It is the one measured fastest (``fastperc tune``), of those without an obstacle and ``"reference"``; where nothing
-    near was measured, the first of ``obstacles`` that has none, else ``"reference"``.
-
-    Args:
-        operation: its name.
-        tensors: what it works on, each [N, C, H, W], as its cases in ``fastperc.tools.tuning`` have them.
-        obstacles: for each fused backend that this operation has, the fastest first by rule of thumb, why it cannot
-            take this call, or ``None``.
-
-    Raises:
-        CannotServe: ``use_backend`` asks for one that cannot.
-    """
-    if _forced is not None:
-        obstacle = None if _forced == "reference" else obstacles.get(_forced, "there is no such kernel")
-        if obstacle is not None:
-            raise CannotServe(f"{operation} cannot run on the {_forced} backend: {obstacle}")
-        chosen = _forced
-    else:
-        able = [name for name, obstacle in obstacles.items() if obstacle is None] + ["reference"]
-        chosen = next((name for name in dispatch.ranking(operation, tensors) if name in able), able[0])
-    if _record.choices is not None:
-        _record.choices.append(Choice(_record.layer, operation, chosen, _reason(operation, tensors, chosen, obstacles)))
-    return chosen
+    """``use_backend`` asks for a backend that cannot serve the call."""
 
 
 class Choice(NamedTuple):
-    """Which backend ran a layer's operation, and why."""
+    """Which implementation ran a layer's operation, and why."""
 
     layer: str
     operation: str
-    backend: str
+    implementation: str
     reason: str
 
 
@@ -98,7 +213,7 @@ _record = _Record()
 
 @contextmanager
 def recorded() -> Iterator[list[Choice]]:
-    """A list that fills with what this thread chooses in the block."""
+    """A list that receives every choice that this thread makes in the block."""
     before, _record.choices = _record.choices, []
     try:
         yield _record.choices
@@ -107,20 +222,12 @@ def recorded() -> Iterator[list[Choice]]:
 
 
 def at_layer(name: str) -> None:
-    """Tells :func:`recorded` what comes next."""
+    """Names the layer whose choices :func:`recorded` receives next."""
     _record.layer = name
 
 
-def _reason(operation: str, tensors: Sequence[Tensor], chosen: str, obstacles: Mapping[str, str | None]) -> str:
-    if _forced is not None:
-        return "use_backend asks for it"
-    reasons = ["measured the fastest"] if chosen in dispatch.ranking(operation, tensors) else []
-    reasons += [f"not {backend}: {obstacle}" for backend, obstacle in obstacles.items() if obstacle]
-    return "; ".join(reasons) or "the fastest that can, by rule of thumb"
-
-
-def triton_unsupported(x: Tensor) -> str | None:
-    """Why no Triton kernel can take ``x``, or ``None`` if one can.
+def why_not_triton(x: Tensor) -> str | None:
+    """Why no Triton kernel can take ``x``, or ``None``.
 
     Triton's interpreter (``TRITON_INTERPRET=1``), which runs kernels on any device, serves only where
     ``use_backend("triton")`` asks for it: it is for tests, and never the fastest.
@@ -129,38 +236,51 @@ def triton_unsupported(x: Tensor) -> str | None:
         return "Triton is not installed"
     if x.dtype not in TRITON_DTYPES:
         return f"no Triton kernel for {x.dtype}"
+    if _assumes_gpu:
+        return None
     if interpreted():
         return None if _forced == "triton" else "Triton runs interpreted, which is slow"
     if x.device.type != "cuda":
         return f"Triton compiles for GPUs, not for {x.device.type} tensors"
-    return "Triton kernels are tuned for NVIDIA GPUs" if torch.version.hip else _gpu_unsupported(x.device)
+    return "Triton kernels are tuned for NVIDIA GPUs" if torch.version.hip else _why_not_gpu(x.device)
 
 
 @cache
-def _gpu_unsupported(device: torch.device) -> str | None:
-    if not torch.cuda.is_available():  # a made-up tensor, of a graph traced here for a GPU elsewhere
+def _why_not_gpu(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():  # a fake tensor, of a graph traced here for a GPU elsewhere
         return None
     capability = torch.cuda.get_device_capability(device)
-    if capability in WITH_SHARED_MEMORY:
+    if capability in LARGE_SHARED_MEMORY:
         return None
-    return "the kernels want 160 KiB of shared memory to a block, as on sm_{}{}, and this is sm_{}{}".format(
-        *WITH_SHARED_MEMORY[0], *capability
+    return "the kernels want 160 KiB of shared memory a block, as on sm_{}{}; this is sm_{}{}".format(
+        *LARGE_SHARED_MEMORY[0], *capability
     )
 
 
-def triton_product_unsupported(x: Tensor) -> str | None:
-    """Why no Triton kernel of products can take ``x``, or ``None`` if one can.
+def why_not_triton_product(x: Tensor) -> str | None:
+    """Why no Triton kernel with matrix products can take ``x``, or ``None``.
 
-    Those in float32 run on no tensor core, and only where ``use_backend("triton")`` asks for it.
+    Products in float32 use no tensor core, and run only where ``use_backend("triton")`` asks for them.
     """
-    if (obstacle := triton_unsupported(x)) is None and x.dtype == torch.float32 and _forced != "triton":
-        obstacle = "products in float32 are left to the library"
-    return obstacle
+    if (reason := why_not_triton(x)) is None and x.dtype == torch.float32 and _forced != "triton":
+        reason = "products in float32 are left to the library"
+    return reason
 
 
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
+
+
+@contextmanager
+def assume_gpu() -> Iterator[None]:
+    """Triton kernels count as serving tensors of any device in the block, where launches are recorded, not run."""
+    global _assumes_gpu
+    before, _assumes_gpu = _assumes_gpu, True
+    try:
+        yield
+    finally:
+        _assumes_gpu = before
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastperc.collective import combine_over_processes
-from fastperc.types import FrozenConv, InstanceNorm, Padding, Window
+from fastperc.types import Activation, Epilogue, FrozenConv, InstanceNorm, Padding, Window
 
 
 def widen(x: Tensor) -> Tensor:
@@ -103,18 +103,33 @@ def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) 
     return features
 
 
-def pad(x: Tensor, padding: Padding, mode: str) -> Tensor:
-    """``x`` [N, C, H, W] with a border of ``"zeros"``, of mirrored pixels (``"reflect"``) or of the nearest ones
-    (``"replicate"``)."""
-    return F.pad(x, padding, mode="constant" if mode == "zeros" else mode) if any(padding) else x
+def pad(x: Tensor, padding: Padding) -> Tensor:
+    """``x`` [N, C, H, W] with a border of zeros, of reflected pixels or of the nearest ones, as ``padding`` says."""
+    mode = "constant" if padding.mode == "zeros" else padding.mode
+    return F.pad(x, padding.sides, mode=mode) if any(padding.sides) else x
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, mode: str) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding) -> Tensor:
     """The convolution of ``x``, padded."""
-    left, right, top, bottom = padding
-    if mode == "zeros" and left == right and top == bottom:  # which needs no copy
+    left, right, top, bottom = padding.sides
+    if padding.mode == "zeros" and left == right and top == bottom:  # which needs no copy
         return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, (top, left))
-    return F.conv2d(pad(x, padding, mode), weight.to(x.dtype), bias.to(x.dtype), stride)
+    return F.conv2d(pad(x, padding), weight.to(x.dtype), bias.to(x.dtype), stride)
+
+
+def activate(x: Tensor, activation: Activation | None) -> Tensor:
+    """``activation`` of each element of ``x``.
+
+    Raises:
+        ValueError: no activation of that name.
+    """
+    if activation is None:
+        return x
+    if activation.name == "relu":
+        return x.relu()
+    if activation.name == "leaky_relu":
+        return F.leaky_relu(x, 0.01 if activation.slope is None else activation.slope)
+    raise ValueError(f"activation must be 'relu' or 'leaky_relu', got {activation.name!r}")
 
 
 def instance_norm(x: Tensor, norm: InstanceNorm) -> Tensor:
@@ -123,14 +138,15 @@ def instance_norm(x: Tensor, norm: InstanceNorm) -> Tensor:
 
 
 def norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool, batch: bool) -> Tensor:
-    """relu?(the batch norm of ``x`` [N, C, H, W] by its own statistics, or its instance norm)."""
-    normalise = F.batch_norm if batch or len(x) == 1 else F.instance_norm  # whose gradient may be wrong for one image
+    """The batch norm of ``x`` [N, C, H, W] by its own statistics, or its instance norm; then a ReLU if ``relu``."""
+    # Of one image both are the same, and the gradient of PyTorch's own instance norm may be wrong.
+    normalise = F.batch_norm if batch or len(x) == 1 else F.instance_norm
     y = normalise(x, None, None, weight.to(x.dtype), bias.to(x.dtype), True, 0.0, eps)
     return y.relu() if relu else y
 
 
-def channel_statistics(x: Tensor) -> Tensor:
-    """How many values each channel of ``x`` [N, C, H, W] has, their mean and Σ (x - mean)²: [3, C]; of none, zeros."""
+def batch_statistics(x: Tensor) -> Tensor:
+    """Count, mean and Σ (x - mean)² of each channel of ``x`` [N, C, H, W]: [3, C], zeros for an empty ``x``."""
     x = widen(x)
     count = x.numel() // x.shape[1]
     if count == 0:
@@ -142,9 +158,9 @@ def channel_statistics(x: Tensor) -> Tensor:
 def sync_norm_relu(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool, group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """relu?(the batch norm of ``x`` [N, C, H, W] by the statistics of all processes of ``group``), and those: count,
-    mean and Σ (x - mean)² of each channel, float64 [3, C], without a gradient."""
-    statistics = combine_over_processes(channel_statistics(x).double(), group)
+    """The batch norm of ``x`` [N, C, H, W] by the statistics of all processes of ``group``, then a ReLU if ``relu``;
+    and those statistics: count, mean and Σ (x - mean)² of each channel, float64 [3, C], without a gradient."""
+    statistics = combine_over_processes(batch_statistics(x).double(), group)
     wide = widen(x)
     _, mean, inverse = count_mean_inverse(statistics, eps, wide.dtype)
     y = (wide - mean) * inverse
@@ -164,13 +180,13 @@ def count_mean_inverse(statistics: Tensor, eps: float, dtype: torch.dtype) -> tu
     return count.to(dtype), mean.to(dtype), (m2 / count + eps).rsqrt().to(dtype)
 
 
-def finish(y: Tensor, norm: InstanceNorm | None, relu: bool, skip: Tensor | None = None) -> Tensor:
-    """What follows a convolution: relu(norm(y) + skip)."""
-    if norm is not None:
-        y = instance_norm(y, norm)
-    if skip is not None:
-        y = y + skip
-    return y.relu() if relu else y
+def finish(y: Tensor, epilogue: Epilogue) -> Tensor:
+    """What follows a convolution: activation(norm(y) + skip)."""
+    if epilogue.norm is not None:
+        y = instance_norm(y, epilogue.norm)
+    if epilogue.skip is not None:
+        y = y + epilogue.skip
+    return activate(y, epilogue.activation)
 
 
 def conv_bn_relu(
@@ -178,14 +194,12 @@ def conv_bn_relu(
     weight: Tensor,
     bias: Tensor,
     stride: int = 1,
-    padding: Padding = (0, 0, 0, 0),
-    padding_mode: str = "zeros",
-    norm: InstanceNorm | None = None,
-    relu: bool = True,
-    skip: Tensor | None = None,
+    padding: Padding = Padding(),
+    epilogue: Epilogue = Epilogue(),
 ) -> Tensor:
-    """relu(norm(conv(``x``)) + ``skip``), a batch norm being folded into ``weight`` [O, I, k, k] and ``bias`` [O]."""
-    return finish(convolve(x, weight, bias, stride, padding, padding_mode), norm, relu, skip)
+    """The convolution of ``x`` by ``weight`` [O, I, k, k] and ``bias`` [O], a batch norm folded into them, and its
+    epilogue."""
+    return finish(convolve(x, weight, bias, stride, padding), epilogue)
 
 
 def subpixel_conv_bn_relu(
@@ -193,72 +207,51 @@ def subpixel_conv_bn_relu(
     weight: Tensor,
     bias: Tensor,
     upsample: str = "transposed",
-    padding: Padding = (1, 1, 1, 1),
-    padding_mode: str = "zeros",
-    norm: InstanceNorm | None = None,
-    relu: bool = True,
+    padding: Padding = Padding((1, 1, 1, 1)),
+    epilogue: Epilogue = Epilogue(),
 ) -> Tensor:
     """[N, I, H, W] → [N, O, 2H, 2W]: ``nn.ConvTranspose2d(I, O, 3, 2, 1, 1)`` with ``weight`` [I, O, 3, 3], or
-    (``"nearest"``) each pixel four times over and a 3×3 convolution with ``weight`` [O, I, 3, 3].
+    (``"nearest"``) nearest-neighbour upsampling and a 3×3 convolution with ``weight`` [O, I, 3, 3].
 
-    Each pixel with its eight neighbours becomes four. ``padding`` of 1 gives a side of ``x`` the neighbours that it
-    lacks; with 0 its outermost pixels are neighbours only. ``padding_mode`` is that of the upsampled map.
+    Each pixel with its eight neighbours becomes four. A side of ``padding`` of 1 supplies the neighbours beyond that
+    side of ``x``; with 0 the outermost pixels of ``x`` serve as neighbours only. Its mode is that of the upsampled map.
     """
     nearest = upsample == "nearest"
-    # What mirrors the upsampled map about its border pixel repeats the pixel of the small one.
-    x = pad(x, padding, "replicate" if nearest and padding_mode == "reflect" else "zeros")
+    # Reflecting the upsampled map about its border pixel repeats the pixel of the small map.
+    x = pad(x, Padding(padding.sides, "replicate" if nearest and padding.mode == "reflect" else "zeros"))
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if nearest:
         upsampled = F.interpolate(x, scale_factor=2, mode="nearest")[:, :, 1:-1, 1:-1]
-        return finish(F.conv2d(upsampled, weight, bias), norm, relu)
+        return finish(F.conv2d(upsampled, weight, bias), epilogue)
     y = F.conv_transpose2d(x, weight, bias, 2, 1)
-    return finish(y[:, :, 2:-1, 2:-1], norm, relu)
+    return finish(y[:, :, 2:-1, 2:-1], epilogue)
 
 
-def mirrored(start: int, count: int, size: int, device: torch.device) -> Tensor:
-    """Which of ``size`` pixels in a row stand at ``count`` positions from ``start`` on, mirrored at either end."""
+def reflected(start: int, count: int, size: int, device: torch.device) -> Tensor:
+    """The indices, among ``size`` pixels in a row, of ``count`` positions from ``start`` on, reflected at both ends."""
     period = max(2 * (size - 1), 1)
     positions = torch.arange(start, start + count, device=device) % period
     return torch.minimum(positions, (period - positions) % period) if size > 1 else torch.zeros_like(positions)
 
 
-def image_io(image: Tensor, window: Window, scale: float, shift: float, dtype: torch.dtype) -> Tensor:
-    """The ``window`` of ``image`` [N, 3, H, W] as a network sees it: RGB in 0–1, or in levels if uint8, times
-    ``scale``, plus ``shift``."""
+def image_io(image: Tensor, window: Window, input_range: tuple[float, float], dtype: torch.dtype) -> Tensor:
+    """The ``window`` of ``image`` [N, 3, H, W] as a network sees it: RGB in 0–1 (uint8 levels over 255) times the first
+    number of ``input_range``, plus the second."""
     top, left, height, width = window
-    rows = mirrored(top, height, image.shape[2], image.device)
-    columns = mirrored(left, width, image.shape[3], image.device)
+    scale, shift = input_range
+    rows = reflected(top, height, image.shape[2], image.device)
+    columns = reflected(left, width, image.shape[3], image.device)
     x = image[:, :, rows[:, None], columns]
     x = x.float() / 255 if x.dtype == torch.uint8 else widen(x)
     return (x * scale + shift).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def rgb_conv_stem(
-    image: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    window: Window,
-    scale: float,
-    shift: float,
-    padding: Padding,
-    padding_mode: str = "zeros",
-    norm: InstanceNorm | None = None,
-    relu: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """:func:`image_io`, and the first convolution with what follows: [N, 3, H, W] → [N, O, H', W'] in ``dtype``."""
-    x = image_io(image, window, scale, shift, dtype)
-    return conv_bn_relu(x, weight, bias, 1, padding, padding_mode, norm, relu)
-
-
-def rgb_conv_head(
-    x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, padding_mode: str, output: str, out: Tensor
-) -> None:
+def rgb_conv_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
     """The last convolution: [N, C, H, W] → ``out`` [N, 3, H', W'], RGB in 0–1, or levels if that is uint8.
 
     ``output`` is ``"tanh"``, the authors' 150·tanh about mid-grey, or ``"linear"``, 0…255.
     """
-    y = to_image_range(widen(convolve(x, weight, bias, 1, padding, padding_mode)), output)
+    y = to_image_range(widen(convolve(x, weight, bias, 1, padding)), output)
     out.copy_(to_levels(y) if out.dtype == torch.uint8 else y)
 
 
@@ -273,7 +266,7 @@ def to_levels(x: Tensor) -> Tensor:
 
 
 def reflect_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
-    """``x`` [N, C, H, W] mirrored outwards about its border pixels, any number of times over.
+    """``x`` [N, C, H, W] reflected about its border pixels, as often as the border's width takes.
 
     ``F.pad`` reflects once and so refuses a border as wide as the image; a 16-pixel image under a border of 40 needs
     several reflections, which successive calls give exactly.

@@ -23,7 +23,45 @@ class InstanceNorm(NamedTuple):
     eps: float
 
 
-Padding = tuple[int, int, int, int]  # left, right, top, bottom, as ``F.pad`` has them
+Sides = tuple[int, int, int, int]  # left, right, top, bottom, as ``F.pad`` has them
+
+
+class Padding(NamedTuple):
+    """The border that a convolution adds to its input."""
+
+    sides: Sides = (0, 0, 0, 0)  # pixels
+    mode: str = "zeros"  # or "reflect", or "replicate"
+
+    @property
+    def reflects(self) -> bool:
+        """Whether it has reflected pixels."""
+        return self.mode == "reflect" and any(self.sides)
+
+
+def same_sides(pixels: int, mode: str = "zeros") -> Padding:
+    """A border of ``pixels`` on each side."""
+    return Padding((pixels,) * 4, mode)
+
+
+class Activation(NamedTuple):
+    """An elementwise function, by name: ``"relu"``, or ``"leaky_relu"`` with the slope of its negative side."""
+
+    name: str
+    slope: float | None = None
+
+
+RELU = Activation("relu")
+
+
+class Epilogue(NamedTuple):
+    """What follows a convolution: activation(norm(y) + skip)."""
+
+    norm: InstanceNorm | None = None  # a batch norm is folded into the weights
+    activation: Activation | None = RELU
+    skip: Tensor | None = None  # [N, O, H', W'], as the output
+
+
+NO_EPILOGUE = Epilogue(activation=None)
 
 
 class Window(NamedTuple):
@@ -48,6 +86,29 @@ class Deferred(NamedTuple):
     def arguments(self) -> tuple[Any, ...]:
         """``x_ptr``, ``other_ptr``, ``coefficients_ptr`` and ``coefficients_stride`` of a kernel."""
         return self.x, self.other, self.coefficients, stride_of(self.coefficients)
+
+
+class Destination(NamedTuple):
+    """Where a kernel's result goes."""
+
+    out: Tensor  # [N, O, H, W], channels innermost
+    partials: Tensor | None  # [N, tiles, rows, O] fp32: what each tile sums up for a norm
+    saved: Deferred | None = None  # the activation whose gradient the result is
+
+    @property
+    def saved_arguments(self) -> tuple[Any, ...]:
+        """``saved_ptr`` and ``saved_coefficients_ptr`` of a kernel."""
+        return (None, None) if self.saved is None else (self.saved.x, self.saved.coefficients)
+
+    @property
+    def saved_stride(self) -> int:
+        """``saved_coefficients_stride`` of a kernel."""
+        return 0 if self.saved is None else stride_of(self.saved.coefficients)
+
+    @property
+    def saved_relu(self) -> bool:
+        """Whether the gradient passes the ReLU of ``saved``."""
+        return self.saved is not None and self.saved.relu
 
 
 def stride_of(coefficients: Tensor | None) -> int:

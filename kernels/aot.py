@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastperc.kernels
-from fastperc.kernels.configs import Variant
-
 from fastperc.files import write_atomically
+from fastperc.kernels.configs import Variant
 from fastperc.progress import track
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"  # in a checkout

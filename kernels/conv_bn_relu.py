@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from fastperc.kernels.configs import ConvTile, Variant, conv_tile, deferred_tile
-from fastperc.kernels.deferred import load_deferred, store_gradient
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastperc.types import Deferred, stride_of
+from fastperc.kernels.configs import ConvTile, Variant, conv_tile, deferred_tile
+from fastperc.kernels.deferred import load_deferred, store_gradient
+from fastperc.types import RELU, Deferred, Destination, Epilogue, Padding, stride_of
 
 
 @triton.jit
@@ -230,58 +230,55 @@ def conv_bn_relu_fwd(
     x: Deferred,
     weight: Tensor,
     bias: Tensor | None,
-    skip: Tensor | None,
     out: Tensor,
     stride: int,
-    padding: tuple[int, int, int, int],
-    padding_mode: str,
-    relu: bool,
+    padding: Padding,
+    epilogue: Epilogue,
     partials: Tensor | None = None,
 ) -> None:
-    """Fills ``out`` [N, O, H', W'] with relu(conv(``x``) + ``bias`` + ``skip``), and ``partials`` [N, tiles, 3, O].
+    """Fills ``out`` [N, O, H', W'] with relu(conv(``x``) + ``bias`` + skip), and ``partials`` [N, tiles, 3, O].
 
-    All tensors but ``bias`` and ``partials`` have their channels innermost; ``skip`` may be a window of a larger one.
-    ``padding`` is (left, right, top, bottom); its mode ``"zeros"`` or ``"reflect"``.
+    All tensors but ``bias`` and ``partials`` have their channels innermost; the epilogue's skip may be a window of a
+    larger map, its norm is None. The mode of ``padding`` is ``"zeros"`` or ``"reflect"``.
     """
-    reflect = padding_mode == "reflect" and any(padding)
-    _launch(x, weight, bias, skip, None, out, stride, padding, reflect, relu, partials)
+    _launch(x, weight, bias, Destination(out, partials), stride, padding, epilogue)
 
 
 def conv_bn_relu_bwd(
     grad: Deferred,
     weight: Tensor,
     skip: Tensor | None,
-    below: Deferred | None,
+    saved: Deferred | None,
     out: Tensor,
     stride: int,
-    padding: tuple[int, int, int, int],
+    padding: Padding,
     partials: Tensor | None,
 ) -> None:
-    """Fills ``out`` with the gradient of ``below``, conv(``grad``) + ``skip`` by weights that are turned round already,
-    and ``partials`` [N, tiles, 2, O]; without below, that of a plain map. The padding is of zeros."""
-    relu = below is not None and below.relu
-    _launch(grad, weight, None, skip, below, out, stride, padding, False, relu, partials)
+    """Fills ``out`` with conv(``grad``) + ``skip``, the gradient of ``saved``, and ``partials`` [N, tiles, 2, O].
+
+    ``weight`` is turned already. Without ``saved`` it is the gradient of a plain map. The padding is of zeros.
+    """
+    destination = Destination(out, partials, saved)
+    activation = RELU if destination.saved_relu else None
+    _launch(grad, weight, None, destination, stride, padding, Epilogue(None, activation, skip))
 
 
 def _launch(
     x: Deferred,
     weight: Tensor,
     bias: Tensor | None,
-    skip: Tensor | None,
-    saved: Deferred | None,
-    out: Tensor,
+    destination: Destination,
     stride: int,
-    padding: tuple[int, int, int, int],
-    reflect: bool,
-    relu: bool,
-    partials: Tensor | None,
+    padding: Padding,
+    epilogue: Epilogue,
 ) -> None:
+    out, skip = destination.out, epilogue.skip
     images, channels_in, height, width = x.x.shape
     _, channels_out, out_height, out_width = out.shape
     kernel = weight.shape[-1]
     tile = _tile(x, out.shape)
     x_desc = weight_desc = None
-    if stride == 1 and not reflect and x.coefficients is None and descriptors_fit(x.x, weight):
+    if stride == 1 and not padding.reflects and x.coefficients is None and descriptors_fit(x.x, weight):
         strides = (height * width * channels_in, width * channels_in, channels_in, 1)
         block = [1, tile.height, tile.width, tile.channels_in]
         x_desc = TensorDescriptor(x.x, [images, height, width, channels_in], strides, block)
@@ -300,26 +297,25 @@ def _launch(
         None if x_desc else weight,
         bias,
         skip,
-        None if saved is None else saved.x,
-        None if saved is None else saved.coefficients,
+        *destination.saved_arguments,
         out,
-        partials,
+        destination.partials,
         stride_of(x.coefficients),
-        0 if saved is None else stride_of(saved.coefficients),
+        destination.saved_stride,
         height,
         width,
         out_height,
         out_width,
-        padding[0],
-        padding[2],
+        padding.sides[0],
+        padding.sides[2],
         *skip_strides,
         CHANNELS_IN=channels_in,
         CHANNELS_OUT=channels_out,
         KERNEL=kernel,
         STRIDE=stride,
-        REFLECT=reflect,
+        REFLECT=padding.reflects,
         X_RELU=x.relu,
-        RELU=relu,
+        RELU=epilogue.activation is not None,
         **tile.constants,
         **tile.options,
     )

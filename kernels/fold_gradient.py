@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastperc.kernels.configs import Variant
 from fastperc.kernels.deferred import store_gradient
 from fastperc.kernels.instance_norm import block_of, place
-from torch import Tensor
-
 from fastperc.types import Deferred, stride_of
 
 BLOCK = 4096  # elements to a program

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from fastperc.kernels.configs import Variant
 from torch import Tensor
+
+from fastperc.kernels.configs import Variant
 
 BLOCK_PIXELS_FWD = 64
 BLOCK_PIXELS_BWD = 128

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastperc.kernels.configs import Variant
 from fastperc.kernels.conv_bn_relu import store_partials
 from fastperc.kernels.deferred import GRADIENT_ROWS, NORM_ROWS, coefficient
-from torch import Tensor
-
 from fastperc.types import stride_of
 
 BLOCK = 8192  # elements to a program of the passes over memory

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastperc.kernels.configs import Variant, channel_step
 from fastperc.kernels.conv_bn_relu import mirrored
 from fastperc.kernels.deferred import load_deferred
-from torch import Tensor
-
-from fastperc.types import Deferred, stride_of
+from fastperc.types import Deferred, Padding, stride_of
 
 ROWS = tl.constexpr(4)  # of the output that share a row of the product
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2²³: added and taken off, it rounds to the nearest, ties to even
@@ -133,18 +133,18 @@ def rgb_conv_head_fwd(
     packed: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    padding: tuple[int, int, int, int],
-    padding_mode: str,
+    padding: Padding,
     output: str | None,
 ) -> None:
     """Fills ``out`` [N, 3, H', W'], of any strides, with the picture that conv(``x``) + ``bias`` is.
 
     ``x`` [N, C, H, W] has its channels innermost; ``packed`` is what :func:`pack` makes, in its dtype; ``padding``
-    is (left, right, top, bottom); ``output`` ``"tanh"``, ``"linear"`` or ``None``, for the convolution's own values.
+    of zeros or reflected; ``output`` ``"tanh"``, ``"linear"`` or ``None``, for the convolution's own values.
     """
     images, channels, height, width = x.x.shape
     _, _, out_height, out_width = out.shape
-    kernel = height + padding[2] + padding[3] - out_height + 1
+    left, _, top, bottom = padding.sides
+    kernel = height + top + bottom - out_height + 1
     tile = _tile(x.x.element_size(), channels, x.coefficients is not None)
     programs = triton.cdiv(out_height, ROWS.value) * triton.cdiv(out_width, tile["BLOCK_P"] - kernel + 1)
     rgb_conv_head_kernel[(images * programs,)](
@@ -159,12 +159,12 @@ def rgb_conv_head_fwd(
         width,
         out_height,
         out_width,
-        padding[0],
-        padding[2],
+        left,
+        top,
         *out.stride(),
         CHANNELS=channels,
         KERNEL=kernel,
-        REFLECT=padding_mode == "reflect",
+        REFLECT=padding.mode == "reflect",
         X_RELU=x.relu,
         OUTPUT=output,
         COLUMNS=_columns(kernel),

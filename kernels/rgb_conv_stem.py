@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fastperc.kernels.configs import PROGRAMS, Variant
-from fastperc.kernels.conv_bn_relu import store_output
 from torch import Tensor
 
-from fastperc.types import Deferred, stride_of
+from fastperc.kernels.configs import PROGRAMS, Variant
+from fastperc.kernels.conv_bn_relu import store_output
+from fastperc.types import Deferred, Destination, Padding
 
 PIXELS = tl.constexpr(4)  # that share a row of the product
 STEP, STAGES = 32, 4  # numbers of a sum at a time
@@ -185,15 +185,16 @@ def rgb_conv_stem_tiles(out: Tensor) -> int:
 def rgb_prepare(
     image: Tensor,
     window: Sequence[int],
-    padding: tuple[int, int, int, int],
-    padding_mode: str,
-    scale: float,
-    shift: float,
+    padding: Padding,
+    input_range: tuple[float, float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """What the stem's kernel takes: the ``window`` of ``image`` [N, 3, H, W] · scale + shift, padded; and zeros to the
-    right of it, to whole groups of pixels and aligned rows: [N, rows, columns, 3]."""
-    left, right, top, bottom = padding
+    """The stem kernel's input [N, rows, columns, 3]: the ``window`` of ``image`` [N, 3, H, W], padded.
+
+    Pixels are multiplied by the first number of ``input_range``, plus the second. On the right follow zeros, up to whole
+    groups of pixels and aligned rows.
+    """
+    left, right, top, bottom = padding.sides
     rows = window[2] + top + bottom
     columns = 16 * triton.cdiv(window[3] + left + right + PIXELS.value, 16)
     x = torch.empty(len(image), rows, columns, 3, dtype=dtype, device=image.device)
@@ -207,9 +208,8 @@ def rgb_prepare(
         top,
         rows,
         columns,
-        scale,
-        shift,
-        REFLECT=padding_mode == "reflect",
+        *input_range,
+        REFLECT=padding.mode == "reflect",
         BLOCK=PREPARE_BLOCK,
         **PREPARE_OPTIONS,
     )
@@ -221,26 +221,29 @@ def rgb_conv_stem_fwd(
 ) -> None:
     """Fills ``out`` [N, O, H', W'], channels innermost, with relu(conv(``x``) + ``bias``), and ``partials``
     [N, tiles, 3, O]; ``x`` is what :func:`rgb_prepare` makes, ``packed`` what :func:`pack` does, all in one dtype."""
-    _launch(x, packed, bias, None, out, relu, partials)
+    _launch(x, packed, bias, Destination(out, partials), relu)
 
 
 def rgb_conv_head_bwd(
-    grad: Tensor, packed: Tensor, below: Deferred | None, out: Tensor, partials: Tensor | None
+    grad: Tensor, packed: Tensor, saved: Deferred | None, out: Tensor, partials: Tensor | None
 ) -> None:
-    """Fills ``out`` with the gradient of ``below``, the input of a convolution to three channels whose output's
-    gradient ``grad`` is, prepared, and ``partials`` [N, tiles, 2, O]; without below, that of a plain map."""
-    _launch(grad, packed, None, below, out, below is not None and below.relu, partials)
+    """Fills ``out`` with the gradient of ``saved``, and ``partials`` [N, tiles, 2, O].
+
+    ``saved`` is the input of a convolution to three channels, ``grad`` the prepared gradient of its output. Without
+    ``saved`` it is the gradient of a plain map.
+    """
+    destination = Destination(out, partials, saved)
+    _launch(grad, packed, None, destination, destination.saved_relu)
 
 
 def _launch(
     x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
-    saved: Deferred | None,
-    out: Tensor,
+    destination: Destination,
     relu: bool,
-    partials: Tensor | None,
 ) -> None:
+    out = destination.out
     images, channels_out, height, width = out.shape
     _, rows, columns, _ = x.shape
     kernel = rows - height + 1
@@ -250,11 +253,10 @@ def _launch(
         x,
         packed,
         bias,
-        None if saved is None else saved.x,
-        None if saved is None else saved.coefficients,
+        *destination.saved_arguments,
         out,
-        partials,
-        0 if saved is None else stride_of(saved.coefficients),
+        destination.partials,
+        destination.saved_stride,
         height,
         width,
         3 * columns,

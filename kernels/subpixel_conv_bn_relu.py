@@ -19,16 +19,17 @@ borders on the padded map, a pixel further out.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastperc.kernels.configs import PROGRAMS, ConvTile, Variant, channel_step
 from fastperc.kernels.conv_bn_relu import store_output
 from fastperc.kernels.deferred import load_deferred
-from torch import Tensor
-
-from fastperc.types import Deferred, stride_of
+from fastperc.types import Deferred, Destination, stride_of
 
 TAPS = {  # how much of which weight [k] a pixel of the patch [2] has for a phase [2]
     "transposed": [[[0, 1, 0], [0, 0, 1]], [[0, 0, 0], [1, 0, 0]]],
@@ -189,62 +190,68 @@ def subpixel_conv_bn_relu_fwd(
 
     ``x`` and ``out`` have their channels innermost; ``packed`` is what :func:`pack` makes, in their dtype.
     """
-    _launch(x, packed, bias, None, out, upsample, int(upsample == "nearest"), padding_mode == "reflect", relu, partials)
+    nearest = upsample == "nearest"
+    phases = Phases(nearest, int(nearest), padding_mode == "reflect")
+    _launch(x, packed, bias, Destination(out, partials), phases, relu)
 
 
 def strided_conv_bwd(
-    grad: Deferred, packed: Tensor, below: Deferred | None, out: Tensor, beyond: int, partials: Tensor | None
+    grad: Deferred, packed: Tensor, saved: Deferred | None, out: Tensor, border: int, partials: Tensor | None
 ) -> None:
-    """Fills ``out`` [N, O, H', W'] with the gradient of ``below``, the input of a 3×3 convolution of stride 2 and
-    padding 1 whose output's gradient is ``grad``, and ``partials`` [N, tiles, 2, O]; without below, that of a plain
-    map, of which it has ``beyond``, 0 or 1, more pixels on each side.
+    """Fills ``out`` [N, O, H', W'] with the gradient of ``saved``, and ``partials`` [N, tiles, 2, O].
 
-    ``packed`` is what :func:`pack` makes of the convolution's weight, taken as a transposed one's.
+    ``saved`` is the input of a 3×3 convolution of stride 2 and padding 1, ``grad`` the gradient of its output. Without
+    ``saved`` it is the gradient of a plain map with a border of 0 or 1 more pixels on each side.
+    ``packed`` is what :func:`pack` gives of the convolution's weight, taken as a transposed one's.
     """
-    relu = below is not None and below.relu
-    _launch(grad, packed, None, below, out, "transposed", beyond, False, relu, partials)
+    destination = Destination(out, partials, saved)
+    _launch(grad, packed, None, destination, Phases(False, border, False), destination.saved_relu)
+
+
+class Phases(NamedTuple):
+    """How each pixel of the input becomes four of the output."""
+
+    nearest: bool  # by nearest-neighbour upsampling and a convolution, rather than a transposed one
+    back: int  # pixels of the input before the first that an output pixel reads
+    reflect: bool
 
 
 def _launch(
     x: Deferred,
     packed: Tensor,
     bias: Tensor | None,
-    saved: Deferred | None,
-    out: Tensor,
-    upsample: str,
-    back: int,
-    reflect: bool,
+    destination: Destination,
+    phases: Phases,
     relu: bool,
-    partials: Tensor | None,
 ) -> None:
+    out = destination.out
     images, channels_in, height, width = x.x.shape
     _, channels_out, out_height, out_width = out.shape
-    tile, phases = _tile_of(x, out)
-    programs = images * _tiles(x, out, back) * triton.cdiv(channels_out, tile.channels_out)
+    tile, at_once = _tile_of(x, out)
+    programs = images * _tiles(x, out, phases.back) * triton.cdiv(channels_out, tile.channels_out)
     subpixel_conv_bn_relu_kernel[(programs,)](
         x.x,
         x.other,
         x.coefficients,
         packed,
         bias,
-        None if saved is None else saved.x,
-        None if saved is None else saved.coefficients,
+        *destination.saved_arguments,
         out,
-        partials,
+        destination.partials,
         stride_of(x.coefficients),
-        0 if saved is None else stride_of(saved.coefficients),
+        destination.saved_stride,
         height,
         width,
         out_height,
         out_width,
         CHANNELS_IN=channels_in,
         CHANNELS_OUT=channels_out,
-        NEAREST=upsample == "nearest",
-        BACK=back,
-        REFLECT=reflect,
+        NEAREST=phases.nearest,
+        BACK=phases.back,
+        REFLECT=phases.reflect,
         X_RELU=x.relu,
         RELU=relu,
-        PHASES=phases,
+        PHASES=at_once,
         **tile.constants,
         **tile.options,
     )

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastperc.kernels.configs import Variant
 from fastperc.kernels.gram_loss import times_delta
-from torch import Tensor
 
 BLOCK = 4096  # elements to a program of the passes over memory
 BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_K = 128, 64, 64  # of tap_bwd

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastperc.kernels.configs import Variant
 from fastperc.kernels.conv_bn_relu import mirrored
 from fastperc.kernels.deferred import load_deferred
-from torch import Tensor
-
 from fastperc.types import Deferred, stride_of
 
 PROGRAMS = 264  # to aim at: two to each multiprocessor of the largest GPUs

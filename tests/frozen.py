@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastperc import use_backend
 from fastperc.ops import onednn
-from fastperc.types import InstanceNorm
+from fastperc.types import Epilogue, InstanceNorm
 
 
 def runs(native: Callable[[torch.Tensor], str | None]) -> list[Any]:
@@ -34,11 +34,13 @@ def runs(native: Callable[[torch.Tensor], str | None]) -> list[Any]:
     ]
 
 
-FROZEN_RUNS = runs(onednn.unsupported)
+FROZEN_RUNS = runs(onednn.why_not)
 
 
 def widened(value: Any) -> Any:
-    """``value`` in float64 if it is a floating-point tensor or a norm of such."""
+    """``value`` in float64 if it is a floating-point tensor, a norm or an epilogue of such."""
+    if isinstance(value, Epilogue):
+        return value._replace(norm=widened(value.norm), skip=widened(value.skip))
     if isinstance(value, InstanceNorm):
         return InstanceNorm(value.weight.double(), value.bias.double(), value.eps)
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

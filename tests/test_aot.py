@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+
 from fastperc.kernels import aot
 from fastperc.kernels.aot import Row, faults_of, plain_name
 

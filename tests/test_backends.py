@@ -2,33 +2,105 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastperc import _native, backends, ops, use_backend
+from fastperc.backends import Implementation, Operation, use_implementation
 
 
-def test_the_first_without_an_obstacle_is_chosen():
-    assert backends.choose("op", native=None, triton=None) == "native"
-    assert backends.choose("op", native="too small", triton=None) == "triton"
-    assert backends.choose("op", native="too small") == "reference"
+def operation(**reasons):
+    """An operation "op": an implementation for each backend with the reason why it cannot serve, and plain PyTorch."""
+    implementations = [
+        Implementation(backend, lambda x, backend=backend: backend, lambda x, reason=reason: reason)
+        for backend, reason in reasons.items()
+    ]
+    return Operation("op", "Op", (*implementations, Implementation("reference", lambda x: "reference")))
+
+
+X = torch.empty(1, 3, 8, 8)
+
+
+def test_the_first_that_can_serve_is_chosen():
+    assert operation(native=None, triton=None)(X) == "native"
+    assert operation(native="too small", triton=None)(X) == "triton"
+    assert operation(native="too small")(X) == "reference"
+
+
+def test_one_that_is_expected_to_be_slow_is_chosen_only_where_it_is_asked_for():
+    slow = Implementation("native", lambda x: "slow", why_slow=lambda x: "few pixels", label="winograd")
+    fast = Implementation("native", lambda x: "fast", label="library")
+    plain = Implementation("reference", lambda x: "reference")
+    assert Operation("op", "Op", (slow, fast, plain))(X) == "fast"
+    assert Operation("op", "Op", (slow, plain))(X) == "reference"
+    with use_backend("native"):
+        assert Operation("op", "Op", (slow, fast, plain))(X) == "fast"
+        assert Operation("op", "Op", (slow, plain))(X) == "slow"
+    with backends.recorded() as choices:
+        Operation("op", "Op", (slow, fast, plain))(X)
+    assert choices == [("", "op", "library", "not winograd: few pixels")]
 
 
 def test_a_forced_backend_serves_or_says_why_not():
     with use_backend("reference"):
-        assert backends.choose("op", native=None) == "reference"
+        assert operation(native=None)(X) == "reference"
     with use_backend("native"):
-        assert backends.choose("op", native=None, triton=None) == "native"
+        assert operation(native=None, triton=None)(X) == "native"
         with pytest.raises(RuntimeError, match="op cannot run on the native backend: too small"):
-            backends.choose("op", native="too small", triton=None)
+            operation(native="too small", triton=None)(X)
     with use_backend("triton"), pytest.raises(backends.CannotServe, match="tv_loss cannot run on the triton backend"):
         ops.tv_loss(torch.rand(1, 3, 8, 8))
+
+
+def test_what_is_made_of_other_operations_serves_every_backend_that_it_has_no_kernel_of():
+    composed = Implementation(None, lambda x: "composed")
+    triton = Implementation("triton", lambda x: "triton", lambda x: "no GPU")
+    for backend in ("native", "reference"):
+        with use_backend(backend):
+            assert Operation("op", "Op", (triton, composed))(X) == "composed"
+    with (
+        use_backend("triton"),
+        pytest.raises(backends.CannotServe, match="op cannot run on the triton backend: no GPU"),
+    ):
+        Operation("op", "Op", (triton, composed))(X)
+
+
+def test_one_implementation_can_be_asked_for_by_name():
+    op = operation(native=None, triton="no GPU")
+    with use_implementation("op", "reference"):
+        assert op(X) == "reference"
+        with use_implementation("op", "native"):
+            assert op(X) == "native"
+        assert op(X) == "reference"
+    with use_implementation("another", "reference"):
+        assert op(X) == "native"
+    with use_implementation("op", "triton"), pytest.raises(backends.CannotServe, match="no GPU"):
+        op(X)
 
 
 def test_the_choice_ends_with_the_block_even_after_an_error():
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
         raise ZeroDivisionError
-    assert backends.choose("op", native=None) == "native"
+    assert operation(native=None)(X) == "native"
+
+
+@pytest.mark.parametrize("name", ops.OPERATIONS)
+def test_every_operation_has_a_record_that_works(name):
+    """Its last implementation serves every call, its sources exist, and its tuning cases are calls of it."""
+    record = ops.OPERATIONS[name]
+    assert record.name == name and record.title
+    last = record.implementations[-1]
+    assert last.backend in (None, "reference")
+    root = Path(__file__).resolve().parent.parent
+    assert all(any(root.glob(source)) for source in record.sources), record.sources
+    (shapes, *_) = record.tuning_cases.shapes(1, 16)
+    tensors = [torch.rand(shape).requires_grad_(not record.frozen) for shape in shapes]
+    call = record.tuning_cases.call(*tensors)
+    assert last.why_not(*call) is None
+    assert [x.shape for x in record.measured_by(*call)] == [x.shape for x in tensors]
+    record(*call)
 
 
 def test_unknown_backend_is_refused():
@@ -51,33 +123,33 @@ def test_triton_serves_gpu_tensors_of_its_dtypes(monkeypatch):
     monkeypatch.setattr(backends, "_has_triton", True)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(1, device="cuda")
-        assert backends.triton_unsupported(x) is None or torch.version.hip
-        assert "float64" in str(backends.triton_unsupported(x.double()))
-    assert "cpu" in str(backends.triton_unsupported(torch.rand(1)))
+        assert backends.why_not_triton(x) is None or torch.version.hip
+        assert "float64" in str(backends.why_not_triton(x.double()))
+    assert "cpu" in str(backends.why_not_triton(torch.rand(1)))
     with use_backend("triton"):
-        assert "cpu" in str(backends.triton_unsupported(torch.rand(1)))
+        assert "cpu" in str(backends.why_not_triton(torch.rand(1)))
     monkeypatch.setattr(backends, "_has_triton", False)
-    assert "not installed" in str(backends.triton_unsupported(x))
+    assert "not installed" in str(backends.why_not_triton(x))
 
 
 def test_the_interpreter_serves_only_where_triton_is_asked_for(monkeypatch):
     monkeypatch.setattr(backends, "_has_triton", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "interpreted" in str(backends.triton_unsupported(torch.rand(1)))
+    assert "interpreted" in str(backends.why_not_triton(torch.rand(1)))
     with use_backend("triton"):
-        assert backends.triton_unsupported(torch.rand(1)) is None
-        assert "float64" in str(backends.triton_unsupported(torch.rand(1).double()))
+        assert backends.why_not_triton(torch.rand(1)) is None
+        assert "float64" in str(backends.why_not_triton(torch.rand(1).double()))
     with use_backend("native"):
-        assert "interpreted" in str(backends.triton_unsupported(torch.rand(1)))
+        assert "interpreted" in str(backends.why_not_triton(torch.rand(1)))
 
 
 @pytest.mark.parametrize(
     ("capability", "why_not"),
-    [((8, 0), None), ((9, 0), None), ((10, 0), None), ((8, 6), "sm_80, and this is sm_86"), ((12, 0), "sm_120")],
+    [((8, 0), None), ((9, 0), None), ((10, 0), None), ((8, 6), "sm_80; this is sm_86"), ((12, 0), "sm_120")],
     ids=str,
 )
 def test_a_gpu_with_little_shared_memory_gets_no_triton_kernel(monkeypatch, capability, why_not):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    told = backends._gpu_unsupported.__wrapped__(torch.device("cuda"))
+    told = backends._why_not_gpu.__wrapped__(torch.device("cuda"))
     assert told is None if why_not is None else why_not in told

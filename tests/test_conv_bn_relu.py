@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from unittest.mock import Mock
-
 import pytest
 import torch
 from cases import DEVICES, GPU, error
 from frozen import FROZEN_RUNS, check, features, filters, instance_norm
 
-from fastperc import _native, ops, reference, use_backend
+from fastperc import _native, backends, ops, reference, use_backend
 from fastperc.ops.conv3x3 import FEWEST_LANES
+from fastperc.types import RELU, Activation, Epilogue, Padding
 
 ONES, NONE, UNEVEN = (1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 2, 1)
 
@@ -46,105 +45,93 @@ def arguments(case, device, dtype):
     n, c_in, c_out, height, width, kernel, stride, padding, mode, follows = CASES[case]
     x = features(n, c_in, height, width, device=device, dtype=dtype)
     weight, bias = filters(c_out, c_in, kernel, kernel, device=device, dtype=dtype)
-    options = dict(relu="relu" in follows)
-    if "norm" in follows:
-        options["norm"] = instance_norm(c_out, device)
+    padding, skip = Padding(padding, mode), None
     if "skip" in follows:
-        shape = reference.conv_bn_relu(x.float(), weight, bias, stride, padding, mode).shape
+        shape = reference.conv_bn_relu(x.float(), weight, bias, stride, padding).shape
         margin = 2 if "cropped" in follows else 0
         skip = features(n, c_out, shape[2] + 2 * margin, shape[3] + 2 * margin, device=device, dtype=dtype)
-        options["skip"] = skip[:, :, margin : margin + shape[2], margin : margin + shape[3]]
-    return (x, weight, bias, stride, padding, mode), options
+        skip = skip[:, :, margin : margin + shape[2], margin : margin + shape[3]]
+    norm = instance_norm(c_out, device) if "norm" in follows else None
+    return x, weight, bias, stride, padding, Epilogue(norm, RELU if "relu" in follows else None, skip)
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
 def test_matches_the_formula(device, backend, dtype, case):
-    positional, options = arguments(case, device, dtype)
-    check(backend, ops.conv_bn_relu, *positional, **options)
+    check(backend, ops.conv_bn_relu, *arguments(case, device, dtype))
 
 
 BY_WINOGRAD = pytest.mark.skipif(_native.winograd_lanes() < FEWEST_LANES, reason="Winograd wants AVX2 to be faster")
 
 
-@pytest.fixture
-def convolve(monkeypatch):
-    mock = Mock(wraps=_native.winograd_conv)
-    monkeypatch.setattr(_native, "winograd_conv", mock)
-    return mock
+def implementation_of(case):
+    with backends.recorded() as choices:
+        ops.conv_bn_relu(*arguments(case, "cpu", torch.float32))
+    return choices[0].implementation
 
 
 @BY_WINOGRAD
 @pytest.mark.parametrize("case", WINOGRAD_CASES)
-def test_float32_goes_by_winograd_on_a_cpu(convolve, case):
-    positional, options = arguments(case, "cpu", torch.float32)
-    with use_backend("native"):
-        ops.conv_bn_relu(*positional, **options)
-        assert convolve.call_count == 1
-        positional, options = arguments("B1-I32-O32-H8-W15-few-pixels", "cpu", torch.float32)
-        ops.conv_bn_relu(*positional, **options)
-    assert convolve.call_count == 1
+def test_float32_uses_winograd_on_a_cpu(case):
+    assert implementation_of(case) == "winograd"
+    assert implementation_of("B1-I32-O32-H8-W15-few-pixels") == "onednn"
 
 
 @BY_WINOGRAD
 def test_winograd_takes_a_skip_in_any_layout_of_the_right_shape():
-    (x, *rest), options = arguments("B2-I32-O32-H9-W14-skip", "cpu", torch.float32)
-    skip = options["skip"]
+    *call, epilogue = arguments("B2-I32-O32-H9-W14-skip", "cpu", torch.float32)
+    skip = epilogue.skip
     with use_backend("native"):
-        expected = ops.conv_bn_relu(x, *rest, **options)
-        assert torch.equal(ops.conv_bn_relu(x, *rest, relu=False, skip=skip.contiguous()), expected)
+        expected = ops.conv_bn_relu(*call, epilogue)
+        assert torch.equal(ops.conv_bn_relu(*call, epilogue._replace(skip=skip.contiguous())), expected)
         for wrong in (skip[:, :, 1:], skip[:, :16], skip[:1], skip.double()):
             with pytest.raises(ValueError, match=r"expected a skip of \[2, 32, 9, 14\] in float32, got \["):
-                ops.conv_bn_relu(x, *rest, skip=wrong)
+                ops.conv_bn_relu(*call, epilogue._replace(skip=wrong))
 
 
 @BY_WINOGRAD
-def test_winograd_weights_follow_the_weight(monkeypatch):
-    transform = Mock(wraps=_native.winograd_weights)
-    monkeypatch.setattr(_native, "winograd_weights", transform)
-    (x, weight, bias, *rest), options = arguments("B1-I32-O64-H12-W13-plain", "cpu", torch.float32)
+def test_winograd_weights_follow_the_weight():
+    x, weight, bias, *rest = arguments("B1-I32-O64-H12-W13-plain", "cpu", torch.float32)
     with use_backend("native"):
-        before = ops.conv_bn_relu(x, weight, bias, *rest, **options)
-        assert torch.equal(ops.conv_bn_relu(x, weight, bias, *rest, **options), before)
-        assert transform.call_count == 1
+        before = ops.conv_bn_relu(x, weight, bias, *rest)
+        assert torch.equal(ops.conv_bn_relu(x, weight, bias, *rest), before)
         weight.mul_(2)
         bias.mul_(2)
-        assert torch.equal(ops.conv_bn_relu(x, weight, bias, *rest, **options), 2 * before)
+        assert torch.equal(ops.conv_bn_relu(x, weight, bias, *rest), 2 * before)
 
 
 @pytest.mark.skipif(not GPU, reason="cuDNN is a GPU's")
 @pytest.mark.parametrize("case", [case for case in CASES if case.endswith(("W13", "skip-relu", "stride2"))])
 def test_cudnn_matches_the_formula(case):
-    positional, options = arguments(case, "cuda", torch.bfloat16)
-    check("native", ops.conv_bn_relu, *positional, **options)
+    check("native", ops.conv_bn_relu, *arguments(case, "cuda", torch.bfloat16))
 
 
 @pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
 def test_any_layout_gives_the_same(device, backend, dtype):
-    (x, *rest), options = arguments("B2-I12-O20-H7-W11-skip", device, dtype)
+    x, *rest, epilogue = arguments("B2-I12-O20-H7-W11-skip", device, dtype)
     wider = torch.nn.functional.pad(x, (2, 1, 1, 2))[:, :, 1:-2, 2:-1]
-    skip = options["skip"].contiguous()
     with use_backend(backend):
-        expected = ops.conv_bn_relu(x, *rest, **options)
+        expected = ops.conv_bn_relu(x, *rest, epilogue)
+        contiguous = epilogue._replace(skip=epilogue.skip.contiguous())
         for y in (x.contiguous(), wider):
-            assert torch.equal(ops.conv_bn_relu(y, *rest, relu=False, skip=skip), expected)
+            assert torch.equal(ops.conv_bn_relu(y, *rest, contiguous), expected)
 
 
 def test_packed_weights_follow_the_weight():
     x = features(1, 4, 5, 5, device="cpu", dtype=torch.float32)
     weight, bias = filters(4, 4, 3, 3, device="cpu", dtype=torch.float32)
-    before = ops.conv_bn_relu(x, weight, bias, padding=ONES)
+    before = ops.conv_bn_relu(x, weight, bias, padding=Padding(ONES))
     weight.mul_(2)
     bias.mul_(2)
-    assert error(ops.conv_bn_relu(x, weight, bias, padding=ONES), 2 * before) < 1e-6
+    assert error(ops.conv_bn_relu(x, weight, bias, padding=Padding(ONES)), 2 * before) < 1e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_where_a_gradient_is_wanted_there_is_one(device):
     x = features(1, 4, 5, 5, device=device, dtype=torch.float32)
     weight, bias = (t.requires_grad_() for t in filters(4, 4, 3, 3, device=device, dtype=torch.float32))
-    ops.conv_bn_relu(x, weight, bias, padding=ONES).sum().backward()
+    ops.conv_bn_relu(x, weight, bias, padding=Padding(ONES)).sum().backward()
     assert weight.grad.any() and bias.grad.any()
 
 
@@ -155,9 +142,9 @@ def test_a_gradient_wanted_by_the_norm_alone_is_there_too(device):
     norm = instance_norm(4, device)
     norm.weight.requires_grad_()
     for y in (
-        ops.conv_bn_relu(x, weight, bias, norm=norm),
-        ops.subpixel_conv_bn_relu(x, weight, bias, norm=norm),
-        ops.instance_norm(x, norm),
+        ops.conv_bn_relu(x, weight, bias, epilogue=Epilogue(norm)),
+        ops.subpixel_conv_bn_relu(x, weight, bias, epilogue=Epilogue(norm)),
+        ops.instance_norm(x, Epilogue(norm)),
     ):
         (gradient,) = torch.autograd.grad(y.square().sum(), norm.weight)
         assert gradient.any()
@@ -166,39 +153,51 @@ def test_a_gradient_wanted_by_the_norm_alone_is_there_too(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiles_without_a_graph_break(device):
     torch.compiler.reset()
-    positional, options = arguments("B1-I24-O40-H19-W35-norm-relu", device, torch.float32)
+    call = arguments("B1-I24-O40-H19-W35-norm-relu", device, torch.float32)
     with torch.no_grad():
-        compiled = torch.compile(ops.conv_bn_relu, fullgraph=True, backend="aot_eager")(*positional, **options)
-        assert error(compiled, ops.conv_bn_relu(*positional, **options)) < 1e-5
+        compiled = torch.compile(ops.conv_bn_relu, fullgraph=True, backend="aot_eager")(*call)
+        assert error(compiled, ops.conv_bn_relu(*call)) < 1e-5
 
 
 @pytest.mark.parametrize(("device", "backend", "dtype"), [run for run in FROZEN_RUNS if run.values[1] == "triton"])
 def test_not_finite_stays_visible(device, backend, dtype):
-    (x, *rest), options = arguments("B1-I16-O16-H9-W13", device, dtype)
+    x, *rest = arguments("B1-I16-O16-H9-W13", device, dtype)
     x[0, 3, 4, 5] = float("nan")
     with use_backend(backend):
-        y = ops.conv_bn_relu(x, *rest, **options)
+        y = ops.conv_bn_relu(x, *rest)
     assert y[0, :, 3:6, 4:7].isnan().all() and y[0, :, :2].isfinite().all()
 
 
 @pytest.mark.skipif(not GPU, reason="streams are a GPU's")
 def test_on_the_current_cuda_stream():
-    positional, options = arguments("B1-I24-O40-H19-W35-norm-relu", "cuda", torch.bfloat16)
-    expected = ops.conv_bn_relu(*positional, **options)
+    call = arguments("B1-I24-O40-H19-W35-norm-relu", "cuda", torch.bfloat16)
+    expected = ops.conv_bn_relu(*call)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        y = ops.conv_bn_relu(*positional, **options)
+        y = ops.conv_bn_relu(*call)
     stream.synchronize()
     assert torch.equal(y, expected)
 
 
 def test_an_empty_batch_stays_empty():
     weight, bias = filters(4, 4, 3, 3, device="cpu", dtype=torch.float32)
-    assert ops.conv_bn_relu(torch.rand(0, 4, 5, 6), weight, bias, padding=ONES).shape == (0, 4, 5, 6)
+    assert ops.conv_bn_relu(torch.rand(0, 4, 5, 6), weight, bias, padding=Padding(ONES)).shape == (0, 4, 5, 6)
 
 
 def test_refuses_what_does_not_fit():
     weight, bias = filters(4, 4, 3, 3, device="cpu", dtype=torch.float32)
     with pytest.raises(ValueError, match=r"\[N, I, H, W\].*got \[1, 3, 5, 6\]"):
         ops.conv_bn_relu(torch.rand(1, 3, 5, 6), weight, bias)
+
+
+def test_an_activation_without_a_kernel_is_computed_by_plain_pytorch():
+    x = features(1, 4, 5, 5, device="cpu", dtype=torch.float32)
+    weight, bias = filters(4, 4, 3, 3, device="cpu", dtype=torch.float32)
+    epilogue = Epilogue(activation=Activation("leaky_relu", 0.2))
+    expected = torch.nn.functional.leaky_relu(torch.nn.functional.conv2d(x, weight, bias), 0.2)
+    assert error(ops.conv_bn_relu(x, weight, bias, epilogue=epilogue), expected) < 1e-6
+    with use_backend("native"), pytest.raises(backends.CannotServe, match="no kernel for the activation leaky_relu"):
+        ops.conv_bn_relu(x, weight, bias, epilogue=epilogue)
+    with pytest.raises(ValueError, match="activation must be 'relu' or 'leaky_relu', got 'swish'"):
+        ops.conv_bn_relu(x, weight, bias, epilogue=Epilogue(activation=Activation("swish")))

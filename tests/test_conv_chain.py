@@ -12,6 +12,7 @@ from torch import nn
 from fastperc import SuperResolutionNet, TransformNet, backends, ops, use_backend
 from fastperc.models.common import in_a_row
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
+from fastperc.ops.conv_chain import why_not_triton
 from fastperc.presets import PRESETS
 
 DEVICE = "cuda" if GPU else "cpu"  # where Triton's interpreter stands in
@@ -230,7 +231,7 @@ def test_little_is_kept_for_the_backward_on_triton():
 def chosen(net, x):
     with backends.recorded() as choices:
         net(x)
-    return [choice.backend for choice in choices if choice.operation == "conv_chain"]
+    return [choice.implementation for choice in choices if choice.operation == "conv_chain"]
 
 
 CAUSES = {
@@ -253,11 +254,11 @@ def test_the_rest_is_not_triton_s(cause, monkeypatch):
     layers = [layer for part in net.parts for layer in part.layers()]
     with use_backend("triton"):
         if cause != "float64":
-            assert ops.conv_chain_unsupported(x, layers) is None
+            assert why_not_triton(x, layers) is None
         CAUSES[cause](net)
         net.to(DEVICE)
         layers = [layer for part in net.parts for layer in part.layers()]
-        assert ops.conv_chain_unsupported(x, layers)
+        assert why_not_triton(x, layers)
         with pytest.raises(backends.CannotServe, match="conv_chain cannot run on the triton backend"):
             ops.conv_chain(x, layers)
     assert net(x).shape == (2, 8, 6, 7)

@@ -6,13 +6,16 @@ import json
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastperc import TVLoss, backends, dispatch, ops, use_backend
+from fastperc.backends import Implementation, Operation, TuningCases
 from fastperc.dispatch import Key
+from fastperc.ops import OPERATIONS
 from fastperc.tools import tuning
 
 CPU = torch.device("cpu")
@@ -23,11 +26,19 @@ def key(*shapes, grad=False, dtype="float32", layout="NCHW"):
     return Key("op", dtype, layout, grad, shapes or (IMAGE,))
 
 
-def chosen(*shapes, **obstacles):
-    """What would run on tensors of ``shapes``; by rule of thumb the native backend."""
-    return backends.choose(
-        "op", *(torch.empty(shape) for shape in shapes or (IMAGE,)), **(obstacles or {"native": None})
-    )
+def operation(**reasons):
+    """An operation "op" of some tensors: an implementation for each backend, and plain PyTorch."""
+    implementations = [
+        Implementation(backend, lambda *xs, backend=backend: backend, lambda *xs, reason=reason: reason)
+        for backend, reason in reasons.items()
+    ]
+    plain = Implementation("reference", lambda *xs: "reference")
+    return Operation("op", "Op", (*implementations, plain), measured_by=lambda *xs: xs)
+
+
+def chosen(*shapes, **reasons):
+    """What runs on tensors of ``shapes``; by rule of thumb the native backend."""
+    return operation(**(reasons or {"native": None}))(*(torch.empty(shape) for shape in shapes or (IMAGE,)))
 
 
 def measured(*fastest_first):
@@ -51,7 +62,7 @@ def test_the_fastest_measured_wins():
     assert chosen(native=None, triton=None) == "triton"
 
 
-def test_an_obstacle_excludes_the_fastest():
+def test_the_fastest_is_passed_over_where_it_cannot_serve():
     dispatch.save(CPU, {key(): measured("triton", "reference", "native")})
     assert chosen(native=None, triton="broken") == "reference"
     dispatch.save(CPU, {key(): measured("native", "triton", "reference")})
@@ -97,18 +108,17 @@ def test_a_measurement_holds_for_nothing_else(other):
     assert dispatch.table(CPU).nearest(other) == {}
 
 
-@pytest.mark.parametrize("name", tuning.OPERATIONS)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_ask_for_what_is_tuned(name, monkeypatch):
-    """The key that an operation looks up is the one that its cases were measured under."""
-    if name == "conv_chain":
-        pytest.skip("it looks up nothing where only plain PyTorch can serve, as on a CPU")
+    """The key that an operation looks up is the one that its cases are measured under."""
     dispatch.save(CPU, {key(): measured("native", "reference")})
     asked = []
     monkeypatch.setattr(dispatch, "_measured", lambda device, key: asked.append(key) or ())
+    operation = OPERATIONS[name]
     for case in tuning.cases(batch=2, size=16):
         if case.operation == name:
-            tuning.OPERATIONS[name].prepare(*tuning.tensors_of(case, CPU))()
-            assert [key for key in asked if key.operation == name] == [case]
+            operation(*operation.tuning_cases.call(*tuning.tensors_of(case, CPU)))
+            assert {key for key in asked if key.operation == name} == {case}
             asked.clear()
 
 
@@ -118,7 +128,7 @@ def test_under_autocast_the_loss_network_is_looked_up_in_the_dtype_it_computes_i
     monkeypatch.setattr(dispatch, "_measured", lambda device, key: asked.append(key) or ())
     case = next(case for case in tuning.cases(1, 16) if case.operation == "vgg_loss" and case.dtype == "float32")
     with torch.autocast("cpu", torch.bfloat16):
-        tuning.OPERATIONS["vgg_loss"].prepare(*tuning.tensors_of(case, CPU))()
+        ops.vgg_loss(*OPERATIONS["vgg_loss"].tuning_cases.call(*tuning.tensors_of(case, CPU)))
     assert [key.dtype for key in asked if key.operation == "vgg_loss"] == ["bfloat16"]
 
 
@@ -138,8 +148,11 @@ def test_threads_read_one_table(monkeypatch):
 # Compiled graphs
 
 
+OP = Operation("op", "Op", (Implementation("native", lambda x: x + 1), Implementation("reference", lambda x: x)))
+
+
 def one_if_native(x):
-    return x + 1 if backends.choose("op", x, native=None) == "native" else x
+    return OP(x)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -292,18 +305,25 @@ def fake_operation(monkeypatch):
     """An operation whose native backend takes 3 ms and whose Triton kernel is for GPUs; returns the turns taken."""
     turns = []
 
-    def run(x):
-        backend = backends.choose("op", x, triton=backends.triton_unsupported(x), native=None)
-        turns.append(backend)
-        time.sleep(0.003 if backend == "native" else 0)
-        return x.sum()
+    def implementation(backend, seconds, why_not=backends.never):
+        def run(x):
+            turns.append(backend)
+            time.sleep(seconds)
+            return x.sum()
 
-    operation = tuning.Operation(lambda batch, size: [((batch, 3, size, size),)], lambda x: lambda: run(x))
-    monkeypatch.setattr(tuning, "OPERATIONS", {"op": operation})
+        return Implementation(backend, run, why_not)
+
+    implementations = (
+        implementation("triton", 0, backends.why_not_triton),
+        implementation("native", 0.003),
+        implementation("reference", 0),
+    )
+    cases = TuningCases(lambda batch, size: [((batch, 3, size, size),)], lambda x: (x,))
+    monkeypatch.setattr(tuning, "OPERATIONS", {"op": Operation("op", "Op", implementations, cases)})
     return turns
 
 
-def test_measures_every_backend_that_can_serve(fake_operation, monkeypatch):
+def test_measures_every_implementation_that_can_serve(fake_operation, monkeypatch):
     monkeypatch.setattr(tuning, "SECONDS_A_ROUND", 0)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which runs on the CPU, and is no candidate
     for grad in (False, True):
@@ -315,16 +335,11 @@ def test_measures_every_backend_that_can_serve(fake_operation, monkeypatch):
 
 
 def test_where_nothing_can_be_chosen_no_table_is_written(run, fake_operation, monkeypatch):
-    operation = tuning.OPERATIONS["op"]
-    monkeypatch.setitem(tuning.OPERATIONS, "op", operation._replace(prepare=lambda x: lambda: _no_kernel(x)))
+    record = tuning.OPERATIONS["op"]
+    monkeypatch.setitem(tuning.OPERATIONS, "op", replace(record, implementations=record.implementations[-1:]))
     status, out, _ = run("tune", "--device", "cpu", "--size", 16)
     assert (status, out) == (0, "nothing to choose from: plain PyTorch alone runs on cpu\n")
     assert not dispatch.path_of(CPU).exists()
-
-
-def _no_kernel(x):
-    backends.choose("op", x)
-    return x.sum()
 
 
 def test_tune(run, hasty):
@@ -336,15 +351,14 @@ def test_tune(run, hasty):
     assert rows[0].split()[:5] == ["operation", "dtype", "layout", "pass", "shape"]
     table = dispatch.table(CPU)
     assert len(rows) == 1 + len(table.times)
-    assert {key.operation for key in table.times} <= set(tuning.OPERATIONS)
+    assert {key.operation for key in table.times} <= set(OPERATIONS)
 
     x = torch.rand(1, 3, 16, 16)
     by_backend = table.times[Key("tv_loss", "float32", "NCHW", False, ((1, 3, 16, 16),))]
     fastest = min(by_backend, key=by_backend.get)
-    assert next(row for row in rows if row.startswith("tv_loss                float32   NCHW    fwd ")).endswith(
-        f"  {fastest}"
-    )
-    assert backends.choose("tv_loss", x, native=None) == fastest
+    row = next(row for row in rows if row.startswith("tv_loss                float32   NCHW    fwd "))
+    assert row.split()[5] == fastest
+    assert OPERATIONS["tv_loss"].choose(x, "l2", "sum").name == fastest
     assert ops.tv_loss(x) > 0
 
     assert run("tune", "--show", "--device", "cpu").out.splitlines() == [*rows, f"{path}, {table.date}"]

@@ -248,7 +248,7 @@ def test_explain_names_each_layer_its_kernel_and_the_reason():
 
 def test_plain_pytorch_runs_where_there_is_no_onednn(monkeypatch):
     net, x = build("examples"), torch.rand(1, 3, 30, 31)
-    monkeypatch.setattr("fastperc.ops.onednn.unsupported", lambda x: "this PyTorch has no oneDNN")
+    monkeypatch.setattr("fastperc.ops.onednn.why_not", lambda x: "this PyTorch has no oneDNN")
     told = freeze(net).explain(32, 32)
     assert "reference  not triton" in told and "has no oneDNN" in told
     exact, stock = outputs(net, x)

@@ -8,9 +8,10 @@ from cases import error
 from frozen import check, features, instance_norm, runs
 
 from fastperc import ops, use_backend
-from fastperc.ops.frozen import native_unsupported
+from fastperc.ops.common import why_not_cpp
+from fastperc.types import RELU, Epilogue
 
-RUNS = runs(native_unsupported)
+RUNS = runs(why_not_cpp)
 SHAPES = [(1, 16, 9, 13), (3, 70, 5, 7), (2, 3, 1, 9), (1, 128, 33, 40), (1, 5, 130, 70)]
 
 
@@ -22,7 +23,8 @@ def test_matches_the_formula(device, backend, dtype, shape, follows):
     n, c, h, w = shape
     x = features(*shape, device=device, dtype=dtype) * 3 + 5
     skip = features(n, c, h + 4, w + 4, device=device, dtype=dtype)[:, :, 2:-2, 2:-2] if "skip" in follows else None
-    check(backend, ops.instance_norm, x, instance_norm(c, device), "relu" in follows, skip)
+    epilogue = Epilogue(instance_norm(c, device), RELU if "relu" in follows else None, skip)
+    check(backend, ops.instance_norm, x, epilogue)
 
 
 @pytest.mark.parametrize(("device", "backend", "dtype"), RUNS)
@@ -32,7 +34,7 @@ def test_a_mean_far_from_zero_costs_no_digits(device, backend, dtype):
     norm = instance_norm(8, device)
     expected = torch.nn.functional.instance_norm(x.double(), weight=norm.weight.double(), bias=norm.bias.double())
     with use_backend(backend):
-        y = ops.instance_norm(x, norm)
+        y = ops.instance_norm(x, Epilogue(norm, None))
     assert error(y, expected) < {2: 1e-2, 4: 1e-4}[x.element_size()]
 
 
@@ -40,7 +42,7 @@ def test_a_mean_far_from_zero_costs_no_digits(device, backend, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 def test_statistics(shape, dtype):
     x = (torch.randn(shape) * 2 + 3).to(dtype)
-    mean, m2 = ops.channel_statistics(x).unbind(1)
+    mean, m2 = ops.instance_statistics(x).unbind(1)
     assert mean.dtype == m2.dtype == torch.float64
     assert error(mean, x.double().mean((2, 3))) < 1e-6
     expected = (x.double() - x.double().mean((2, 3), keepdim=True)).square().sum((2, 3))

@@ -123,7 +123,7 @@ def test_threads_do_not_change_a_bit():
 def chosen(call):
     with backends.recorded() as choices:
         call()
-    return [choice.backend for choice in choices if choice.operation == "norm_relu"]
+    return [choice.implementation for choice in choices if choice.operation == "norm_relu"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_train_as_their_stock_selves(name, monkeypatch):
-    monkeypatch.setattr(import_module("fastperc.ops.norm_relu"), "SMALL", 0)
+    monkeypatch.setattr(import_module("fastperc.ops.norm_relu"), "FEWEST_ELEMENTS", 0)
     module = MODULES[name]().to(memory_format=torch.channels_last)
     x = features((2, 3, 17, 12))
     results = []
@@ -197,7 +197,7 @@ def test_modules_train_as_their_stock_selves(name, monkeypatch):
                 *(b for b in net.buffers() if b.dtype.is_floating_point),
             ]
         )
-    assert "native" in {choice.backend for choice in choices}
+    assert "native" in {choice.implementation for choice in choices}
     scale = max(one.norm() for one in results[0])
     for stock, ours in zip(*results):  # a bias before a norm has no gradient but rounding
         assert error(ours, stock) < 1e-4 or (ours - stock).norm() < 1e-5 * scale

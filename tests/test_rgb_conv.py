@@ -12,7 +12,7 @@ from frozen import FROZEN_RUNS, features, filters, instance_norm
 from fastperc import backends, ops, reference, use_backend
 from fastperc.modules import RGBConv
 from fastperc.ops.rgb_conv import _Fold
-from fastperc.types import Window
+from fastperc.types import Epilogue, Padding, Window
 
 FOURS = (4, 4, 4, 4)
 ENDS = {"tanh": ((2.0, -1.0), 1.0), "linear": ((255.0, 0.0), 60.0)}  # input range, size of what the head gives
@@ -43,7 +43,7 @@ def test_stem_matches_the_formula(device, backend, dtype, case, output):
     if backend == "native":
         backend = None  # image_io and conv_bn_relu, which choose for themselves
     kind, window, out, kernel, padding, mode, with_norm = STEMS[case]
-    image, (scale, shift) = image_of(kind, device), ENDS[output][0]
+    image, input_range, padding = image_of(kind, device), ENDS[output][0], Padding(padding, mode)
     weight, bias = filters(out, 3, kernel, kernel, device=device, dtype=dtype)
     norm = instance_norm(out, device) if with_norm else None
 
@@ -51,7 +51,7 @@ def test_stem_matches_the_formula(device, backend, dtype, case, output):
         tensors = exactly(weight), exactly(bias)
         given = norm and norm._replace(weight=exactly(norm.weight), bias=exactly(norm.bias))
         with use_backend(backend) if backend else torch.no_grad():
-            return ops.rgb_conv_stem(image, *tensors, window, scale, shift, padding, mode, given, True, dtype)
+            return ops.rgb_conv_stem(image, *tensors, window, input_range, padding, Epilogue(given), dtype)
 
     exact, stock = run("reference", torch.float64, torch.Tensor.double), run("reference", dtype)
     ours = run(backend, dtype)
@@ -88,17 +88,18 @@ def test_head_matches_the_formula(device, backend, dtype, case, output, picture)
     size = ENDS[output][1]
     weight, bias = size * weight, size * bias
     height, width = height + sum(padding[2:]) - kernel + 1, width + sum(padding[:2]) - kernel + 1
+    padding = Padding(padding, mode)
     exact = torch.empty(n, 3, height, width, dtype=torch.float64, device=device)
     ours = PICTURES[picture](n, height, width).to(device)
     with use_backend("reference"):
-        ops.rgb_conv_head(x.double(), weight.double(), bias.double(), padding, mode, output, exact)
+        ops.rgb_conv_head(x.double(), weight.double(), bias.double(), padding, output, exact)
     with use_backend(backend):
-        ops.rgb_conv_head(x, weight, bias, padding, mode, output, ours)
+        ops.rgb_conv_head(x, weight, bias, padding, output, ours)
     if ours.dtype == torch.uint8:
         tolerated = {torch.float32: 0.503, torch.float16: 0.75, torch.bfloat16: 1.5}[dtype]
         assert (ours.double() - exact.clamp(0, 1) * 255).abs().max() <= tolerated
     else:  # what a stock network makes in its own dtype
-        stock = torch.nn.functional.conv2d(reference.pad(x, padding, mode), weight.to(dtype), bias.to(dtype))
+        stock = torch.nn.functional.conv2d(reference.pad(x, padding), weight.to(dtype), bias.to(dtype))
         no_worse(ours, reference.to_image_range(stock, output).to(ours.dtype), exact)
 
 
@@ -108,10 +109,10 @@ def test_head_some_rows_at_a_time(mode, monkeypatch):
     weight, bias = filters(3, 8, 9, 9, device="cpu", dtype=torch.float32)
     pictures = []
     for pixels in (1 << 20, 14 * 5):
-        monkeypatch.setattr(import_module("fastperc.ops.rgb_conv"), "PIXELS_AT_ONCE", pixels)
+        monkeypatch.setattr(import_module("fastperc.ops.rgb_conv_head"), "PIXELS_AT_ONCE", pixels)
         pictures.append(torch.full((2, 3, 23, 14), torch.nan))
         with use_backend("native"):
-            ops.rgb_conv_head(x, weight, bias, FOURS, mode, "tanh", pictures[-1])
+            ops.rgb_conv_head(x, weight, bias, Padding(FOURS, mode), "tanh", pictures[-1])
     assert error(*pictures) < 1e-6
 
 
@@ -124,7 +125,7 @@ def test_head_saturates_and_rounds(device, backend, dtype):
     weight[:, 0] = 1
     out = torch.empty(1, 3, 1, 1021, dtype=torch.uint8, device=device)
     with use_backend(backend):
-        ops.rgb_conv_head(x, weight, torch.zeros(3, device=device), (0, 0, 0, 0), "zeros", "tanh", out)
+        ops.rgb_conv_head(x, weight, torch.zeros(3, device=device), Padding(), "tanh", out)
     expected = reference.to_levels(0.5 + 150 / 255 * x[:, :1].double().tanh())
     assert (out.int() - expected.int()).abs().max() <= 1
     assert out[0, 0, 0, 0] == 0 and out[0, 0, 0, -1] == 255
@@ -139,7 +140,7 @@ def test_large_and_not_finite(backend):
     weight[:, 0] = 1
     out = torch.empty(1, 3, 1, 6, device=device)
     with use_backend(backend):
-        ops.rgb_conv_head(x, weight, torch.zeros(3, device=device), (0, 0, 0, 0), "zeros", "tanh", out)
+        ops.rgb_conv_head(x, weight, torch.zeros(3, device=device), Padding(), "tanh", out)
     assert error(out[0, 0, 0, :5].cpu(), 0.5 + 150 / 255 * torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0])) < 1e-6
     assert out[0, 0, 0, 5].isnan()
 
@@ -151,7 +152,7 @@ def test_refuses_what_does_not_fit():
         (dict(output="sigmoid", out=torch.empty(1, 3, 12, 12)), "among tanh, linear"),
     ):
         with pytest.raises(ValueError, match=told):
-            ops.rgb_conv_head(x, weight, bias, FOURS, "zeros", **kwargs)
+            ops.rgb_conv_head(x, weight, bias, Padding(FOURS), **kwargs)
 
 
 # The head in training
@@ -209,7 +210,7 @@ def test_training_is_a_stock_convolution_by_default():
     x = torch.randn(2, 16, 20, 15)
     with backends.recorded() as choices:
         assert error(net(x), stock(x)) < 1e-6
-    assert [(choice.operation, choice.backend) for choice in choices] == [("rgb_conv", "native")]
+    assert [(choice.operation, choice.implementation) for choice in choices] == [("rgb_conv", "native")]
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 2])

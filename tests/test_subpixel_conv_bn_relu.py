@@ -9,6 +9,7 @@ from frozen import FROZEN_RUNS, check, features, filters, instance_norm
 from torch import nn
 
 from fastperc import ops, reference
+from fastperc.types import NO_EPILOGUE, RELU, Epilogue, Padding
 
 ONES = (1, 1, 1, 1)
 # batch, in, out, height, width, upsample, padding, mode, what follows
@@ -32,7 +33,7 @@ def arguments(case, device, dtype):
     if upsample == "transposed":
         weight = weight.transpose(0, 1).contiguous()
     norm = instance_norm(c_out, device) if "norm" in follows else None
-    return x, weight, bias, upsample, padding, mode, norm, "relu" in follows
+    return x, weight, bias, upsample, Padding(padding, mode), Epilogue(norm, RELU if "relu" in follows else None)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -50,10 +51,10 @@ def test_the_formula_is_that_of_stock_modules(upsample):
     else:
         conv = nn.Conv2d(4, 6, 3, padding=1).double()
         stock = nn.Sequential(nn.Upsample(scale_factor=2), conv)
-    ours = reference.subpixel_conv_bn_relu(x, conv.weight, conv.bias, upsample, relu=False)
+    ours = reference.subpixel_conv_bn_relu(x, conv.weight, conv.bias, upsample, epilogue=NO_EPILOGUE)
     assert error(ours, stock(x)) < 1e-14
     # Without padding, what is made is what the inner pixels become.
-    inner = reference.subpixel_conv_bn_relu(x, conv.weight, conv.bias, upsample, (0, 0, 0, 0), relu=False)
+    inner = reference.subpixel_conv_bn_relu(x, conv.weight, conv.bias, upsample, Padding(), NO_EPILOGUE)
     assert error(inner, stock(x)[:, :, 2:-2, 2:-2]) < 1e-14
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastperc import backends, ops
 from fastperc.models import SuperResolutionNet, TransformNet
 from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
-from fastperc.types import InstanceNorm, Padding, Window
+from fastperc.types import RELU, Activation, Epilogue, InstanceNorm, Padding, Sides, Window
 
 PADDING_MODES = ("zeros", "reflect")
 
@@ -33,7 +33,7 @@ class Step(NamedTuple):
     padding_mode: str = "zeros"
     upsample: str | None = None  # "transposed" or "nearest": doubles the size
     norm: InstanceNorm | None = None
-    relu: bool = True
+    activation: Activation | None = RELU
     skip: bool = False  # whether the input of the step before is added
     end: str | None = None  # "first" or "last" of the network
 
@@ -85,7 +85,7 @@ class Part(NamedTuple):
 
     region: Window  # of its output
     source: Window  # of its input
-    padding: Padding  # what the source lacks
+    padding: Sides  # pixels of padding that the source lacks
 
 
 class Plan(NamedTuple):
@@ -171,15 +171,15 @@ def steps_of(layer: nn.Module, name: str = "") -> Iterator[Step]:
         for child, module in layer.named_children():
             yield from steps_of(module, f"{name}.{child}")
     elif isinstance(layer, ConvBNReLU):
-        yield step(layer.conv, layer.norm, f"{name}.conv", relu=layer.relu)
+        yield step(layer.conv, layer.norm, f"{name}.conv", activation=RELU if layer.relu else None)
     elif isinstance(layer, SubpixelConvBNReLU):
         yield step(layer.conv, layer.norm, f"{name}.conv", stride=1, padding=1, upsample=layer.upsample)
     elif isinstance(layer, ResidualBlock):
         yield step(layer.conv1, layer.norm1, f"{name}.conv1")
-        after = dict(relu=layer.residual is not True, skip=bool(layer.residual))
+        after = dict(activation=None if layer.residual is True else RELU, skip=bool(layer.residual))
         yield step(layer.conv2, layer.norm2, f"{name}.conv2", **after)
     else:
-        yield step(layer, None, name, relu=False)
+        yield step(layer, None, name, activation=None)
 
 
 def scaled(weight: Tensor, bias: Tensor, factor: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -223,13 +223,14 @@ def _forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor
         backends.at_layer(step.name)
         if step.end == "last":
             assert picture is not None
-            ops.rgb_conv_head(x, step.weight, step.bias, part.padding, step.padding_mode, plan.output, picture)
+            padding = Padding(part.padding, step.padding_mode)
+            ops.rgb_conv_head(x, step.weight, step.bias, padding, plan.output, picture)
             return picture
         if step.end == "first":
             source = part.source
             window = source._replace(top=source.top - plan.border, left=source.left - plan.border)
-            pixels = window, *plan.input_range, part.padding, step.padding_mode
-            y = ops.rgb_conv_stem(x, step.weight, step.bias, *pixels, step.norm, step.relu, plan.dtype)
+            padding, epilogue = Padding(part.padding, step.padding_mode), Epilogue(step.norm, step.activation)
+            y = ops.rgb_conv_stem(x, step.weight, step.bias, window, plan.input_range, padding, epilogue, plan.dtype)
         else:
             skip = None
             if step.skip:
@@ -243,13 +244,10 @@ def _forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor
 
 def inner(step: Step, part: Part, x: Tensor, skip: Tensor | None) -> Tensor:
     """A step within the network."""
+    padding, epilogue = Padding(part.padding, step.padding_mode), Epilogue(step.norm, step.activation, skip)
     if step.upsample is None:
-        return ops.conv_bn_relu(
-            x, step.weight, step.bias, step.stride, part.padding, step.padding_mode, step.norm, step.relu, skip
-        )
-    y = ops.subpixel_conv_bn_relu(
-        x, step.weight, step.bias, step.upsample, part.padding, step.padding_mode, step.norm, step.relu
-    )
+        return ops.conv_bn_relu(x, step.weight, step.bias, step.stride, padding, epilogue)
+    y = ops.subpixel_conv_bn_relu(x, step.weight, step.bias, step.upsample, padding, epilogue)
     top, left, height, width = part.region  # y begins at an even row and column
     return y[:, :, top % 2 : top % 2 + height, left % 2 : left % 2 + width]
 

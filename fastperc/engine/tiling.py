@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastperc import ops
+from fastperc import ops, reference
 from fastperc.engine.plan import Plan, Step, forward, parts
 from fastperc.errors import InputError
 from fastperc.types import Window
@@ -70,7 +70,7 @@ class Canvas:
     def _measure(self, i: int, regions: list[Window], ticks: Iterator[object]) -> None:
         """Folds the instance norm of step ``i`` into it, and keeps its output if that is small."""
         step = self.steps[i]
-        bare = step._replace(norm=None, relu=False, skip=False)
+        bare = step._replace(norm=None, activation=None, skip=False)
         kept = Map(step.channels, *self.sizes[i + 1], self.plan.dtype) if self._is_small(i + 1) else None
         count, mean, m2 = 0, torch.zeros(()), torch.zeros(())
         for region in regions:
@@ -78,7 +78,7 @@ class Canvas:
             y = self._run([*self.steps[self.start : i], bare], region)
             if kept is not None:
                 kept.write(region, y)
-            mean_here, m2_here = ops.channel_statistics(y)[0].cpu()
+            mean_here, m2_here = ops.instance_statistics(y)[0].cpu()
             here = region.height * region.width  # Chan's formula
             count, before = count + here, count
             mean, m2 = (
@@ -108,7 +108,7 @@ class Canvas:
         y = F.batch_norm(y.to(wide), mean, variance, step.norm.weight, step.norm.bias, eps=step.norm.eps)
         if step.skip:
             y += self.maps[i - 1].read(step.added(region)).to(y.device)
-        return (y.relu_() if step.relu else y).to(self.plan.dtype)
+        return reference.activate(y, step.activation).to(self.plan.dtype)
 
 
 class Map:

@@ -1,4 +1,4 @@
-"""What the networks share: images in, images out, and how the authors initialised the layers between."""
+"""What the networks share: checks and scaling of images, running layers in a row, the authors' initialisation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fastperc import ops, reference
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 from fastperc.presets import MINIMUM_SIDE
 
-CHAINED = (ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU)  # a subclass may do something else
+CHAINED = (ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU)  # exactly: a subclass may do something else
 
 
 def check_image(x: Tensor) -> None:
-    """Refuses what is not [N, 3, H, W] with both sides of at least 16 pixels."""
+    """Raises a ``ValueError`` unless ``x`` is [N, 3, H, W] with both sides of at least 16 pixels."""
     if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[-2:]) < MINIMUM_SIDE:
         raise ValueError(
             f"expected RGB images [N, 3, H, W] with H and W of at least {MINIMUM_SIDE}, got shape {list(x.shape)}"
@@ -28,19 +28,17 @@ def to_network_range(x: Tensor, output: str) -> Tensor:
 
 
 def reflect_pad_to_multiple(x: Tensor, multiple: int, border: int = 0) -> Tensor:
-    """``x`` with ``border`` mirrored pixels on each side, and more at the right and bottom up to the next multiple."""
+    """``x`` with ``border`` reflected pixels on each side, and more at the right and bottom up to the next multiple."""
     height, width = x.shape[-2:]
     return reference.reflect_pad(x, border, border + -width % multiple, border, border + -height % multiple)
 
 
 def in_a_row(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-    """``modules`` one after the other: as one chain of convolutions, where kernels can take that, nobody looks at what
-    lies between, and none was exchanged for something else."""
+    """``modules`` one after the other: as one chain of layers if all are this library's and none has a hook."""
     known = all(type(module) in CHAINED for module in modules)
     if known and not any(ops.has_hooks(part) for module in modules for part in module.modules()):
         layers = [layer for module in modules for layer in module.layers()]  # type: ignore[operator]
-        if ops.conv_chain_unsupported(x, layers) is None:
-            return ops.conv_chain(x, layers)
+        return ops.conv_chain(x, layers)
     for module in modules:
         x = module(x)
     return x

@@ -1,4 +1,7 @@
-"""Convolution, normalisation and ReLU as one module."""
+"""Convolution, normalisation and ReLU as one module.
+
+It trains as a layer of ``ops.conv_chain``; in a frozen network it is ``ops.conv_bn_relu``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 from fastperc import ops
 from fastperc.modules.conv3x3 import Conv3x3
 from fastperc.modules.norms import PaddingMode, make_norm
+from fastperc.types import RELU
 
 
 class ConvBNReLU(nn.Module):
@@ -43,7 +47,7 @@ class ConvBNReLU(nn.Module):
 
     def layers(self) -> tuple[ops.Layer, ...]:
         """For :func:`fastperc.ops.conv_chain`."""
-        return (ops.Layer(self.conv, self.norm, self.relu),)
+        return (ops.Layer(self.conv, self.norm, RELU if self.relu else None),)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.conv_chain(x, self.layers())

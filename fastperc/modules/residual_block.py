@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastperc import ops
 from fastperc.modules.conv3x3 import Conv3x3
 from fastperc.modules.norms import PaddingMode, make_norm
+from fastperc.types import RELU
 
 
 class ResidualBlock(nn.Module):
@@ -44,7 +45,8 @@ class ResidualBlock(nn.Module):
 
     def layers(self) -> tuple[ops.Layer, ...]:
         """For :func:`fastperc.ops.conv_chain`."""
-        last = ops.Layer(self.conv2, self.norm2, relu=self.residual is not True, skip=bool(self.residual))
+        activation = None if self.residual is True else RELU
+        last = ops.Layer(self.conv2, self.norm2, activation, skip=bool(self.residual))
         return ops.Layer(self.conv1, self.norm1), last
 
     def forward(self, x: Tensor) -> Tensor:

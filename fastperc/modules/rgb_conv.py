@@ -21,7 +21,7 @@ class RGBConv(nn.Conv2d):
 
     def layers(self) -> tuple[ops.Layer, ...]:
         """For :func:`fastperc.ops.conv_chain`."""
-        return (ops.Layer(self, None, relu=False),)
+        return (ops.Layer(self, None, activation=None),)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None and isinstance(self.padding, tuple)

@@ -1,4 +1,7 @@
-"""The paper's ½-stride convolution, normalisation and ReLU as one module."""
+"""The paper's ½-stride convolution, normalisation and ReLU as one module.
+
+It trains as a layer of ``ops.conv_chain``; in a frozen network it is ``ops.subpixel_conv_bn_relu``.
+"""
 
 from __future__ import annotations
 

@@ -1,30 +1,32 @@
-"""A frozen network's convolution with all that follows it: a batch norm folded into its weights, or an instance norm; a
-skip; ReLU.
+"""A frozen network's convolution with its epilogue: the batch norm folded into the weights, or an instance norm; a
+skip; an activation.
 
-``"triton"`` is the fused kernel; ``"native"`` is a convolution by Winograd or a library's with what that can fuse:
-oneDNN's on the CPU, cuDNN's on a GPU.
+In training ``modules.ConvBNReLU`` is a layer of ``ops.conv_chain``; ``ops/kinds.py`` has its forward and gradients.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastperc import backends, reference
+from fastperc import backends, kernels, reference
+from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
 from fastperc.ops import onednn
-from fastperc.ops.conv3x3 import slower, winograd
-from fastperc.ops.conv3x3 import unsupported as winograd_unsupported
-from fastperc.ops.frozen import (
+from fastperc.ops.common import (
+    channels_adjacent,
     channels_last,
-    check,
+    check_shapes,
     empty_like,
     in_dtype,
-    native_unsupported,
-    side_by_side,
-    unsupported,
+    symmetric,
+    why_not_cpp,
+    why_not_frozen,
 )
-from fastperc.ops.instance_norm import native_instance_norm, triton_finish
-from fastperc.types import InstanceNorm, Padding
+from fastperc.ops.conv3x3 import CONV3X3, WIDEST_PADDING, why_not_winograd, why_slow_winograd, winograd
+from fastperc.ops.instance_norm import INSTANCE_NORM, native_instance_norm, triton_finish
+from fastperc.types import Deferred, Epilogue, Padding, Sides, same_sides
 
 
 def conv_bn_relu(
@@ -32,24 +34,18 @@ def conv_bn_relu(
     weight: Tensor,
     bias: Tensor,
     stride: int = 1,
-    padding: Padding = (0, 0, 0, 0),
-    padding_mode: str = "zeros",
-    norm: InstanceNorm | None = None,
-    relu: bool = True,
-    skip: Tensor | None = None,
+    padding: Padding = Padding(),
+    epilogue: Epilogue = Epilogue(),
 ) -> Tensor:
-    """relu(norm(conv(``x``)) + ``skip``).
+    """activation(norm(conv(``x``)) + skip).
 
     Args:
         x: [N, I, H, W]; float32, float16, bfloat16 or float64; best in channels-last memory.
         weight: [O, I, k, k], in float32 or ``x``'s dtype; a batch norm is folded into it beforehand.
         bias: [O].
         stride: 1 or 2.
-        padding: (left, right, top, bottom) in pixels.
-        padding_mode: ``"zeros"`` or ``"reflect"``.
-        norm: an instance norm, by weight [O], bias [O] and eps.
-        relu: whether a ReLU comes last.
-        skip: [N, O, H', W'], added before it.
+        padding: of zeros or reflected.
+        epilogue: an instance norm, a skip [N, O, H', W'] and an activation.
 
     Returns:
         [N, O, H', W'] in ``x``'s dtype.
@@ -57,121 +53,160 @@ def conv_bn_relu(
     Raises:
         ValueError: shapes that do not fit.
     """
-    check(x, weight, bias, weight.shape[1])
-    if padding_mode == "zeros":
-        padding = evened(padding, x, weight.shape[2], stride)
-    obstacle = unsupported(x, weight, bias, norm, skip)
-    backend = backends.choose(
-        "conv_bn_relu",
-        x,
-        weight,
-        triton=obstacle or backends.triton_product_unsupported(x),
-        native=obstacle or library_unsupported(x, padding, padding_mode, norm, relu),
-    )
-    if backend == "triton":
-        return triton_conv_bn_relu(x, weight, bias, stride, padding, padding_mode, norm, relu, side_by_side(skip))
-    if backend == "reference":
-        return reference.conv_bn_relu(
-            x, in_dtype(weight, x.dtype), bias, stride, padding, padding_mode, norm, relu, skip
-        )
-    x = channels_last(x)
-    if x.device.type == "cuda":
-        return cudnn_conv_relu(x, weight, bias, stride, padding, skip)
-    x, around = padded(x, padding, padding_mode)
-    if norm is None:
-        return native_convolution(x, weight, bias, stride, around, relu, skip)
-    y = native_convolution(x, weight, bias, stride, around)
-    return native_instance_norm(y, norm, relu, skip, y)
+    check_shapes(x, weight, bias, weight.shape[1])
+    if padding.mode == "zeros":
+        padding = Padding(_even_sides(padding.sides, x, weight.shape[2], stride))
+    return CONV_BN_RELU(x, weight, bias, stride, padding, epilogue)
 
 
-def native_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    around: tuple[int, int],
-    relu: bool = False,
-    skip: Tensor | None = None,
-) -> Tensor:
-    """relu?(conv(``x``) + ``bias`` + ``skip``) on a CPU: by Winograd where that was measured faster, else oneDNN's."""
-    padding = around[0]
-    even = stride == 1 and around[1] == padding
-    if not even or winograd_unsupported(x, weight, bias, padding) or slower(x, padding):
-        return onednn.convolution(x, weight, bias, stride, around, relu, skip)
-    return winograd(x, weight, bias, padding, relu, skip=skip)
-
-
-def library_unsupported(
-    x: Tensor, padding: Padding, padding_mode: str, norm: InstanceNorm | None, relu: bool
-) -> str | None:
-    """Why no library's fused convolution can take this call, or ``None`` if one can."""
-    if x.device.type == "cuda":
-        fusible = relu and norm is None and padding_mode == "zeros" and symmetric(padding)
-        if not torch.backends.cudnn.is_available() or x.dtype == torch.float64:
-            return "cuDNN is not there, or not for this dtype"
-        return None if fusible else "cuDNN fuses a bias, a skip and a ReLU, no less and no more"
-    return onednn.unsupported(x) or (norm and native_unsupported(x))
-
-
-def symmetric(padding: Padding) -> bool:
-    return padding[0] == padding[1] and padding[2] == padding[3]
-
-
-def evened(padding: Padding, x: Tensor, kernel: int, stride: int) -> Padding:
-    """``padding`` of zeros with as many on either side, where a stride of 2 leaves what that adds unread."""
-    left, right, top, bottom = padding
+def _even_sides(sides: Sides, x: Tensor, kernel: int, stride: int) -> Sides:
+    """``sides`` with as many zeros on either side, where a stride of 2 does not read what that adds."""
+    left, right, top, bottom = sides
     height, width = x.shape[2:]
     same_width = (width + 2 * left - kernel) // stride == (width + left + right - kernel) // stride
     same_height = (height + 2 * top - kernel) // stride == (height + top + bottom - kernel) // stride
-    return (left, left, top, top) if same_width and same_height else padding
+    return (left, left, top, top) if same_width and same_height else sides
 
 
-def padded(x: Tensor, padding: Padding, mode: str) -> tuple[Tensor, tuple[int, int]]:
-    """``x``, and how many zeros a library is to add to it (left and right, above and below); for other paddings a copy
-    with all of it."""
-    if mode == "zeros" and symmetric(padding):
-        return x, (padding[0], padding[2])
-    return channels_last(reference.pad(x, padding, mode)), (0, 0)
+def padded(x: Tensor, padding: Padding) -> tuple[Tensor, tuple[int, int]]:
+    """``x``, and the zeros that a library adds to it (left and right, top and bottom); ``x`` is copied with its border
+    where a library cannot add that."""
+    if symmetric(padding):
+        return x, (padding.sides[0], padding.sides[2])
+    return channels_last(reference.pad(x, padding)), (0, 0)
 
 
-def cudnn_conv_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, skip: Tensor | None
-) -> Tensor:
-    """relu(conv(``x``) + ``bias`` + ``skip``) in one call."""
-    weight, bias = in_dtype(weight, x.dtype), bias.to(x.dtype)
-    geometry = [stride, stride], [padding[2], padding[0]], [1, 1], 1
-    if skip is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-    return torch.cudnn_convolution_add_relu(x, weight, channels_last(skip), 1.0, bias, *geometry)
+def _why_not_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+) -> str | None:
+    return why_not_frozen(x, weight, bias, epilogue=epilogue) or backends.why_not_triton_product(x)
 
 
-def triton_conv_bn_relu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    padding_mode: str,
-    norm: InstanceNorm | None,
-    relu: bool,
-    skip: Tensor | None,
-) -> Tensor:
-    from fastperc.kernels import conv_bn_relu as kernels
-    from fastperc.types import Deferred
-
+def _triton(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
+    left, right, top, bottom = padding.sides
     n, _, height, width = x.shape
-    left, right, top, bottom = padding
-    out_channels, _, kernel, _ = weight.shape
+    channels, _, kernel, _ = weight.shape
     rows, columns = ((size - kernel) // stride + 1 for size in (height + top + bottom, width + left + right))
     x, weight = channels_last(x), in_dtype(weight, x.dtype)
-    out = empty_like(x, (n, out_channels, rows, columns))
+    out = empty_like(x, (n, channels, rows, columns))
 
-    def fill(relu: bool, partials: Tensor | None) -> None:
-        added = skip if partials is None else None  # else after the norm
-        arguments = stride, padding, padding_mode, relu, partials
-        kernels.conv_bn_relu_fwd(Deferred(x), weight, bias.float(), added, out, *arguments)
+    def fill(epilogue: Epilogue, partials: Tensor | None) -> None:
+        kernels.conv_bn_relu.conv_bn_relu_fwd(
+            Deferred(x), weight, bias.float(), out, stride, padding, epilogue, partials
+        )
 
     def tiles() -> int:
-        return kernels.conv_bn_relu_tiles(Deferred(x), out.shape)
+        return kernels.conv_bn_relu.conv_bn_relu_tiles(Deferred(x), out.shape)
 
-    return triton_finish(out, tiles, fill, norm, relu, skip)
+    return triton_finish(out, tiles, fill, epilogue._replace(skip=channels_adjacent(epilogue.skip)))
+
+
+def _why_not_winograd(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+) -> str | None:
+    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue):
+        return reason
+    left, _, top, _ = padding.sides
+    if stride != 1 or (symmetric(padding) and (left != top or left > WIDEST_PADDING)):
+        return "the convolution has a stride, or a padding that is wide or differs between rows and columns"
+    return why_not_winograd(x, weight, bias)
+
+
+def _why_slow_winograd(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+) -> str | None:
+    left, right, top, bottom = padding.sides
+    return why_slow_winograd(len(x) * (x.shape[2] + top + bottom - 2) * (x.shape[3] + left + right - 2))
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
+    x, (zeros, _) = padded(channels_last(x), padding)
+    if epilogue.norm is None:
+        return winograd(x, weight, bias, zeros, epilogue.activation is not None, skip=epilogue.skip)
+    y = winograd(x, weight, bias, zeros)
+    return native_instance_norm(y, epilogue, y)
+
+
+def _why_not_onednn(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+) -> str | None:
+    reason = why_not_frozen(x, weight, bias, epilogue=epilogue) or onednn.why_not(x)
+    return reason or (why_not_cpp(x) if epilogue.norm else None)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
+    x, zeros = padded(channels_last(x), padding)
+    if epilogue.norm is None:
+        relu = epilogue.activation is not None
+        return onednn.convolution(x, weight, bias, stride, zeros, relu, epilogue.skip)
+    y = onednn.convolution(x, weight, bias, stride, zeros)
+    return native_instance_norm(y, epilogue, y)
+
+
+def _why_not_cudnn(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+) -> str | None:
+    if x.device.type != "cuda":
+        return f"cuDNN runs on GPUs, not on {x.device.type} tensors"
+    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue):
+        return reason
+    if not torch.backends.cudnn.is_available() or x.dtype == torch.float64:
+        return "cuDNN is not available, or not for this dtype"
+    if epilogue.norm is not None or epilogue.activation is None or not symmetric(padding):
+        return "cuDNN fuses a bias, a skip and a ReLU, no less and no more"
+    return None
+
+
+def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
+    x, weight, bias = channels_last(x), in_dtype(weight, x.dtype), bias.to(x.dtype)
+    left, _, top, _ = padding.sides
+    geometry = [stride, stride], [top, left], [1, 1], 1
+    if epilogue.skip is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, channels_last(epilogue.skip), 1.0, bias, *geometry)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
+    return reference.conv_bn_relu(x, in_dtype(weight, x.dtype), bias, stride, padding, epilogue)
+
+
+def _tuned_shapes(batch: int, size: int) -> list[tuple[tuple[int, ...], ...]]:
+    """Input and weight of the style network's convolutions between its ends."""
+    half, quarter = size // 2, size // 4
+    return [
+        ((batch, 32, size, size), (64, 32, 3, 3)),
+        ((batch, 64, half, half), (128, 64, 3, 3)),
+        ((batch, 128, quarter, quarter), (128, 128, 3, 3)),
+    ]
+
+
+def _tuned_call(x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+    stride = 1 if weight.shape[0] == weight.shape[1] else 2
+    return x, weight, weight.new_zeros(weight.shape[0]), stride, same_sides(1), Epilogue()
+
+
+CONV_BN_RELU = register(
+    Operation(
+        "conv_bn_relu",
+        "Conv, norm, ReLU",
+        (
+            Implementation("triton", _triton, _why_not_triton),
+            Implementation("native", _winograd, _why_not_winograd, _why_slow_winograd, "winograd"),
+            Implementation("native", _onednn, _why_not_onednn, label="onednn"),
+            Implementation("native", _cudnn, _why_not_cudnn, label="cudnn"),
+            Implementation("reference", _plain),
+        ),
+        TuningCases(_tuned_shapes, _tuned_call),
+        (
+            *CONV3X3.sources,
+            *INSTANCE_NORM.sources,
+            "fastperc/ops/conv_bn_relu.py",
+            "fastperc/ops/onednn.py",
+            "kernels/conv_bn_relu.py",
+            "kernels/configs.py",
+            "kernels/deferred.py",
+        ),
+        first_two_arguments,
+        frozen=True,
+    )
+)

@@ -1,57 +1,120 @@
-"""Convolutions in a row, in training, each with its norm, ReLU and skip; what lies between them is never normalised in
-memory, neither forward nor back.
+"""Convolutions in a row, in training, each with its norm, activation and skip. The activations between them are never
+normalised in memory, neither forward nor backward.
 
-    forward    each kernel normalises what it loads, and leaves its raw output and that output's statistics by tiles
+    forward    each kernel normalises what it loads; it stores its raw output and that output's statistics by tiles
     saved      the raw outputs, and a few numbers a channel
-    backward   each kernel makes of what it loads the gradient before the norm, lets what it has computed through the
-               ReLU of the layer below, and leaves the sums that the norm there wants
+    backward   each kernel computes the gradient before the norm from what it loads, passes its result through the
+               ReLU of the layer before, and stores the sums that the norm there wants
 
-``fastperc.kernels.deferred`` draws it. Only what a skip adds is written out: the input of a residual block. Where
-Triton's kernels cannot serve, the layers run one by one.
+``fastperc.kernels.deferred`` draws it; ``ops/kinds.py`` has the kernels of each kind of layer. Only what a skip adds is
+written out: the input of a residual block. Layers that Triton's kernels cannot serve run one by one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastperc import backends, reference
+from fastperc import backends, kernels, reference
+from fastperc.backends import Implementation, Operation, TuningCases, register
 from fastperc.collective import gathered
-from fastperc.ops.frozen import channels_last, compute_dtype, empty_like
-from fastperc.ops.layer import Layer, unsupported
-from fastperc.ops.norm_relu import group_of, norm_relu
-from fastperc.ops.subpixel_conv_bn_relu import as_transposed
-
-if TYPE_CHECKING:
-    from fastperc.types import Deferred
+from fastperc.ops.common import channels_last, compute_dtype, why_not_here
+from fastperc.ops.conv3x3 import CONV3X3
+from fastperc.ops.conv_bn_relu import CONV_BN_RELU
+from fastperc.ops.kinds import CONV, STEM, GradientTarget, Layer, partials_of, why_not_layer
+from fastperc.ops.norm_relu import FEWEST_VALUES, NORM_RELU, group_of, norm_relu
+from fastperc.ops.subpixel_conv_bn_relu import SUBPIXEL_CONV_BN_RELU
+from fastperc.types import RELU, Deferred
 
 
 def conv_chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
-    """``layers`` one after the other; running statistics are updated as the norms do themselves.
+    """``layers`` one after the other; updates running statistics as the norms do themselves.
 
     Args:
         x: [N, C, H, W].
-        layers: each takes what the one before gives; one without a norm may come last.
+        layers: each takes the output of the one before; one without a norm may come last.
 
     Returns:
         [N, C', H', W'], channels-last where kernels ran.
     """
-    obstacle = unsupported(x, layers)
-    asked = obstacle is None or backends.forced() == "triton"
-    if asked and backends.choose("conv_chain", x, triton=obstacle) == "triton":
-        parameters = [parameter for layer in layers for parameter in layer.parameters]
-        return _ConvChain.apply(x.to(compute_dtype(x)), tuple(layers), *parameters)
-    before = x
+    return CONV_CHAIN(x, layers)
+
+
+# What the kernels can take
+
+
+def why_not_triton(x: Tensor, layers: Sequence[Layer]) -> str | None:
+    """Why Triton's kernels cannot run ``layers`` as one chain, or ``None``."""
+    return _why_not_call(x, layers) or next((reason for _, reason in _blocks(x, layers) if reason), None)
+
+
+def _why_not_call(x: Tensor, layers: Sequence[Layer]) -> str | None:
+    """Why Triton's kernels can run none of the layers, or ``None``."""
+    if reason := why_not_here():
+        return reason
+    dtype = compute_dtype(x)
+    if reason := backends.why_not_triton_product(torch.empty(0, dtype=dtype, device=x.device)):
+        return reason
+    parameters = [parameter for layer in layers for parameter in layer.parameters if parameter is not None]
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *parameters)):
+        return "no gradient is wanted; fastperc.freeze makes an engine for that"
+    if x.dim() != 4 or x.numel() == 0:
+        return "the input is no batch of images"
+    if any(p.dtype not in (torch.float32, dtype) or p.device != x.device for p in parameters):
+        return "the parameters have another dtype or device"
+    return None
+
+
+def _blocks(x: Tensor, layers: Sequence[Layer]) -> Iterator[tuple[list[Layer], str | None]]:
+    """The smallest pieces of ``layers`` that can run by themselves, one layer or the two that a skip spans, up to the
+    first that no kernel can take; each with the reason, or ``None``."""
+    channels, *size = x.shape[1:]
+    block: list[Layer] = []
+    for i, layer in enumerate(layers):
+        reason = why_not_layer(layer, channels, i == len(layers) - 1)
+        if reason is None and layer.skip and [one.kind for one in block] + [layer.kind] != [CONV, CONV]:
+            reason = "a skip spans two convolutions"
+        if reason is None and layer.reflect and min(size) <= layer.padding:
+            reason = "a reflected border is as wide as the image"
+        block.append(layer)
+        if reason is None:
+            size = [layer.kind.output_size(layer, pixels) for pixels in size]
+            values = math.prod(size) * (len(x) if layer.batch else 1)
+            if layer.norm is not None and values < FEWEST_VALUES:
+                reason = f"with fewer than {FEWEST_VALUES} values a channel, gradients cancel"
+        if reason is not None:
+            yield [*block, *_with_skip(layers[i + 1 : i + 2])], reason
+            return
+        channels = layer.conv.out_channels
+        if not _with_skip(layers[i + 1 : i + 2]):
+            yield block, None
+            block = []
+
+
+def _with_skip(layers: Sequence[Layer]) -> list[Layer]:
+    return [layer for layer in layers if layer.skip]
+
+
+# Layer by layer
+
+
+def one_by_one(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """``layers`` as convolution modules and ``ops.norm_relu``, each of which chooses for itself."""
+    layer_input = x
     for layer in layers:
-        y = layer.conv(F.interpolate(x, scale_factor=2, mode="nearest") if layer.upsample == "nearest" else x)
-        skip = cropped(before, y) if layer.skip else None
-        before = x
-        x = y if layer.norm is None else norm_relu(y, layer.norm, layer.relu, skip)
+        wide = F.interpolate(x, scale_factor=2, mode="nearest") if layer.upsample == "nearest" else x
+        y = layer.conv(wide)
+        skip = cropped(layer_input, y) if layer.skip else None
+        layer_input = x
+        relu = layer.norm is not None and layer.activation == RELU
+        x = y if layer.norm is None else norm_relu(y, layer.norm, relu, skip)
+        x = x if relu else reference.activate(x, layer.activation)
     return x
 
 
@@ -61,17 +124,35 @@ def cropped(x: Tensor, like: Tensor) -> Tensor:
     return x[:, :, top : top + like.shape[2], left : left + like.shape[3]]
 
 
-def composed(x: Tensor, layers: Sequence[Layer], parameters: Sequence[Tensor | None]) -> Tensor:
-    """The chain as plain PyTorch, of which any number of gradients may be taken; it updates no running statistics."""
-    before = x
+def _composed(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """``layers`` one by one, or as chains of those that the kernels can take between those that they cannot."""
+    if backends.forced() is not None or _why_not_call(x, layers):
+        return one_by_one(x, layers)
+    rest = list(layers)
+    while rest:
+        blocks = list(_blocks(x, rest))
+        chain = [layer for block, reason in blocks if reason is None for layer in block]
+        if len(chain) == len(layers):  # a chain of them all was measured slower
+            return one_by_one(x, layers)
+        x = _fused(x, chain) if chain else one_by_one(x, blocks[0][0])
+        rest = rest[len(chain or blocks[0][0]) :]
+    return x
+
+
+# As a chain of kernels
+
+
+def _fused(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    parameters = [parameter for layer in layers for parameter in layer.parameters]
+    return _ConvChain.apply(x.to(compute_dtype(x)), tuple(layers), *parameters)
+
+
+def differentiable_chain(x: Tensor, layers: Sequence[Layer], parameters: Sequence[Any]) -> Tensor:
+    """The chain in plain PyTorch, for gradients of gradients; it updates no running statistics."""
+    layer_input = x
     for layer, (weight, bias, norm_weight, norm_bias) in zip(layers, _by_layer(parameters)):
-        if layer.upsample == "transposed":
-            y = F.conv_transpose2d(x, weight.to(x.dtype), bias.to(x.dtype), 2, 1, 1)
-        else:
-            wide = F.interpolate(x, scale_factor=2, mode="nearest") if layer.upsample else x
-            padding = (layer.padding,) * 4
-            y = reference.convolve(wide, weight, bias, layer.stride, padding, "reflect" if layer.reflect else "zeros")
-        skip, before = cropped(before, y) if layer.skip else None, x
+        y = layer.kind.equivalent(layer, x, weight, bias)
+        skip, layer_input = cropped(layer_input, y) if layer.skip else None, x
         x = y
         if (norm := layer.norm) is not None:
             if layer.frozen:
@@ -81,297 +162,238 @@ def composed(x: Tensor, layers: Sequence[Layer], parameters: Sequence[Tensor | N
                 x = reference.sync_norm_relu(y, norm_weight, norm_bias, norm.eps, False, group)[0]
             else:
                 x = reference.norm_relu(y, norm_weight, norm_bias, norm.eps, False, layer.batch)
-            x = x if skip is None else x + skip
-            x = x.relu() if layer.relu else x
+            x = reference.activate(x if skip is None else x + skip, layer.activation)
     return x
 
 
 def _by_layer(parameters: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """The parameters of each layer, as :attr:`Layer.parameters` has them."""
+    """The parameters of each layer, in the order of :attr:`Layer.parameters`."""
     return (parameters[i : i + 4] for i in range(0, len(parameters), 4))
+
+
+Output = tuple[Tensor, Tensor | None]  # of a layer: its raw output, and the coefficients of its norm
 
 
 class _ConvChain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: tuple[Layer, ...], *parameters: Tensor | None) -> Tensor:
-        made: list[tuple[Tensor, Tensor | None]] = []
-        tracked = [layer.norm.num_batches_tracked for layer in layers if _updates(layer)]
-        if tracked:
-            torch._foreach_add_(tracked, 1)
+        outputs: list[Output] = []
+        counters = [layer.norm.num_batches_tracked for layer in layers if _updates_statistics(layer)]
+        if counters:
+            torch._foreach_add_(counters, 1)
         weights = list(_by_layer(parameters))
 
-        def make(i: int, source: Deferred) -> tuple[Tensor, Tensor | None]:
-            made.append(_forward(layers[i], source, *weights[i]))
-            return made[-1]
+        def run(i: int, layer_input: Deferred) -> Output:
+            outputs.append(_forward(layers[i], layer_input, *weights[i]))
+            return outputs[-1]
 
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            *_, out = _inputs(x, layers, make)
+            *_, result = _layer_inputs(x, layers, run)
         ctx.layers = layers
-        ctx.save_for_backward(x, *parameters, *(t for pair in made for t in pair))
-        return out.x
+        ctx.save_for_backward(x, *parameters, *(t for output in outputs for t in output))
+        return result.x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layers, count = ctx.layers, 1 + 4 * len(ctx.layers)
-        saved = ctx.saved_tensors  # once: torch.utils.checkpoint makes it anew each time
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint recomputes it each time
         x, *parameters = saved[:count]
         needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-        if torch.is_grad_enabled():  # the gradient of this gradient may be asked for
-            wanted = [t for t, need in zip((x, *parameters), needed) if need]
-            y = composed(x, layers, parameters)
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, materialize_grads=True))
-            of_x, *others = (next(found) if need else None for need in needed)
-            return of_x, None, *others
-        kept = saved[count:]
+        if torch.is_grad_enabled():  # to be differentiated again
+            leaves = [t for t, needs in zip((x, *parameters), needed) if needs]
+            y = differentiable_chain(x, layers, parameters)
+            grads = iter(torch.autograd.grad(y, leaves, grad, create_graph=True, materialize_grads=True))
+            grad_x, *others = (next(grads) if needs else None for needs in needed)
+            return grad_x, None, *others
+        outputs = list(zip(saved[count::2], saved[count + 1 :: 2]))
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            of_x, *others = _backward(grad, x, layers, parameters, list(zip(kept[::2], kept[1::2])), needed)
-        return of_x, None, *others
+            grad_x, *others = _Backward(x, layers, parameters, outputs, needed).run(grad)
+        return grad_x, None, *others
 
 
-def _updates(layer: Layer) -> bool:
+def _updates_statistics(layer: Layer) -> bool:
     return layer.batch and layer.norm.track_running_stats and layer.norm.training
 
 
-def _inputs(
-    x: Tensor, layers: Sequence[Layer], make: Callable[[int, Deferred], tuple[Tensor, Tensor | None]]
-) -> Iterator[Deferred]:
-    """What each layer loads, and at last what the chain gives; ``make(i, source)`` is layer i's raw output and its
-    norm's coefficients. What a skip adds, or was added to, is written out."""
-    from fastperc.types import Deferred
+def _layer_inputs(x: Tensor, layers: Sequence[Layer], run: Callable[[int, Deferred], Output]) -> Iterator[Deferred]:
+    """What each layer loads and, last, the chain's result; ``run(i, input)`` gives layer i's output.
 
-    node, before, skip = Deferred(x if layers[0].kind == "stem" else channels_last(x)), None, None
+    Activations that a skip adds, or is added to, are written out.
+    """
+    activation, layer_input, skip = Deferred(x if layers[0].kind is STEM else channels_last(x)), None, None
     for i, layer in enumerate(layers):
-        if skip is not None or (node.coefficients is not None and any(after.skip for after in layers[i + 1 : i + 2])):
-            node = Deferred(_settled(node, skip))
-        yield node
-        y, coefficients = make(i, node)
-        skip = cropped(before.x, y) if layer.skip and before is not None else None
-        node, before = Deferred(y, coefficients, layer.relu and coefficients is not None), node
-    yield node if node.coefficients is None else Deferred(_settled(node, skip))
+        if skip is not None or (activation.coefficients is not None and _with_skip(layers[i + 1 : i + 2])):
+            activation = Deferred(_written_out(activation, skip))
+        yield activation
+        y, coefficients = run(i, activation)
+        skip = cropped(layer_input.x, y) if layer.skip and layer_input is not None else None
+        relu = layer.activation is not None and coefficients is not None
+        activation, layer_input = Deferred(y, coefficients, relu), activation
+    yield activation if activation.coefficients is None else Deferred(_written_out(activation, skip))
 
 
-def _settled(node: Deferred, skip: Tensor | None) -> Tensor:
-    from fastperc.kernels.instance_norm import instance_norm_fwd
-
-    assert node.coefficients is not None
-    out = torch.empty_like(node.x)
-    instance_norm_fwd(node.x, node.coefficients, skip, node.relu, out)
+def _written_out(activation: Deferred, skip: Tensor | None) -> Tensor:
+    """``activation``, normalised, + ``skip``."""
+    assert activation.coefficients is not None
+    out = torch.empty_like(activation.x)
+    kernels.instance_norm.instance_norm_fwd(activation.x, activation.coefficients, skip, activation.relu, out)
     return out
 
 
 def _forward(
-    layer: Layer, source: Deferred, weight: Tensor, bias: Tensor, norm_weight: Any, norm_bias: Any
-) -> tuple[Tensor, Tensor | None]:
-    """A layer's raw output, and the coefficients of its norm."""
-    from fastperc.kernels import conv_bn_relu, rgb_conv_head, rgb_conv_stem, subpixel_conv_bn_relu
-
-    x, kind, around = source.x, layer.kind, (layer.padding,) * 4
-    mode = "reflect" if layer.reflect else "zeros"
-    rows, columns = layer.output_size(x.shape[2]), layer.output_size(x.shape[3])
-    out = empty_like(x, (len(x), layer.conv.out_channels, rows, columns))
-    bias, weight = bias.float(), weight.detach()
-    if kind == "head":
-        packed = rgb_conv_head.pack(weight).to(x.dtype)
-        rgb_conv_head.rgb_conv_head_fwd(source, packed, bias, out, around, mode, None)
+    layer: Layer, layer_input: Deferred, weight: Tensor, bias: Tensor, norm_weight: Any, norm_bias: Any
+) -> Output:
+    out, partials = layer.kind.forward(layer, layer_input, weight.detach(), bias.float())
+    if layer.norm is None:
         return out, None
-    measured = not layer.frozen
-    if kind == "stem":
-        partials = _partials(out, rgb_conv_stem.rgb_conv_stem_tiles(out), 3) if measured else None
-        picture = rgb_conv_stem.rgb_prepare(x, (0, 0, *x.shape[2:]), around, mode, 1.0, 0.0, x.dtype)
-        packed = rgb_conv_stem.pack(weight).to(x.dtype)
-        rgb_conv_stem.rgb_conv_stem_fwd(picture, packed, bias, out, False, partials)
-    elif kind == "conv":
-        partials = _partials(out, conv_bn_relu.conv_bn_relu_tiles(source, out.shape), 3) if measured else None
-        packed = weight.to(x.dtype, memory_format=torch.channels_last)
-        conv_bn_relu.conv_bn_relu_fwd(source, packed, bias, None, out, layer.stride, around, mode, False, partials)
-    else:
-        tiles = subpixel_conv_bn_relu.subpixel_conv_bn_relu_tiles(source, out, kind)
-        partials = _partials(out, tiles, 3) if measured else None
-        packed = subpixel_conv_bn_relu.pack(weight, kind).to(x.dtype)
-        subpixel_conv_bn_relu.subpixel_conv_bn_relu_fwd(source, packed, bias, out, kind, mode, False, partials)
-    return out, _norm(layer, partials, norm_weight.float(), norm_bias.float())
+    return out, _norm_coefficients(layer, partials, norm_weight.float(), norm_bias.float())
 
 
-def _partials(out: Tensor, tiles: int, rows: int) -> Tensor:
-    return torch.empty(len(out), tiles, rows, out.shape[1], device=out.device)
-
-
-def _norm(layer: Layer, partials: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """The coefficients of a layer's norm, of its output's statistics by tiles; updates the running ones."""
-    from fastperc.kernels.instance_norm import RunningStatistics, norm_coefficients
-
-    norm, running = layer.norm, None
+def _norm_coefficients(layer: Layer, partials: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """The coefficients of a layer's norm, from its output's statistics by tiles; updates the running statistics."""
+    norm, running, module = layer.norm, None, kernels.instance_norm
     if layer.batch and norm.track_running_stats:
-        running = RunningStatistics(norm.running_mean, norm.running_var, norm.momentum, norm.num_batches_tracked)
+        running = module.RunningStatistics(norm.running_mean, norm.running_var, norm.momentum, norm.num_batches_tracked)
     if layer.batch and partials is not None:
         partials = partials.flatten(0, 1)[None]
         if (group := group_of(norm)) is not None:
             statistics = partials.new_empty(1, 3, len(weight))
-            norm_coefficients(partials, weight, bias, norm.eps, statistics=statistics)
+            module.norm_coefficients(partials, weight, bias, norm.eps, statistics=statistics)
             partials = gathered(statistics[0], group)[None]
-    return norm_coefficients(partials, weight, bias, norm.eps, running)
+    return module.norm_coefficients(partials, weight, bias, norm.eps, running)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    layers: Sequence[Layer],
-    parameters: Sequence[Any],
-    made: Sequence[tuple[Tensor, Tensor | None]],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of ``x`` and ``parameters``, where they are ``needed``."""
-    from fastperc.kernels.fold_gradient import fold_gradient, fold_gradient_tiles
-    from fastperc.types import Deferred
+class _Backward:
+    """The backward of a chain: the gradients of its input and parameters, where they are needed."""
 
-    sources = list(islice(_inputs(x, layers, lambda i, source: made[i]), len(layers)))
-    outputs = [Deferred(y, coefficients, layer.relu) for layer, (y, coefficients) in zip(layers, made)]
-    weights = list(_by_layer(parameters))
-    found: list[Tensor | None] = [None] * len(needed)
-    deepest = next(i for i, need in enumerate(needed) if need)  # gradients go no further down than that
+    def __init__(
+        self,
+        x: Tensor,
+        layers: Sequence[Layer],
+        parameters: Sequence[Any],
+        outputs: Sequence[Output],
+        needed: Sequence[bool],
+    ) -> None:
+        self.layers, self.needed, self.weights = layers, needed, list(_by_layer(parameters))
+        self.leaves = (x, *parameters)
+        self.inputs = list(islice(_layer_inputs(x, layers, lambda i, layer_input: outputs[i]), len(layers)))
+        self.activations = [
+            Deferred(y, coefficients, layer.activation is not None) for layer, (y, coefficients) in zip(layers, outputs)
+        ]
+        self.grads: list[Tensor | None] = [None] * len(needed)  # of the input, then four for each layer
 
-    # The gradient after the last layer's norm and ReLU; of a layer without a norm, of its output.
-    of_y = grad.to(outputs[-1].x.dtype)
-    partials: Tensor | None = None
-    if layers[-1].norm is not None:
-        out = torch.empty_like(outputs[-1].x)
-        partials = _partials(out, fold_gradient_tiles(out), 2)
-        fold_gradient(of_y, None, outputs[-1], out, (0, 0, 0, 0), False, partials)
-        of_y = out
-    skips: dict[int, Tensor] = {}  # the gradients that skips bring to a layer's input
-    for i in reversed(range(len(layers))):
-        layer, source, first = layers[i], sources[i], 1 + 4 * i
-        if layer.skip:
-            skips[i - 1] = _widened(of_y, sources[i - 1].x)
+    def run(self, grad: Tensor) -> list[Tensor | None]:
+        """The gradients, from that of the chain's result."""
+        deepest = next(i for i, needs in enumerate(self.needed) if needs)  # gradients stop there
+        grad_y, partials = self._through_last_activation(grad)
+        skips: dict[int, Tensor] = {}  # the gradients that skips bring to a layer's input
+        for i in reversed(range(len(self.layers))):
+            layer, first = self.layers[i], 1 + 4 * i
+            if layer.skip:
+                skips[i - 1] = _uncropped(grad_y, self.inputs[i - 1].x)
+            raw_grad = self._through_norm(i, grad_y, partials)
+            if self.needed[first]:
+                self.grads[first] = layer.kind.weight_gradient(layer, self.inputs[i], raw_grad)
+            if deepest >= first:
+                break
+            target = GradientTarget(self.inputs[i].x, self.activations[i - 1] if i else None, skips.pop(i, None))
+            grad_y, partials = layer.kind.data_gradient(layer, raw_grad, self.weights[i][0].detach(), target)
+            if i == 0:
+                self.grads[0] = grad_y
+        return [
+            grad.to(leaf.dtype) if needs and grad is not None else None
+            for grad, leaf, needs in zip(self.grads, self.leaves, self.needed)
+        ]
+
+    def _through_last_activation(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradient after the last norm, and its sums by tiles; without a norm, that of the output."""
+        activation, fold = self.activations[-1], kernels.fold_gradient
+        grad = grad.to(activation.x.dtype)
+        if self.layers[-1].norm is None:
+            return grad, None
+        out = torch.empty_like(activation.x)
+        partials = partials_of(out, fold.fold_gradient_tiles(out), 2)
+        fold.fold_gradient(grad, None, activation, out, (0, 0, 0, 0), False, partials)
+        return out, partials
+
+    def _through_norm(self, i: int, grad_y: Tensor, partials: Tensor | None) -> Deferred:
+        """The gradient of layer i's raw output, to be computed where it is loaded, from that after its norm.
+
+        Stores the gradients of the convolution's bias and of the norm's weight and bias.
+        """
+        layer, (_, bias, norm_weight, _), first = self.layers[i], self.weights[i], 1 + 4 * i
         if layer.norm is None:
-            gradient = Deferred(of_y)
-            if needed[first + 1]:
-                found[first + 1] = of_y.sum((0, 2, 3), dtype=torch.float32)
-        else:
-            assert partials is not None
-            gradient, found[first + 1 : first + 4] = _through_norm(layer, of_y, partials, outputs[i], weights[i])
-        if needed[first]:
-            found[first] = _weight_gradient(layer, source, gradient)
-        if deepest >= first:
-            break
-        below = outputs[i - 1] if i else None
-        of_y, partials = _data_gradient(layer, gradient, weights[i][0], skips.pop(i, None), below, source.x)
-        if i == 0:
-            found[0] = of_y
-    wanted = (x, *parameters)
-    return [g.to(t.dtype) if need and g is not None else None for g, t, need in zip(found, wanted, needed)]
+            if self.needed[first + 1]:
+                self.grads[first + 1] = grad_y.sum((0, 2, 3), dtype=torch.float32)
+            return Deferred(grad_y)
+        activation, module, scale = self.activations[i], kernels.instance_norm, norm_weight.float()
+        assert partials is not None and activation.coefficients is not None
+        if layer.batch:
+            partials = partials.flatten(0, 1)[None]
+        coefficients, sums = module.gradient_coefficients(partials, scale, activation.coefficients, layer.frozen)
+        grad_bias = torch.zeros_like(bias)  # the norm subtracts the bias again
+        if layer.frozen:
+            grad_bias = coefficients[0, 0] * sums[0, 0]
+        elif (group := group_of(layer.norm)) is not None:
+            sums_of_all = gathered(sums[0], group)[None]
+            coefficients, _ = module.gradient_coefficients(sums_of_all, scale, activation.coefficients, False)
+        grad_norm_bias, grad_norm_weight = sums.sum(0)
+        self.grads[first + 1 : first + 4] = grad_bias, grad_norm_weight, grad_norm_bias
+        return Deferred(grad_y, coefficients, other=None if layer.frozen else activation.x)
 
 
-def _widened(grad: Tensor, like: Tensor) -> Tensor:
-    """The gradient of what :func:`cropped` took ``grad``'s part of."""
+def _uncropped(grad: Tensor, like: Tensor) -> Tensor:
+    """The gradient of what :func:`cropped` cut ``grad``'s part from."""
     left, top = (like.shape[3] - grad.shape[3]) // 2, (like.shape[2] - grad.shape[2]) // 2
     if not left and not top:
         return grad
-    return channels_last(
-        F.pad(grad, (left, like.shape[3] - grad.shape[3] - left, top, like.shape[2] - grad.shape[2] - top))
+    right, bottom = like.shape[3] - grad.shape[3] - left, like.shape[2] - grad.shape[2] - top
+    return channels_last(F.pad(grad, (left, right, top, bottom)))
+
+
+# The operation
+
+
+def _tuned_call(x: Tensor) -> tuple[Any, ...]:
+    """The kind of layer of the style network that takes so many channels; a residual block of 128."""
+
+    def layer(conv: Any, upsample: str | None = None, skip: bool = False) -> Layer:
+        norm = nn.BatchNorm2d(conv.out_channels)
+        for module in (conv, norm):
+            module.to(x.device, x.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Layer(conv, norm, None if skip else RELU, upsample, skip)
+
+    layers = {
+        3: lambda: [layer(nn.Conv2d(3, 32, 9, padding=4))],
+        32: lambda: [layer(nn.Conv2d(32, 64, 3, 2, 1))],
+        64: lambda: [layer(nn.ConvTranspose2d(64, 32, 3, 2, 1, 1), "transposed")],
+        128: lambda: [layer(nn.Conv2d(128, 128, 3, padding=1), skip=skip) for skip in (False, True)],
+    }
+    return x, layers[x.shape[1]]()
+
+
+CONV_CHAIN = register(
+    Operation(
+        "conv_chain",
+        "Layers in a chain",
+        (
+            Implementation("triton", _fused, why_not_triton),
+            Implementation(None, _composed),
+        ),
+        TuningCases(
+            lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((3, 1), (32, 1), (64, 2), (128, 4))],
+            _tuned_call,
+        ),
+        (
+            *dict.fromkeys(
+                (*CONV3X3.sources, *NORM_RELU.sources, *CONV_BN_RELU.sources, *SUBPIXEL_CONV_BN_RELU.sources)
+            ),
+            "fastperc/ops/conv_chain.py",
+            "fastperc/ops/kinds.py",
+            "kernels/fold_gradient.py",
+            "kernels/weight_gradient.py",
+            "kernels/rgb_conv_stem.py",
+            "kernels/rgb_conv_head.py",
+        ),
     )
-
-
-def _through_norm(
-    layer: Layer, of_y: Tensor, partials: Tensor, output: Deferred, weights: Sequence[Any]
-) -> tuple[Deferred, tuple[Tensor, Tensor, Tensor]]:
-    """The gradient of a layer's raw output, to be computed where it is loaded, from that after its norm; and those of
-    the convolution's bias and of the norm's weight and bias."""
-    from fastperc.kernels.instance_norm import gradient_coefficients
-    from fastperc.types import Deferred
-
-    bias, norm_weight = weights[1], weights[2]
-    assert output.coefficients is not None
-    scale = norm_weight.float()
-    if layer.batch:
-        partials = partials.flatten(0, 1)[None]
-    coefficients, sums = gradient_coefficients(partials, scale, output.coefficients, layer.frozen)
-    of_bias = torch.zeros_like(bias)  # the norm takes it off again
-    if layer.frozen:
-        of_bias = coefficients[0, 0] * sums[0, 0]
-    elif (group := group_of(layer.norm)) is not None:
-        coefficients, _ = gradient_coefficients(gathered(sums[0], group)[None], scale, output.coefficients, False)
-    of_norm_bias, of_norm_weight = sums.sum(0)
-    other = None if layer.frozen else output.x
-    return Deferred(of_y, coefficients, other=other), (of_bias, of_norm_weight, of_norm_bias)
-
-
-def _turned(weight: Tensor) -> Tensor:
-    """By 180°, in and out exchanged: as gradients pass to the input."""
-    return weight.flip(2, 3).transpose(0, 1)
-
-
-def _picture(grad: Tensor, padding: int) -> Tensor:
-    """The gradient [N, 3, H, W] of a layer to RGB as the wide kernels load it."""
-    from fastperc.kernels.rgb_conv_stem import rgb_prepare
-
-    return rgb_prepare(grad, (0, 0, *grad.shape[2:]), (padding,) * 4, "zeros", 1.0, 0.0, grad.dtype)
-
-
-def _data_gradient(
-    layer: Layer, gradient: Deferred, weight: Tensor, skip: Tensor | None, below: Deferred | None, x: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of a layer's input ``x``, + ``skip``, let through the ReLU of the activation ``below``, and its sums
-    by tiles; of a plain x itself."""
-    from fastperc.kernels import conv_bn_relu, rgb_conv_head, rgb_conv_stem, subpixel_conv_bn_relu
-    from fastperc.kernels.fold_gradient import fold_gradient, fold_gradient_tiles
-
-    kind, weight, dtype = layer.kind, weight.detach(), gradient.x.dtype
-    border = 0 if not layer.reflect else 1 if kind == "nearest" else layer.padding  # of what the kernel gives
-    into, added = (below, skip) if not border else (None, None)
-    out = empty_like(gradient.x, (*x.shape[:2], x.shape[2] + 2 * border, x.shape[3] + 2 * border))
-    around = layer.kernel - 1 - (0 if border else layer.padding)
-
-    def sums(tiles: int) -> Tensor | None:
-        return None if into is None else _partials(out, tiles, 2)
-
-    if kind == "head":
-        partials = sums(rgb_conv_stem.rgb_conv_stem_tiles(out))
-        packed = rgb_conv_stem.pack(_turned(weight)).to(dtype)
-        rgb_conv_stem.rgb_conv_head_bwd(_picture(gradient.x, around), packed, into, out, partials)
-    elif kind == "stem":
-        partials, packed = None, rgb_conv_head.pack(_turned(weight)).to(dtype)
-        rgb_conv_head.rgb_conv_head_fwd(gradient, packed, None, out, (around,) * 4, "zeros", None)
-    elif kind == "conv" and layer.stride == 2:
-        partials = sums(subpixel_conv_bn_relu.strided_conv_bwd_tiles(gradient, out, border))
-        packed = subpixel_conv_bn_relu.pack(weight, "transposed").to(dtype)
-        subpixel_conv_bn_relu.strided_conv_bwd(gradient, packed, into, out, border, partials)
-    else:
-        stride = 1 if kind == "conv" else 2
-        if kind == "conv":
-            weight = _turned(weight)
-        elif kind == "nearest":
-            weight, around = as_transposed(weight), 3 if border else 1
-        else:
-            around = 1
-        partials = sums(conv_bn_relu.conv_bn_relu_tiles(gradient, out.shape, into is not None))
-        packed = weight.to(dtype, memory_format=torch.channels_last)
-        conv_bn_relu.conv_bn_relu_bwd(gradient, packed, added, into, out, stride, (around,) * 4, partials)
-    if not border:
-        return out, partials
-    folded = empty_like(out, x.shape)
-    partials = None if below is None else _partials(folded, fold_gradient_tiles(folded), 2)
-    fold_gradient(out, skip, below, folded, (border,) * 4, kind == "nearest", partials)
-    return folded, partials
-
-
-def _weight_gradient(layer: Layer, source: Deferred, gradient: Deferred) -> Tensor:
-    """The gradient of a layer's weight, float32, in its shape."""
-    from fastperc.kernels.rgb_conv_stem import rgb_prepare
-    from fastperc.kernels.weight_gradient import Geometry, rgb_weight_gradient, weight_gradient
-
-    kind, kernel, padding = layer.kind, layer.kernel, layer.padding
-    mode = "reflect" if layer.reflect else "zeros"
-    if kind == "stem":
-        x = source.x
-        picture = rgb_prepare(x, (0, 0, *x.shape[2:]), (padding,) * 4, mode, 1.0, 0.0, x.dtype)
-        return rgb_weight_gradient(gradient, picture, kernel).permute(0, 3, 1, 2)
-    if kind == "head":
-        beyond = padding if layer.reflect else 0
-        picture = _picture(gradient.x, kernel - 1 - padding + beyond)
-        return rgb_weight_gradient(source, picture, kernel, beyond).flip(1, 2).permute(3, 0, 1, 2)
-    taps = (kernel, kernel)
-    if kind == "transposed":
-        return weight_gradient(source, gradient, Geometry(taps, 1, 1, 2)).permute(0, 3, 1, 2)
-    geometry = Geometry(taps, padding, padding, layer.stride, kind == "nearest", layer.reflect)
-    return weight_gradient(gradient, source, geometry).permute(0, 3, 1, 2)
+)

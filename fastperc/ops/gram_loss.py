@@ -1,20 +1,22 @@
 """The style loss: Gram matrices of several feature maps at once, their distances to targets, and the gradients.
 
-``"triton"`` is the fused kernel; ``"native"`` leaves the products to the BLAS library: one forward and one backward,
-where autograd makes three.
+``"triton"`` is the fused kernel. ``"native"`` leaves the products to the BLAS library: one in the forward, one in the
+backward; autograd would make three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastperc import backends, reference
+from fastperc import backends, kernels, reference
+from fastperc.backends import Implementation, Operation, TuningCases, register
+from fastperc.ops.common import COMMON_SOURCES
 
-PIXELS_AT_ONCE = 8192  # of the products left to the BLAS library
+PIXELS_AT_ONCE = 8192  # in a product of the BLAS library
 
 
 def gram_loss(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -36,12 +38,7 @@ def gram_loss(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     wide = torch.promote_types(first.dtype, torch.float32)
     with torch.autocast(first.device.type, enabled=False):
         targets = tuple(target.to(first.device, wide) for target in targets)
-        obstacle = unsupported(features, targets)
-        triton = obstacle or triton_unsupported(first)
-        backend = backends.choose("gram_loss", *features, triton=triton, native=obstacle)
-        if backend == "reference":
-            return torch.stack([reference.gram_loss(x, target) for x, target in zip(features, targets)])
-        return _GramLoss.apply(backend, *features, *targets)
+        return GRAM_LOSS(features, targets)
 
 
 def check(features: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
@@ -66,36 +63,40 @@ def check(features: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
             )
 
 
-def unsupported(features: Sequence[Tensor], targets: Sequence[Tensor]) -> str | None:
-    """Why only plain PyTorch can take these, or ``None``."""
-    if features[0].shape[0] == 0:
-        return "the batch is empty"
-    if any(target.requires_grad for target in targets):
-        return "the target wants a gradient"
-    return None
+class Kernels(NamedTuple):
+    """The two passes of an implementation; each fills the tensors at the end of its list."""
+
+    forward: Callable[[list[Tensor], list[Tensor], Tensor, Tensor, list[Tensor]], None]
+    """features, targets → losses [layers], scales [layers], Δ = G − target of each layer."""
+    backward: Callable[[list[Tensor], Tensor, list[Tensor], Tensor, list[Tensor]], None]
+    """features, scales, Δ, incoming gradients [layers] → gradients of the features."""
+    delta: Callable[[Tensor, Tensor], Tensor]
+    """features, losses → memory for Δ."""
 
 
-def triton_unsupported(x: Tensor) -> str | None:
-    """Why the Triton kernel cannot take features like ``x``, or ``None`` if it can."""
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"products in {str(x.dtype).removeprefix('torch.')} are left to the BLAS library"
-    return backends.triton_unsupported(x)
+def _triton_forward(
+    features: list[Tensor], targets: list[Tensor], losses: Tensor, scales: Tensor, deltas: list[Tensor]
+) -> None:
+    with backends.on_device(losses):
+        kernels.gram_loss.gram_loss_fwd(features, [target.contiguous() for target in targets], losses, scales, deltas)
 
 
-@torch.library.custom_op("fastperc::gram_loss_fwd", mutates_args=())
-def gram_loss_fwd(features: list[Tensor], targets: list[Tensor], backend: str) -> list[Tensor]:
-    """The losses [layers], and for the backward the scales [layers] and Δ = G − target of each layer.
+def _triton_backward(
+    features: list[Tensor], scales: Tensor, deltas: list[Tensor], grad_losses: Tensor, grads: list[Tensor]
+) -> None:
+    with backends.on_device(scales):
+        kernels.gram_loss.gram_loss_bwd(features, scales, deltas, grad_losses.contiguous(), grads)
 
-    Δ is [N, C, C] for ``"native"``; for ``"triton"`` [N, 2, C, C] in the features' dtype: the sum of the two, times the
-    layer's scale.
-    """
-    losses, scales, *deltas = _outputs(features, targets, backend)
-    if backend == "triton":
-        from fastperc.kernels import gram_loss as kernels
 
-        with backends.on_device(losses):
-            kernels.gram_loss_fwd(features, [target.contiguous() for target in targets], losses, scales, deltas)
-        return [losses, scales, *deltas]
+def _triton_delta(x: Tensor, losses: Tensor) -> Tensor:
+    """[N, 2, C, C] in the dtype of ``x``: the sum of the two is Δ times the layer's scale."""
+    n, c = x.shape[:2]
+    return x.new_empty(n, 2, c, c)
+
+
+def _blas_forward(
+    features: list[Tensor], targets: list[Tensor], losses: Tensor, scales: Tensor, deltas: list[Tensor]
+) -> None:
     scales.fill_(1)
     for layer, (x, target, delta) in enumerate(zip(features, targets, deltas)):
         for psi, first in _wide_blocks(x):
@@ -103,16 +104,45 @@ def gram_loss_fwd(features: list[Tensor], targets: list[Tensor], backend: str) -
         delta.div_(x[0].numel()).sub_(target)
         losses[layer] = delta.square().sum(dim=(1, 2)).mean()
         delta.copy_((delta + delta.mT) / 2)  # a target need not be symmetric
+
+
+def _blas_backward(
+    features: list[Tensor], scales: Tensor, deltas: list[Tensor], grad_losses: Tensor, grads: list[Tensor]
+) -> None:
+    for x, delta, grad, grad_loss in zip(features, deltas, grads, grad_losses):
+        slopes = delta * (grad_loss * (4 / x.numel()))
+        if grad.dtype == slopes.dtype:
+            torch.bmm(slopes, x.flatten(2), out=grad.flatten(2))
+            continue
+        for (psi, _), out in zip(_wide_blocks(x), grad.flatten(2).split(PIXELS_AT_ONCE, dim=2)):
+            out.copy_(torch.bmm(slopes, psi))
+
+
+def _blas_delta(x: Tensor, losses: Tensor) -> Tensor:
+    """[N, C, C] in the dtype of the losses."""
+    n, c = x.shape[:2]
+    return losses.new_empty(n, c, c)
+
+
+KERNELS = {
+    "triton": Kernels(_triton_forward, _triton_backward, _triton_delta),
+    "native": Kernels(_blas_forward, _blas_backward, _blas_delta),
+}
+
+
+@torch.library.custom_op("fastperc::gram_loss_fwd", mutates_args=())
+def gram_loss_fwd(features: list[Tensor], targets: list[Tensor], backend: str) -> list[Tensor]:
+    """The losses [layers], and for the backward the scales [layers] and Δ = G − target of each layer, in the form that
+    the ``backend``, of ``KERNELS``, wants."""
+    losses, scales, *deltas = _outputs(features, targets, backend)
+    KERNELS[backend].forward(features, targets, losses, scales, deltas)
     return [losses, scales, *deltas]
 
 
 @gram_loss_fwd.register_fake
 def _outputs(features: list[Tensor], targets: list[Tensor], backend: str) -> list[Tensor]:
     losses = features[0].new_empty(len(features), dtype=torch.promote_types(features[0].dtype, torch.float32))
-    sizes = [x.shape[:2] for x in features]
-    if backend == "triton":
-        return [losses, torch.empty_like(losses), *(x.new_empty(n, 2, c, c) for x, (n, c) in zip(features, sizes))]
-    return [losses, torch.empty_like(losses), *(losses.new_empty(n, c, c) for n, c in sizes)]
+    return [losses, torch.empty_like(losses), *(KERNELS[backend].delta(x, losses) for x in features)]
 
 
 @torch.library.custom_op("fastperc::gram_loss_bwd", mutates_args=())
@@ -121,19 +151,7 @@ def gram_loss_bwd(
 ) -> list[Tensor]:
     """The gradients of the features: 4 / NCHW · Δ ψ, each times its layer's incoming gradient."""
     grads = _gradients(features, scales, deltas, grad_losses, backend)
-    if backend == "triton":
-        from fastperc.kernels import gram_loss as kernels
-
-        with backends.on_device(scales):
-            kernels.gram_loss_bwd(features, scales, deltas, grad_losses.contiguous(), grads)
-        return grads
-    for x, delta, grad, grad_loss in zip(features, deltas, grads, grad_losses):
-        slopes = delta * (grad_loss * (4 / x.numel()))
-        if grad.dtype == slopes.dtype:
-            torch.bmm(slopes, x.flatten(2), out=grad.flatten(2))
-            continue
-        for (psi, _), out in zip(_wide_blocks(x), grad.flatten(2).split(PIXELS_AT_ONCE, dim=2)):
-            out.copy_(torch.bmm(slopes, psi))
+    KERNELS[backend].backward(features, scales, deltas, grad_losses, grads)
     return grads
 
 
@@ -145,15 +163,15 @@ def _gradients(
 
 
 def dense_format(x: Tensor) -> torch.memory_format:
-    """The memory format of ``x`` [N, C, H, W] or, if it is a slice, of what it was cut from."""
+    """The memory format of ``x`` [N, C, H, W], or of the tensor that it is a slice of."""
     channels_last = x.stride(1) == 1 and x.shape[1] > 1
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _wide_blocks(x: Tensor) -> Iterator[tuple[Tensor, bool]]:
-    """ψ [N, C, pixels] in float32 or wider, some pixels at a time, and whether they are the first.
+    """ψ [N, C, pixels] in float32 or wider, block by block of pixels, and whether a block is the first.
 
-    Summing up in two steps keeps the error small; half precision needs memory for one block, not for all.
+    Summing in two steps keeps the error small, and half precision needs float32 memory for one block only.
     """
     for i, psi in enumerate(x.flatten(2).split(PIXELS_AT_ONCE, dim=2)):
         yield reference.widen(psi), i == 0
@@ -184,3 +202,57 @@ class _GramLoss(torch.autograd.Function):
         else:
             grads = torch.ops.fastperc.gram_loss_bwd(features, scales, deltas, grad_losses, ctx.backend)
         return None, *grads, *(None for _ in targets)
+
+
+def _why_not_native(features: Sequence[Tensor], targets: Sequence[Tensor]) -> str | None:
+    if features[0].shape[0] == 0:
+        return "the batch is empty"
+    if any(target.requires_grad for target in targets):
+        return "the target wants a gradient"
+    return None
+
+
+def _why_not_triton(features: Sequence[Tensor], targets: Sequence[Tensor]) -> str | None:
+    dtype = features[0].dtype
+    if reason := _why_not_native(features, targets):
+        return reason
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"products in {str(dtype).removeprefix('torch.')} are left to the BLAS library"
+    return backends.why_not_triton(features[0])
+
+
+def _triton(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    return _GramLoss.apply("triton", *features, *targets)
+
+
+def _native(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    return _GramLoss.apply("native", *features, *targets)
+
+
+def _plain(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    return torch.stack([reference.gram_loss(x, target) for x, target in zip(features, targets)])
+
+
+def _tuned_shapes(batch: int, size: int) -> list[tuple[tuple[int, ...], ...]]:
+    """VGG-16's relu1_2, relu2_2, relu3_3 and relu4_3, in one call."""
+    return [tuple((batch, channels, size >> i, size >> i) for i, channels in enumerate((64, 128, 256, 512)))]
+
+
+def _tuned_call(*features: Tensor) -> tuple[Any, ...]:
+    return features, [x.new_zeros(1, x.shape[1], x.shape[1], dtype=torch.float32) for x in features]
+
+
+GRAM_LOSS = register(
+    Operation(
+        "gram_loss",
+        "Gram loss",
+        (
+            Implementation("triton", _triton, _why_not_triton),
+            Implementation("native", _native, _why_not_native),
+            Implementation("reference", _plain),
+        ),
+        TuningCases(_tuned_shapes, _tuned_call),
+        (*COMMON_SOURCES, "kernels/gram_loss*", "fastperc/ops/gram_loss.py"),
+        lambda features, targets: features,
+    )
+)

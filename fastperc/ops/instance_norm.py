@@ -1,5 +1,7 @@
-"""Instance norm of activations in NHWC, with the ReLU and the skip that follow it: one pass for each channel's
-statistics, one that applies them."""
+"""Instance norm of a frozen network's activations in NHWC, with the skip and the ReLU that follow it.
+
+One pass measures each channel's statistics, a second applies them. In training, norms are ``ops.norm_relu``.
+"""
 
 from __future__ import annotations
 
@@ -8,93 +10,109 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastperc import _native, backends, reference
-from fastperc.ops.frozen import channels_last, native_unsupported, side_by_side, unsupported
-from fastperc.types import InstanceNorm
+from fastperc import _native, backends, kernels, reference
+from fastperc.backends import Implementation, Operation, TuningCases, register
+from fastperc.ops.common import COMMON_CPP_SOURCES, channels_adjacent, channels_last, why_not_cpp, why_not_frozen
+from fastperc.types import Epilogue, InstanceNorm
 
 
-def instance_norm(x: Tensor, norm: InstanceNorm, relu: bool = False, skip: Tensor | None = None) -> Tensor:
-    """relu?(each channel of each image by its own mean and variance, scaled and shifted, + ``skip``).
+def instance_norm(x: Tensor, epilogue: Epilogue) -> Tensor:
+    """activation(each channel of each image by its own mean and variance, scaled and shifted, + skip).
 
     Args:
         x: [N, C, H, W].
-        norm: weight [C], bias [C] and eps, as ``nn.InstanceNorm2d``'s.
-        relu: whether a ReLU comes last.
-        skip: [N, C, H, W], added before it.
+        epilogue: its norm has weight [C], bias [C] and eps, as ``nn.InstanceNorm2d``; its skip is [N, C, H, W].
 
     Returns:
         [N, C, H, W], channels-last unless plain PyTorch computed it.
     """
-    obstacle = unsupported(x, norm, skip)
-    backend = backends.choose(
-        "instance_norm",
-        x,
-        triton=obstacle or backends.triton_unsupported(x),
-        native=obstacle or native_unsupported(x),
-    )
-    if backend == "reference":
-        return reference.finish(x, norm, relu, skip)
+    return INSTANCE_NORM(x, epilogue)
+
+
+def native_instance_norm(x: Tensor, epilogue: Epilogue, out: Tensor | None = None) -> Tensor:
+    """The norm of ``x`` by C++, into ``out``, which may be ``x``; both are channels-last."""
+    norm = epilogue.norm
+    assert norm is not None
     x = channels_last(x)
-    if backend == "triton":
-        return triton_instance_norm(x, norm, relu, skip)
-    return native_instance_norm(x, norm, relu, skip, torch.empty_like(x))
-
-
-def native_instance_norm(x: Tensor, norm: InstanceNorm, relu: bool, skip: Tensor | None, out: Tensor) -> Tensor:
-    """Fills ``out``, which may be ``x``; both channels-last."""
+    out = torch.empty_like(x) if out is None else out
     mean, m2 = _native.channel_statistics(x).unbind(1)
     scale = norm.weight / (m2 / x[0, 0].numel() + norm.eps).sqrt()
     shift = norm.bias - mean * scale
-    _native.scale_shift(x, scale.float(), shift.float(), side_by_side(skip), relu, out)
+    relu, skip = epilogue.activation is not None, channels_adjacent(epilogue.skip)
+    _native.scale_shift(x, scale.float(), shift.float(), skip, relu, out)
     return out
 
 
-def triton_instance_norm(x: Tensor, norm: InstanceNorm, relu: bool, skip: Tensor | None) -> Tensor:
-    from fastperc.kernels import instance_norm as kernels
-
+def triton_instance_norm(x: Tensor, epilogue: Epilogue) -> Tensor:
+    """The norm of ``x`` by Triton's kernels."""
+    x = channels_last(x)
     with backends.on_device(x):
-        partials = torch.empty(len(x), kernels.statistics_tiles(x.shape), 3, x.shape[1], device=x.device)
-        kernels.statistics_fwd(x, partials)
-    return triton_apply(x, partials, norm, relu, skip, torch.empty_like(x))
+        tiles = kernels.instance_norm.statistics_tiles(x.shape)
+        partials = torch.empty(len(x), tiles, 3, x.shape[1], device=x.device)
+        kernels.instance_norm.statistics_fwd(x, partials)
+    return _triton_apply(x, partials, epilogue, torch.empty_like(x))
 
 
 def triton_finish(
-    out: Tensor,
-    tiles: Callable[[], int],
-    fill: Callable[[bool, Tensor | None], None],
-    norm: InstanceNorm | None,
-    relu: bool,
-    skip: Tensor | None = None,
+    out: Tensor, tiles: Callable[[], int], fill: Callable[[Epilogue, Tensor | None], None], epilogue: Epilogue
 ) -> Tensor:
-    """``out``, as a convolution's Triton kernel fills it by ``fill(relu, partials)``.
+    """``out``, filled by a convolution's Triton kernel, ``fill(epilogue, partials)``, with its whole epilogue.
 
-    For an instance norm the kernel takes the statistics of each of its ``tiles()`` of an image too, and a second pass
-    applies them in place, with the ``skip`` and the ReLU; without one the kernel does all of it.
+    With an instance norm the kernel also stores the statistics of each of its ``tiles()`` of an image, and a second
+    pass applies the norm, the skip and the ReLU in place. Without one the kernel does all of it.
     """
     with backends.on_device(out):
-        if norm is None:
-            fill(relu, None)
+        if epilogue.norm is None:
+            fill(epilogue, None)
             return out
         partials = torch.empty(len(out), tiles(), 3, out.shape[1], device=out.device)
-        fill(False, partials)
-    return triton_apply(out, partials, norm, relu, skip, out)
+        fill(Epilogue(activation=None), partials)
+    return _triton_apply(out, partials, epilogue, out)
 
 
-def triton_apply(
-    x: Tensor, partials: Tensor, norm: InstanceNorm, relu: bool, skip: Tensor | None, out: Tensor
-) -> Tensor:
-    """Fills ``out``, which may be ``x``, by the statistics of its tiles."""
-    from fastperc.kernels import instance_norm as kernels
-
+def _triton_apply(x: Tensor, partials: Tensor, epilogue: Epilogue, out: Tensor) -> Tensor:
+    """Fills ``out``, which may be ``x``, from the statistics of its tiles."""
+    norm = epilogue.norm
+    assert norm is not None
     with backends.on_device(x):
-        coefficients = kernels.norm_coefficients(partials, norm.weight.float(), norm.bias.float(), norm.eps)
-        kernels.instance_norm_fwd(x, coefficients, side_by_side(skip), relu, out)
+        coefficients = kernels.instance_norm.norm_coefficients(
+            partials, norm.weight.float(), norm.bias.float(), norm.eps
+        )
+        relu, skip = epilogue.activation is not None, channels_adjacent(epilogue.skip)
+        kernels.instance_norm.instance_norm_fwd(x, coefficients, skip, relu, out)
     return out
 
 
-def channel_statistics(x: Tensor) -> Tensor:
-    """The mean of each channel of each image of ``x`` [N, C, H, W], and Σ (x - mean)²: float64 [N, 2, C]."""
-    if native_unsupported(x) is None and x.numel():
+def instance_statistics(x: Tensor) -> Tensor:
+    """Mean and Σ (x - mean)² of each channel of each image of ``x`` [N, C, H, W]: float64 [N, 2, C]."""
+    if why_not_cpp(x) is None and x.numel():
         return _native.channel_statistics(channels_last(x))
     variance, mean = torch.var_mean(x.double(), dim=(2, 3), correction=0)
     return torch.stack([mean, variance * x[0, 0].numel()], dim=1)
+
+
+def _why_not_triton(x: Tensor, epilogue: Epilogue) -> str | None:
+    return why_not_frozen(x, epilogue=epilogue) or backends.why_not_triton(x)
+
+
+def _why_not_native(x: Tensor, epilogue: Epilogue) -> str | None:
+    return why_not_frozen(x, epilogue=epilogue) or why_not_cpp(x)
+
+
+INSTANCE_NORM = register(
+    Operation(
+        "instance_norm",
+        "Instance norm, ReLU",
+        (
+            Implementation("triton", triton_instance_norm, _why_not_triton),
+            Implementation("native", native_instance_norm, _why_not_native),
+            Implementation("reference", reference.finish),
+        ),
+        TuningCases(
+            lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((32, 1), (64, 2), (128, 4))],
+            lambda x: (x, Epilogue(InstanceNorm(x.new_ones(x.shape[1]), x.new_zeros(x.shape[1]), 1e-5))),
+        ),
+        (*COMMON_CPP_SOURCES, "csrc/norm_relu*", "kernels/instance_norm.py", "fastperc/ops/instance_norm.py"),
+        frozen=True,
+    )
+)

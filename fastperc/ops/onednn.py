@@ -1,6 +1,6 @@
-"""oneDNN's convolutions, through what PyTorch has for its own compiler: packed weights; bias, skip and ReLU within.
+"""oneDNN's convolutions with packed weights, bias, skip and ReLU, by the operators that PyTorch's compiler uses.
 
-Its ReLU turns NaN into 0.
+oneDNN's ReLU turns NaN into 0.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastperc.ops.packing import packed
+from fastperc.ops.common import packed
 
 
-def unsupported(x: Tensor) -> str | None:
-    """Why oneDNN cannot take ``x``, or ``None`` if it can."""
+def why_not(x: Tensor) -> str | None:
+    """Why oneDNN cannot take ``x``, or ``None``."""
     if x.device.type != "cpu":
         return f"oneDNN runs on the CPU, not on {x.device.type} tensors"
-    return _unsupported(x.dtype)
+    return _why_not_dtype(x.dtype)
 
 
 @cache
-def _unsupported(dtype: torch.dtype) -> str | None:
+def _why_not_dtype(dtype: torch.dtype) -> str | None:
     operators = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_convolution_transpose_pointwise"):
         return "this PyTorch has no oneDNN"
@@ -41,13 +41,13 @@ def convolution(
     skip: Tensor | None = None,
     arrange: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """relu?(conv(``x``) + ``bias`` + ``skip``), channels-last, by ``arrange(weight)`` if that is given.
+    """The convolution of ``x`` by ``arrange(weight)`` + ``bias`` + ``skip``, then a ReLU if ``relu``; channels-last.
 
     ``padding`` is (left and right, top and bottom), of zeros.
     """
     geometry = [padding[1], padding[0]], [stride, stride], [1, 1], 1
 
-    def make() -> tuple[Tensor, Tensor | None]:
+    def pack() -> tuple[Tensor, Tensor | None]:
         arranged = weight if arrange is None else arrange(weight)
         arranged = arranged.detach().to(x.dtype, memory_format=torch.channels_last)
         if x.numel():
@@ -55,7 +55,7 @@ def convolution(
         return arranged, None if bias is None else bias.detach().to(x.dtype)
 
     others = () if bias is None else (bias,)
-    w, b = packed(("onednn", x.dtype, arrange), make, weight, *others)
+    w, b = packed(("onednn", x.dtype, arrange), pack, weight, *others)
     if skip is None:
         return torch.ops.mkldnn._convolution_pointwise(x, w, b, *geometry, "relu" if relu else "none", [], "")
     last = "relu" if relu else None
@@ -71,15 +71,16 @@ def transposed(
     relu: bool = False,
     arrange: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """relu?(the ½-stride convolution of ``x`` by ``arrange(weight)`` [I, O, k, k], + ``bias``), channels-last."""
+    """The ½-stride convolution of ``x`` by ``arrange(weight)`` [I, O, k, k] + ``bias``, then a ReLU if ``relu``;
+    channels-last."""
     geometry = [padding] * 2, [output_padding] * 2, [2, 2], [1, 1], 1
 
-    def make() -> tuple[Tensor, Tensor]:
+    def pack() -> tuple[Tensor, Tensor]:
         arranged = weight if arrange is None else arrange(weight)
         arranged = arranged.detach().to(x.dtype, memory_format=torch.channels_last)
         if x.numel():
             arranged = torch.ops.mkldnn._reorder_convolution_transpose_weight(arranged, *geometry, list(x.shape))
         return arranged, bias.detach().to(x.dtype)
 
-    w, b = packed(("onednn", x.dtype, arrange), make, weight, bias)
+    w, b = packed(("onednn", x.dtype, arrange), pack, weight, bias)
     return torch.ops.mkldnn._convolution_transpose_pointwise(x, w, b, *geometry, "relu" if relu else "none", [], "")

@@ -1,10 +1,13 @@
-"""A frozen network's ×2 upsampling convolution with the norm and the ReLU that follow: the ½-stride convolution, or
-nearest-neighbour upsampling and a convolution, which are one thing with other weights.
+"""A frozen network's ×2 upsampling convolution with its epilogue: the ½-stride (transposed) convolution, or
+nearest-neighbour upsampling and a convolution. Both are one computation with different weights.
 
     each pixel, with its neighbours, becomes four; along one axis, from the weights w₀ w₁ w₂ of the 3×3 kernel:
                   first of two                  second of two
     transposed    w₁·x[i]                       w₂·x[i] + w₀·x[i+1]
     nearest       w₀·x[i-1] + (w₁+w₂)·x[i]      (w₀+w₁)·x[i] + w₂·x[i+1]
+
+In training ``modules.SubpixelConvBNReLU`` is a layer of ``ops.conv_chain``; ``ops/kinds.py`` has its forward and
+gradients.
 """
 
 from __future__ import annotations
@@ -12,12 +15,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastperc import backends, reference
+from fastperc import backends, kernels, reference
+from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
 from fastperc.ops import onednn
-from fastperc.ops.frozen import channels_last, check, empty_like, in_dtype, native_unsupported, unsupported
+from fastperc.ops.common import (
+    channels_last,
+    check_shapes,
+    empty_like,
+    in_dtype,
+    packed,
+    why_not_cpp,
+    why_not_frozen,
+)
+from fastperc.ops.conv_bn_relu import CONV_BN_RELU
 from fastperc.ops.instance_norm import native_instance_norm, triton_finish, triton_instance_norm
-from fastperc.ops.packing import packed
-from fastperc.types import InstanceNorm, Padding
+from fastperc.types import NO_EPILOGUE, Deferred, Epilogue, Padding, Sides, same_sides
 
 UPSAMPLE = ("transposed", "nearest")
 
@@ -27,10 +39,8 @@ def subpixel_conv_bn_relu(
     weight: Tensor,
     bias: Tensor,
     upsample: str = "transposed",
-    padding: Padding = (1, 1, 1, 1),
-    padding_mode: str = "zeros",
-    norm: InstanceNorm | None = None,
-    relu: bool = True,
+    padding: Padding = Padding((1, 1, 1, 1)),
+    epilogue: Epilogue = Epilogue(),
 ) -> Tensor:
     """[N, I, H, W] → [N, O, 2H, 2W]; :func:`fastperc.reference.subpixel_conv_bn_relu` is the formula.
 
@@ -39,10 +49,9 @@ def subpixel_conv_bn_relu(
         weight: [I, O, 3, 3] for ``"transposed"``, [O, I, 3, 3] for ``"nearest"``; a batch norm is folded into it.
         bias: [O].
         upsample: ``"transposed"`` or ``"nearest"``.
-        padding: (left, right, top, bottom), each 1, or 0 where the outermost pixels of ``x`` are neighbours only.
-        padding_mode: ``"zeros"`` or, for ``"nearest"``, ``"reflect"``.
-        norm: an instance norm, by weight [O], bias [O] and eps.
-        relu: whether a ReLU comes last.
+        padding: each side 1, or 0 where the outermost pixels of ``x`` serve as neighbours only; of zeros or, for
+            ``"nearest"``, reflected.
+        epilogue: an instance norm and an activation; no skip.
 
     Returns:
         [N, O, 2·(H + top + bottom - 2), 2·(W + left + right - 2)] in ``x``'s dtype.
@@ -52,77 +61,98 @@ def subpixel_conv_bn_relu(
     """
     if upsample not in UPSAMPLE:
         raise ValueError(f"upsample must be 'transposed' or 'nearest', got {upsample!r}")
-    check(x, weight, bias, weight.shape[0 if upsample == "transposed" else 1])
-    obstacle = unsupported(x, weight, bias, norm)
-    backend = backends.choose(
-        "subpixel_conv_bn_relu",
-        x,
-        weight,
-        triton=obstacle or backends.triton_product_unsupported(x),
-        native=obstacle or onednn.unsupported(x) or (norm and native_unsupported(x)),
-    )
-    if backend == "triton":
-        return triton_subpixel(x, weight, bias, upsample, padding, padding_mode, norm, relu)
-    if backend == "reference":
-        weight = in_dtype(weight, x.dtype)
-        return reference.subpixel_conv_bn_relu(x, weight, bias, upsample, padding, padding_mode, norm, relu)
-    y = onednn_subpixel(channels_last(x), weight, bias, upsample, padding, padding_mode, relu and norm is None)
-    return y if norm is None else native_instance_norm(y, norm, relu, None, y)
-
-
-def onednn_subpixel(
-    x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, padding_mode: str, relu: bool
-) -> Tensor:
-    """As one ½-stride convolution, of 3×3 or, for ``"nearest"``, of 4×4."""
-    if upsample == "nearest":
-        x = channels_last(reference.pad(x, padding, "zeros" if padding_mode == "zeros" else "replicate"))
-        return onednn.transposed(x, weight, bias, 3, 0, relu, as_transposed)
-    return channels_last(inner(onednn.transposed(x, weight, bias, 1, 1, relu), padding))
-
-
-def inner(y: Tensor, padding: Padding) -> Tensor:
-    """The part of ``y``, upsampled with zeros beyond each border, that ``padding`` asks for."""
-    left, right, top, bottom = (2 - 2 * side for side in padding)
-    return y[:, :, top : y.shape[2] - bottom, left : y.shape[3] - right]
+    check_shapes(x, weight, bias, weight.shape[0 if upsample == "transposed" else 1])
+    return SUBPIXEL_CONV_BN_RELU(x, weight, bias, upsample, padding, epilogue)
 
 
 def as_transposed(weight: Tensor) -> Tensor:
-    """The ½-stride convolution [I, O, 4, 4] that does as nearest-neighbour upsampling and ``weight`` [O, I, 3, 3]."""
+    """The ½-stride convolution [I, O, 4, 4] that equals nearest-neighbour upsampling and ``weight`` [O, I, 3, 3]."""
     sums = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
     return torch.einsum("ak,bl,oikl->ioab", sums, sums, weight)
 
 
-def triton_subpixel(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    upsample: str,
-    padding: Padding,
-    padding_mode: str,
-    norm: InstanceNorm | None,
-    relu: bool,
-) -> Tensor:
-    """The Triton kernel, on all of ``x``; what only neighbours give is cut off."""
-    from fastperc.kernels import subpixel_conv_bn_relu as kernels
-    from fastperc.types import Deferred
+def _without_border(y: Tensor, sides: Sides) -> Tensor:
+    """The part of ``y``, upsampled with zeros beyond each border, that ``sides`` of a padding ask for."""
+    left, right, top, bottom = (2 - 2 * side for side in sides)
+    return y[:, :, top : y.shape[2] - bottom, left : y.shape[3] - right]
 
+
+def _why_not_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue
+) -> str | None:
+    return why_not_frozen(x, weight, bias, epilogue=epilogue) or backends.why_not_triton_product(x)
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue) -> Tensor:
+    """The kernel, on all of ``x``; the output of pixels that serve as neighbours only is cut off."""
+    subpixel = kernels.subpixel_conv_bn_relu
     x = channels_last(x)
     n, _, height, width = x.shape
     out = empty_like(x, (n, len(bias), 2 * height, 2 * width))
     weights = packed(
-        ("triton", x.dtype, upsample), lambda: kernels.pack(weight.detach().float(), upsample).to(x.dtype), weight
+        ("triton", x.dtype, upsample), lambda: subpixel.pack(weight.detach().float(), upsample).to(x.dtype), weight
     )
 
-    def fill(relu: bool, partials: Tensor | None) -> None:
-        kernels.subpixel_conv_bn_relu_fwd(
-            Deferred(x), weights, bias.float(), out, upsample, padding_mode, relu, partials
+    def fill(epilogue: Epilogue, partials: Tensor | None) -> None:
+        relu = epilogue.activation is not None
+        subpixel.subpixel_conv_bn_relu_fwd(
+            Deferred(x), weights, bias.float(), out, upsample, padding.mode, relu, partials
         )
 
     def tiles() -> int:
-        return kernels.subpixel_conv_bn_relu_tiles(Deferred(x), out, upsample)
+        return subpixel.subpixel_conv_bn_relu_tiles(Deferred(x), out, upsample)
 
-    if norm is None or padding == (1, 1, 1, 1):
-        return inner(triton_finish(out, tiles, fill, norm, relu), padding)
-    # The kernel's statistics would be of more than is given back.
-    out = channels_last(inner(triton_finish(out, tiles, fill, None, False), padding))
-    return triton_instance_norm(out, norm, relu, None)
+    if epilogue.norm is None or padding.sides == (1, 1, 1, 1):
+        return _without_border(triton_finish(out, tiles, fill, epilogue), padding.sides)
+    # The kernel's statistics would include what is cut off.
+    out = channels_last(_without_border(triton_finish(out, tiles, fill, NO_EPILOGUE), padding.sides))
+    return triton_instance_norm(out, epilogue)
+
+
+def _why_not_native(
+    x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue
+) -> str | None:
+    reason = why_not_frozen(x, weight, bias, epilogue=epilogue) or onednn.why_not(x)
+    return reason or (why_not_cpp(x) if epilogue.norm else None)
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue) -> Tensor:
+    """oneDNN's ½-stride convolution, of 3×3 or, for ``"nearest"``, of 4×4."""
+    x, relu = channels_last(x), epilogue.norm is None and epilogue.activation is not None
+    if upsample == "nearest":
+        mode = "zeros" if padding.mode == "zeros" else "replicate"
+        x = channels_last(reference.pad(x, Padding(padding.sides, mode)))
+        y = onednn.transposed(x, weight, bias, 3, 0, relu, as_transposed)
+    else:
+        y = channels_last(_without_border(onednn.transposed(x, weight, bias, 1, 1, relu), padding.sides))
+    return y if epilogue.norm is None else native_instance_norm(y, epilogue, y)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue) -> Tensor:
+    return reference.subpixel_conv_bn_relu(x, in_dtype(weight, x.dtype), bias, upsample, padding, epilogue)
+
+
+def _tuned_shapes(batch: int, size: int) -> list[tuple[tuple[int, ...], ...]]:
+    """Input and weight of the style network's ½-stride convolutions."""
+    half, quarter = size // 2, size // 4
+    return [((batch, 128, quarter, quarter), (128, 64, 3, 3)), ((batch, 64, half, half), (64, 32, 3, 3))]
+
+
+SUBPIXEL_CONV_BN_RELU = register(
+    Operation(
+        "subpixel_conv_bn_relu",
+        "½-stride conv, norm, ReLU",
+        (
+            Implementation("triton", _triton, _why_not_triton),
+            Implementation("native", _native, _why_not_native),
+            Implementation("reference", _plain),
+        ),
+        TuningCases(
+            _tuned_shapes,
+            lambda x, weight: (x, weight, weight.new_zeros(weight.shape[1]), "transposed", same_sides(1), Epilogue()),
+        ),
+        (*CONV_BN_RELU.sources, "kernels/subpixel_conv_bn_relu.py", "fastperc/ops/subpixel_conv_bn_relu.py"),
+        first_two_arguments,
+        frozen=True,
+    )
+)

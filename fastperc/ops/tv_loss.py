@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastperc import _native, backends, reference
+from fastperc import _native, reference
+from fastperc.backends import Implementation, Operation, TuningCases, register
+from fastperc.ops.common import COMMON_CPP_SOURCES
 
 NORMS = ("l2", "l1")
 REDUCTIONS = ("sum", "mean")
@@ -33,18 +35,15 @@ def tv_loss(x: Tensor, norm: str = "l2", reduction: str = "sum") -> Tensor:
         raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    if backends.choose("tv_loss", x, native=_native.unsupported(x)) == "reference":
-        return reference.tv_loss(x, norm, reduction)
-    loss = _TVLoss.apply(x, norm)
-    return loss / x.numel() if reduction == "mean" else loss
+    return TV_LOSS(x, norm, reduction)
 
 
 @torch.library.custom_op("fastperc::tv_loss_fwd", mutates_args=())
 def tv_loss_fwd(x: Tensor, norm: str, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """Σ over ``x`` [N, C, H, W], and its derivative in ``x``'s dtype and layout (empty unless ``with_grad``).
+    """The sum over ``x`` [N, C, H, W], and its derivative in ``x``'s dtype and layout (empty unless ``with_grad``).
 
-    The derivative is that of the plain sum, of the order of the pixels, so that it survives half precision; weights
-    and 1/numel come in with the incoming gradient, in float32.
+    The derivative is that of the plain sum: it has the magnitude of the pixels, so half precision can hold it. Weights
+    and 1/numel enter with the incoming gradient, in float32.
     """
     loss, grad = _outputs(x, norm, with_grad)
     _native.tv_loss_fwd(x, grad if with_grad else None, loss, norm)
@@ -61,18 +60,16 @@ def _outputs(x: Tensor, norm: str, with_grad: bool) -> tuple[Tensor, Tensor]:
 
 
 class _TVLoss(torch.autograd.Function):
-    """The gradient comes with the loss and belongs to the first backward, which scales it in place.
-
-    A further backward, and a compiled one, computes it from ``x``.
-    """
+    """The forward computes the gradient too. The first backward scales it in place and returns it; a further backward,
+    or a compiled one, computes it again from ``x``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: str) -> Tensor:
-        at_once = ctx.needs_input_grad[0] and not torch.compiler.is_compiling()
-        loss, grad = torch.ops.fastperc.tv_loss_fwd(x, norm, at_once)
+        with_grad = ctx.needs_input_grad[0] and not torch.compiler.is_compiling()
+        loss, grad = torch.ops.fastperc.tv_loss_fwd(x, norm, with_grad)
         ctx.save_for_backward(x)
         ctx.norm = norm
-        if at_once:
+        if with_grad:
             ctx.grad = grad
         return loss
 
@@ -86,9 +83,32 @@ class _TVLoss(torch.autograd.Function):
                 return torch.autograd.grad(loss, x, grad_loss, create_graph=True)[0], None
             grad, ctx.grad = ctx.grad, None
             if grad is not None and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
-                return grad, None  # on a GPU, to know would be to wait
+                return grad, None  # on a GPU, .item() would wait
         if grad is None:
             _, grad = torch.ops.fastperc.tv_loss_fwd(x, ctx.norm, True)
         if grad.dtype == grad_loss.dtype:
             return grad.mul_(grad_loss), None
         return (reference.widen(grad) * grad_loss).to(grad.dtype), None
+
+
+def _why_not_native(x: Tensor, norm: str, reduction: str) -> str | None:
+    return _native.unsupported(x)
+
+
+def _native_tv_loss(x: Tensor, norm: str, reduction: str) -> Tensor:
+    loss = _TVLoss.apply(x, norm)
+    return loss / x.numel() if reduction == "mean" else loss
+
+
+TV_LOSS = register(
+    Operation(
+        "tv_loss",
+        "Total variation",
+        (
+            Implementation("native", _native_tv_loss, _why_not_native),
+            Implementation("reference", reference.tv_loss),
+        ),
+        TuningCases(lambda batch, size: [((batch, 3, size, size),)], lambda x: (x, "l2", "sum")),
+        (*COMMON_CPP_SOURCES, "csrc/tv_loss*", "csrc/launch.cuh", "fastperc/ops/tv_loss.py"),
+    )
+)

@@ -1,146 +1,196 @@
-"""A frozen network's convolutions, each followed by ReLU, forward and back: what the backward keeps, and how it runs.
+"""VGG's frozen convolutions, each followed by ReLU, forward and backward: what the backward keeps, and how it runs.
 
-The weights want no gradients, so the backward needs little: where an activation was positive (a bit), which pixel a
-pooling took (a byte a window), and the features that somebody asked for. Nothing else is kept, where autograd keeps
-every activation and eight bytes a pooled one.
+The weights want no gradients, so the backward needs little: whether each activation was positive (a bit), which pixel a
+pooling took (a byte a window), and the features that the caller asked for. Autograd would keep every activation, and
+eight bytes for each pooled one.
 
     forward    x ─ conv, ReLU ─ conv, ReLU ─┬─ pool ─ conv, ReLU ─ …
                         bits     features ──┘winners        bits
-    backward   the same chain from its end; a gradient passes a layer as a convolution with its weights turned round
+    backward   the same chain from its end; a gradient passes a layer as a convolution with turned weights
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastperc import _native
-from fastperc.ops.conv3x3 import slower, unsupported, winograd
-from fastperc.ops.frozen import empty_like
-from fastperc.ops.packing import packed
+from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
+from fastperc.ops.common import channels_last, empty_like, packed
+from fastperc.ops.conv3x3 import CONV3X3, why_not_winograd, why_slow_winograd, winograd
 from fastperc.types import FrozenConv
 
 
-class Packed(NamedTuple):
-    """A frozen convolution ready to run, forward and back."""
+class PackedConv(NamedTuple):
+    """A frozen convolution ready to run, forward and backward."""
 
     weight: Tensor  # [O, I, 3, 3], channels-last
     bias: Tensor  # [O]
-    mirrored: Tensor  # [I, O, 3, 3]: turned by 180°, in and out exchanged; what carries gradients to the input
-    pooled: bool
+    turned: Tensor  # [I, O, 3, 3]: rotated by 180°, in and out exchanged; what carries gradients to the input
+    pooled: bool  # whether a 2×2 max pooling precedes it
 
 
-def pack(conv: FrozenConv, dtype: torch.dtype) -> Packed:
+def pack(conv: FrozenConv, dtype: torch.dtype) -> PackedConv:
     """``conv`` in ``dtype``."""
 
-    def make() -> Packed:
+    def make() -> PackedConv:
         weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
-        mirrored = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        return Packed(weight, conv.bias.detach().to(dtype), mirrored, conv.pooled)
+        turned = channels_last(weight.flip(2, 3).transpose(0, 1))
+        return PackedConv(weight, conv.bias.detach().to(dtype), turned, conv.pooled)
 
-    return packed(("chain", dtype, conv.pooled), make, conv.weight, conv.bias)
-
-
-def convolve_relu(x: Tensor, conv: Packed) -> Tensor:
-    """Convolution, bias and ReLU; in one pass where there is one. (oneDNN has one too: it turns NaN into 0.)"""
-    if unsupported(x, conv.weight, conv.bias) is None and not slower(x):
-        return winograd(x, conv.weight, conv.bias, 1, relu=True)
-    if x.device.type == "cuda" and torch.backends.cudnn.is_available():
-        return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, [1, 1], [1, 1], [1, 1], 1)
-    return F.conv2d(x, conv.weight, conv.bias, padding=1).relu_()
+    return packed(("vgg", dtype, conv.pooled), make, conv.weight, conv.bias)
 
 
-def convolve_back(grad: Tensor, conv: Packed) -> Tensor:
+def convolve_relu(x: Tensor, conv: PackedConv) -> Tensor:
+    """Convolution, bias and ReLU. ``x`` is channels-last."""
+    return VGG_CONV(x, conv.weight, conv.bias)
+
+
+def convolve_turned(grad: Tensor, conv: PackedConv) -> Tensor:
     """The gradient to the convolution's input, from that to its output."""
-    if unsupported(grad, conv.mirrored) is None and not slower(grad):
-        return winograd(grad, conv.mirrored, None, 1, relu=False)
-    return F.conv2d(grad, conv.mirrored, padding=1)
+    return VGG_CONV(grad, conv.turned, None)
 
 
-class Layer(NamedTuple):
+class SavedLayer(NamedTuple):
     """What the backward needs of one convolution's output, channels-last [n, C, H, W]."""
 
-    features: Tensor | None  # itself, where somebody asked for it
+    features: Tensor | None  # the output itself, where the caller asked for it
     bits: Tensor | None  # whether each element is positive; features tell that too, and so do winners
     winners: Tensor | None  # [n, C, H/2, W/2] uint8, where a pooling follows
     shape: torch.Size
 
 
-def kernels_of(backend: str) -> Any:
-    """Where ``relu_mask_fwd`` and its like are."""
-    if backend == "native":
-        return _native
-    from fastperc.kernels import vgg_loss
+class Passes(Protocol):
+    """The elementwise passes between the convolutions: ``fastperc._native`` and ``fastperc.kernels.vgg_loss``."""
 
-    return vgg_loss
+    def relu_mask_fwd(self, x: Tensor, bits: Tensor) -> None: ...
+    def relu_mask_bwd(self, grad: Tensor, bits: Tensor) -> None: ...
+    def relu_pool_fwd(self, x: Tensor, pooled: Tensor, winners: Tensor) -> None: ...
+    def relu_pool_bwd(self, grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None: ...
 
 
 def forward_chain(
-    x: Tensor, images: int, convs: Sequence[Packed], taps: Collection[int], rest_until: int, kernels: Any
-) -> tuple[list[Layer], Tensor]:
-    """Runs ``convs`` on ``x``, keeping what the backward of its first ``images`` needs and their features at ``taps``.
+    x: Tensor, images: int, convs: Sequence[PackedConv], taps: Collection[int], rest_until: int, passes: Passes
+) -> tuple[list[SavedLayer], Tensor]:
+    """Runs ``convs`` on ``x``, saving what the backward of its first ``images`` needs and their features at ``taps``.
 
-    The rest of the images goes along up to layer ``rest_until``. Returns the layers, and the rest's activations there.
+    The other images go along up to layer ``rest_until``. Returns the layers, and those images' activations there.
     """
     layers, rest = [], x
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = channels_last(x)
     for i, conv in enumerate(convs):
         x = convolve_relu(x, conv)
-        mine = x[:images]
+        own = x[:images]
         if i == rest_until:
-            rest, x = x[images:], mine
+            rest, x = x[images:], own
         features = bits = winners = None
         if i in taps:
             alone = len(x) == images
-            features = mine if alone else mine.clone(memory_format=torch.channels_last)  # or the rest would stay too
+            features = own if alone else own.clone(memory_format=torch.channels_last)  # else the rest would be kept too
         if i + 1 < len(convs) and convs[i + 1].pooled:
             n, c, h, w = x.shape
             pooled = empty_like(x, torch.Size((n, c, h // 2, w // 2)))
             winners = torch.empty_like(pooled[:images], dtype=torch.uint8)
-            kernels.relu_pool_fwd(x, pooled, winners)
+            passes.relu_pool_fwd(x, pooled, winners)
             x = pooled
         elif features is None:
-            bits = mine.new_empty((mine.numel() + 7) // 8, dtype=torch.uint8)
-            kernels.relu_mask_fwd(mine, bits)
-        layers.append(Layer(features, bits, winners, mine.shape))
-        del mine  # the next convolution does not need it
+            bits = own.new_empty((own.numel() + 7) // 8, dtype=torch.uint8)
+            passes.relu_mask_fwd(own, bits)
+        layers.append(SavedLayer(features, bits, winners, own.shape))
+        del own  # the next convolution does not need it
     return layers, rest
 
 
 def backward_chain(
-    layers: list[Layer],
-    convs: Sequence[Packed],
-    tap_grad: Callable[[int, Tensor, Layer, Tensor | None], Tensor],
-    kernels: Any,
+    layers: list[SavedLayer],
+    convs: Sequence[PackedConv],
+    tap_gradient: Callable[[int, Tensor, SavedLayer, Tensor | None], Tensor],
+    passes: Passes,
 ) -> Tensor:
-    """The gradient of the chain's input, freeing ``layers`` as it goes.
+    """The gradient of the chain's input, freeing ``layers`` on the way.
 
-    ``tap_grad(i, features, layer, above)`` gives the gradient before the ReLU of a layer whose features are kept, from
-    that of the layers above, which it may overwrite: after the pooling if one follows, ``None`` at the end.
+    ``tap_gradient(i, features, layer, above)`` gives the gradient before the ReLU of a layer whose features are kept.
+    ``above`` is the gradient from the layers above, which it may overwrite: after the pooling if one follows, ``None``
+    at the end of the chain.
     """
     grad: Tensor | None = None
     while layers:
         layer, i = layers.pop(), len(layers)
         if layer.features is not None:
-            grad = tap_grad(i, layer.features, layer, grad)
+            grad = tap_gradient(i, layer.features, layer, grad)
         else:
-            assert grad is not None, "the chain ends where somebody asked for features"
+            assert grad is not None, "the chain ends at a layer whose features are kept"
             if layer.winners is not None:
-                grad = unpool(grad, layer, kernels)
+                grad = unpool(grad, layer, passes)
             else:
-                kernels.relu_mask_bwd(grad, layer.bits)
+                assert layer.bits is not None
+                passes.relu_mask_bwd(grad, layer.bits)
         del layer
-        grad = convolve_back(grad, convs[i])
+        grad = convolve_turned(grad, convs[i])
     assert grad is not None
     return grad
 
 
-def unpool(grad_pooled: Tensor, layer: Layer, kernels: Any) -> Tensor:
+def unpool(grad_pooled: Tensor, layer: SavedLayer, passes: Passes) -> Tensor:
     """The gradient before a layer's pooling and ReLU."""
+    assert layer.winners is not None
     grad = empty_like(grad_pooled, layer.shape)
-    kernels.relu_pool_bwd(grad_pooled.contiguous(memory_format=torch.channels_last), layer.winners, grad)
+    passes.relu_pool_bwd(channels_last(grad_pooled), layer.winners, grad)
     return grad
+
+
+# The convolution with its bias and ReLU or, without a bias, alone. Both operations that have it fix the backend
+# themselves, so its implementations belong to none.
+
+
+def _why_not_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "the activations are not in NHWC"
+    return why_not_winograd(x, weight, bias) or ("the tensor is empty" if x.numel() == 0 else None)
+
+
+def _why_slow_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    return why_slow_winograd(len(x) * x.shape[2] * x.shape[3])
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return winograd(x, weight, bias, 1, relu=bias is not None)
+
+
+def _why_not_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if x.device.type != "cuda" or not torch.backends.cudnn.is_available():
+        return "cuDNN is not available here"
+    return "there is no ReLU to fuse" if bias is None else None
+
+
+def _cudnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.cudnn_convolution_relu(x, weight, bias, [1, 1], [1, 1], [1, 1], 1)
+
+
+def _library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's own two calls. oneDNN fuses them, but its ReLU turns NaN into 0."""
+    y = F.conv2d(x, weight, bias, padding=1)
+    return y if bias is None else y.relu_()
+
+
+VGG_CONV = register(
+    Operation(
+        "vgg_conv",
+        "Loss network's conv, ReLU",
+        (
+            Implementation(None, _winograd, _why_not_winograd, _why_slow_winograd, "winograd"),
+            Implementation(None, _cudnn, _why_not_cudnn, label="cudnn"),
+            Implementation(None, _library, label="library"),
+        ),
+        TuningCases(
+            lambda batch, size: [((batch, 64, size, size), (64, 64, 3, 3))],
+            lambda x, weight: (x, weight, weight.new_zeros(weight.shape[0])),
+        ),
+        (*CONV3X3.sources, "fastperc/ops/vgg_chain.py"),
+        first_two_arguments,
+        frozen=True,
+    )
+)

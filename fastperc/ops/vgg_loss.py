@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastperc import _native, backends, reference
-from fastperc.ops.frozen import compute_dtype
-from fastperc.ops.gram_loss import gram_loss
-from fastperc.ops.gram_loss import triton_unsupported as gram_loss_by_triton
-from fastperc.ops.vgg_chain import Layer, Packed, backward_chain, forward_chain, kernels_of, pack, unpool
+from fastperc.backends import CannotServe, Implementation, Operation, TuningCases, register
+from fastperc.ops.common import COMMON_CPP_SOURCES, compute_dtype
+from fastperc.ops.gram_loss import GRAM_LOSS, KERNELS, gram_loss
+from fastperc.ops.vgg_chain import (
+    VGG_CONV,
+    PackedConv,
+    Passes,
+    SavedLayer,
+    backward_chain,
+    forward_chain,
+    pack,
+    unpool,
+)
+from fastperc.ops.vgg_passes import NativePasses, Style, Tap, TritonPasses
 from fastperc.types import FrozenConv
 
 
@@ -29,18 +40,10 @@ def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) 
 
     Args:
         x: [N, C, H, W], normalised as the weights expect it.
-        convs: the network. Gradients flow to ``x`` alone.
+        convs: the network. Gradients flow to ``x`` only.
         taps: indices into ``convs``.
     """
-    x = x.to(compute_dtype(x))
-    backend = choose(x, convs, taps)
-    if backend == "reference":
-        return reference.vgg_features(x, convs, taps)
-    ordered = sorted(taps)
-    with torch.autocast(x.device.type, enabled=False):
-        packed = [pack(conv, x.dtype) for conv in convs[: 1 + ordered[-1]]]
-        features = _VGGFeatures.apply(x, packed, ordered, backend)
-    return dict(zip(ordered, features))
+    return VGG_FEATURES(x.to(compute_dtype(x)), convs, taps)
 
 
 def vgg_loss(
@@ -53,9 +56,9 @@ def vgg_loss(
     """The content and style terms of ``output`` (paper, equations 2 and 4).
 
     Args:
-        output, content: [N, C, H, W], normalised as the weights expect it. Gradients flow to ``output`` alone.
+        output, content: [N, C, H, W], normalised as the weights expect it. Gradients flow to ``output`` only.
         convs: the network.
-        content_layer: index into ``convs`` of the layer where ``output`` is to resemble ``content``.
+        content_layer: index into ``convs`` of the layer where ``output`` is compared with ``content``.
         grams: the style's Gram matrices [1, C, C], by index into ``convs``.
 
     Raises:
@@ -64,16 +67,10 @@ def vgg_loss(
     if output.shape != content.shape:
         raise ValueError(f"content must have the output's shape {list(output.shape)}, got {list(content.shape)}")
     dtype = compute_dtype(output)
-    output, content = output.to(dtype), content.detach().to(dtype)
-    backend = choose(output, convs, {content_layer, *grams})
-    if backend == "reference":
-        return composed(output, content, convs, content_layer, grams)
-    with torch.autocast(output.device.type, enabled=False):
-        packed = [pack(conv, dtype) for conv in convs[: 1 + max(content_layer, *grams, 0)]]
-        return Terms(*_VGGLoss.apply(output, content, packed, content_layer, dict(grams), backend))
+    return VGG_LOSS(output.to(dtype), content.detach().to(dtype), convs, content_layer, grams)
 
 
-def composed(
+def plain_vgg_loss(
     output: Tensor, content: Tensor, convs: Sequence[FrozenConv], content_layer: int, grams: Mapping[int, Tensor]
 ) -> Terms:
     """:func:`vgg_loss` out of plain PyTorch and the Gram loss, for autograd to differentiate."""
@@ -86,48 +83,46 @@ def composed(
     return Terms(reference.feature_loss(features[content_layer], target), style, square)
 
 
-def choose(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) -> str:
-    """The backend for images ``x``: plain PyTorch where autograd or the compiler must see inside."""
-    obstacle = None
+# Why a backend cannot serve
+
+
+def _why_not_fused(x: Tensor, convs: Sequence[FrozenConv], deepest: int) -> str | None:
     if torch.compiler.is_compiling():
-        obstacle = "torch.compile fuses plain PyTorch itself"
-    elif any(conv.weight.requires_grad or conv.bias.requires_grad for conv in convs):
-        obstacle = "the loss network's weights want gradients"
-    elif x.shape[0] == 0:
-        obstacle = "the batch is empty"
-    elif min(x.shape[2:]) >> sum(conv.pooled for conv in convs[: 1 + max(taps)]) == 0:
-        obstacle = "the image is smaller than the poolings"
-    return backends.choose(
-        "vgg_loss",
-        x,
-        triton=obstacle or triton_obstacle(x, convs),
-        native=obstacle or native_unsupported(x),
-    )
+        return "torch.compile fuses plain PyTorch itself"
+    if any(conv.weight.requires_grad or conv.bias.requires_grad for conv in convs):
+        return "the loss network's weights want gradients"
+    if x.shape[0] == 0:
+        return "the batch is empty"
+    if min(x.shape[2:]) >> sum(conv.pooled for conv in convs[: 1 + deepest]) == 0:
+        return "the image is smaller than the poolings"
+    return None
 
 
-def triton_obstacle(x: Tensor, convs: Sequence[FrozenConv]) -> str | None:
-    """Why the Triton kernels cannot take images like ``x``, or ``None`` if they can."""
+def _why_not_triton(x: Tensor, convs: Sequence[FrozenConv]) -> str | None:
     if any(conv.bias.shape[0] not in (16, 32) and conv.bias.shape[0] % 64 for conv in convs):
         return "its blocks are of 16, 32 or 64 channels"
-    return backends.triton_unsupported(x)
+    return backends.why_not_triton(x)
 
 
-def native_unsupported(x: Tensor) -> str | None:
-    """Why the C++ kernels cannot take images like ``x``, or ``None`` if they can."""
+def _why_not_native(x: Tensor, convs: Sequence[FrozenConv]) -> str | None:
     return _native.unsupported(x) if x.device.type == "cpu" else f"no C++ kernel for {x.device.type} tensors"
 
 
+WHY_NOT = {"triton": _why_not_triton, "native": _why_not_native}
+PASSES = {"triton": TritonPasses(), "native": NativePasses()}
+
+
 def chunks(x: Tensor) -> list[slice]:
-    """The images to take through the chain together: on a GPU all of them; on a CPU, where one is work enough, one."""
+    """The images that go through the chain together: on a GPU all of them, on a CPU one."""
     step = len(x) if x.device.type == "cuda" else 1
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
 class _VGGFeatures(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, convs: Sequence[Packed], taps: Sequence[int], backend: str) -> Any:
+    def forward(ctx: Any, x: Tensor, convs: Sequence[PackedConv], taps: Sequence[int], backend: str) -> Any:
         with backends.on_device(x):
-            layers, _ = forward_chain(x, len(x), convs, taps, -1, kernels_of(backend))
+            layers, _ = forward_chain(x, len(x), convs, taps, -1, PASSES[backend].passes)
         features = tuple(layers[i].features for i in taps)
         ctx.layers = [layer._replace(features=None) for layer in layers]  # autograd keeps the outputs
         ctx.save_for_backward(x, *features)
@@ -143,14 +138,14 @@ class _VGGFeatures(torch.autograd.Function):
             again = reference.vgg_features(x, ctx.convs, ctx.taps)
             outputs = [again[i] for i in given]
             return torch.autograd.grad(outputs, x, list(given.values()), create_graph=True)[0], None, None, None
-        kernels = kernels_of(ctx.backend)
+        passes = PASSES[ctx.backend].passes
         layers = list(ctx.layers)
         for i, kept in zip(ctx.taps, features):
             layers[i] = layers[i]._replace(features=kept)
 
-        def tap_grad(i: int, features: Tensor, layer: Layer, above: Tensor | None) -> Tensor:
+        def tap_gradient(i: int, features: Tensor, layer: SavedLayer, above: Tensor | None) -> Tensor:
             if above is not None and layer.winners is not None:
-                above = unpool(above, layer, kernels)
+                above = unpool(above, layer, passes)
             if above is None:
                 total = given.get(i, torch.zeros_like(features))
             else:
@@ -158,127 +153,89 @@ class _VGGFeatures(torch.autograd.Function):
             return torch.ops.aten.threshold_backward(total, features, 0)
 
         with backends.on_device(x):
-            return backward_chain(layers, ctx.convs, tap_grad, kernels), None, None, None
-
-
-class Style(NamedTuple):
-    """What the backward of one layer's style term needs; see :func:`fastperc.ops.gram_loss.gram_loss_fwd`."""
-
-    delta: Tensor
-    scale: Tensor  # [1]
-    place: int  # among the style's layers
-    backend: str
+            return backward_chain(layers, ctx.convs, tap_gradient, passes), None, None, None
 
 
 class Tape(NamedTuple):
     """What the backward of the terms of some images needs."""
 
-    layers: list[Layer]
-    target: list[Tensor]  # the content's activations at the content layer; gone once used
+    layers: list[SavedLayer]
+    target: list[Tensor]  # the content's activations at the content layer; emptied by their use
     style: dict[int, Style]
+    content_layer: int
 
 
 def forward_both(
-    output: Tensor, content: Tensor, convs: Sequence[Packed], taps: Collection[int], content_layer: int, kernels: Any
-) -> tuple[list[Layer], Tensor]:
-    """The layers of ``output``, and ``content`` as it is at its layer: as one batch where that fills a GPU."""
+    output: Tensor,
+    content: Tensor,
+    convs: Sequence[PackedConv],
+    taps: Collection[int],
+    content_layer: int,
+    passes: Passes,
+) -> tuple[list[SavedLayer], Tensor]:
+    """The layers of ``output``, and the activations of ``content`` at its layer; on a GPU both go as one batch."""
     if output.device.type == "cuda":
-        return forward_chain(torch.cat([output, content]), len(output), convs, taps, content_layer, kernels)
-    _, target = forward_chain(content, 0, convs[: content_layer + 1], (), content_layer, kernels)
-    layers, _ = forward_chain(output, len(output), convs, taps, -1, kernels)
+        return forward_chain(torch.cat([output, content]), len(output), convs, taps, content_layer, passes)
+    _, target = forward_chain(content, 0, convs[: content_layer + 1], (), content_layer, passes)
+    layers, _ = forward_chain(output, len(output), convs, taps, -1, passes)
     return layers, target
 
 
 def run(
     output: Tensor,
     content: Tensor,
-    convs: Sequence[Packed],
+    convs: Sequence[PackedConv],
     content_layer: int,
     grams: Mapping[int, Tensor],
     backend: str,
 ) -> tuple[Terms, list[Tape]]:
-    """The terms and, image by image or for all at once, what their backward needs."""
-    kernels = kernels_of(backend)
-    gram_backend = "triton" if backend == "triton" and gram_loss_by_triton(output) is None else "native"
+    """The terms, and what their backward needs: a tape for each of :func:`chunks`."""
+    passes = PASSES[backend]
     wide = torch.promote_types(output.dtype, torch.float32)
     targets = [gram.to(output.device, wide) for gram in grams.values()]
     sums = Terms(*(output.new_zeros(size, dtype=wide) for size in ((), (len(grams),), ())))
     if output.device.type == "cuda":
-        sums.content.copy_(0 * output.sum(dtype=wide))  # NaN stays visible, whatever cuDNN's ReLU makes of it
+        sums.content.copy_(0 * output.sum(dtype=wide))  # keeps NaN, which cuDNN's ReLU may drop
     tapes = []
     with backends.on_device(output):
         for images in chunks(output):
             taps = {content_layer, *grams}
-            layers, target = forward_both(output[images], content[images], convs, taps, content_layer, kernels)
+            layers, target = forward_both(output[images], content[images], convs, taps, content_layer, passes.passes)
             share = len(target) / len(output)
             kept = {i: layer.features for i, layer in enumerate(layers) if layer.features is not None}
-            difference, square = compare(kept[content_layer], target, backend)
+            difference, square = passes.compare(kept[content_layer], target)
             sums.content.add_(difference, alpha=share)
             sums.target_square.add_(square, alpha=share)
             style = {}
             if grams:
                 features = [kept[i] for i in grams]
+                gram_backend = _gram_backend(features, targets)
                 losses, scales, *deltas = torch.ops.fastperc.gram_loss_fwd(features, targets, gram_backend)
                 sums.style.add_(losses, alpha=share)
-                for place, (i, delta) in enumerate(zip(grams, deltas)):
-                    style[i] = Style(delta, scales[place : place + 1], place, gram_backend)
-            tapes.append(Tape(layers, [target], style))
+                for position, (i, delta) in enumerate(zip(grams, deltas)):
+                    style[i] = Style(delta, scales[position : position + 1], position, gram_backend)
+            tapes.append(Tape(layers, [target], style, content_layer))
     return sums, tapes
 
 
-def compare(features: Tensor, target: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """The means of (features − target)² and of target²."""
-    if backend == "triton":
-        difference, square = kernels_of(backend).content_fwd(features, target) / target.numel()
-        return difference, square
-    features, target = reference.widen(features), reference.widen(target)
-    # Not by mse_loss, which takes memory twice, nor vector_norm, which adds up millions of float32 one after the other.
-    return (features - target).square_().mean(), target.square().mean()
-
-
-class Slopes:
-    """The gradients of the terms at the layers that they are made of, for :func:`backward_chain`."""
-
-    def __init__(self, tape: Tape, grad_content: Tensor, grad_style: Tensor, content_layer: int, backend: str) -> None:
-        self.tape, self.content_layer, self.backend = tape, content_layer, backend
-        self.grad_content, self.grad_style = grad_content, grad_style
-
-    def __call__(self, i: int, x: Tensor, layer: Layer, above: Tensor | None) -> Tensor:
-        target = self.tape.target.pop() if i == self.content_layer else None
-        style = self.tape.style.get(i)
-        kernels = kernels_of(self.backend)
-        if self.backend == "triton" and (style is None or style.backend == "triton"):
-            grad = torch.empty_like(x) if above is None or layer.winners is not None else above
-            delta, scale, grad_style = None, None, None
-            if style is not None:
-                delta, scale, grad_style = style.delta, style.scale, self.grad_style[style.place]
-            kernels.tap_bwd(x, above, layer.winners, delta, scale, target, grad_style, self.grad_content, grad)
-            return grad
-
-        if above is None:
-            grad = torch.zeros_like(x)
-        else:
-            grad = above if layer.winners is None else unpool(above, layer, kernels)
-        if style is not None:
-            slope = style.delta * (self.grad_style[style.place] * (4 / x.numel()))
-            if grad.dtype == slope.dtype:
-                grad.flatten(2).baddbmm_(slope, x.flatten(2))
-            else:
-                grad += torch.bmm(slope, reference.widen(x).flatten(2)).view_as(x)
-        if target is not None:
-            grad -= target.sub_(x).mul_(self.grad_content * (2 / x.numel()))  # in place: nothing else wants it now
-        return torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
+def _gram_backend(features: Sequence[Tensor], targets: Sequence[Tensor]) -> str:
+    """The Gram loss's own choice, among the implementations that leave Δ for this backward."""
+    try:
+        name = GRAM_LOSS.choose(features, targets).name
+    except CannotServe:  # use_backend("triton") with float32 features
+        return "native"
+    return name if name in KERNELS else "native"
 
 
 class _VGGLoss(torch.autograd.Function):
-    """What the forward keeps belongs to the first backward, which frees it as it goes; a further one makes it anew."""
+    """The first backward frees what the forward has saved, on the way; a further one runs the forward again."""
 
     @staticmethod
     def forward(
         ctx: Any,
         output: Tensor,
         content: Tensor,
-        convs: Sequence[Packed],
+        convs: Sequence[PackedConv],
         content_layer: int,
         grams: Mapping[int, Tensor],
         backend: str,
@@ -295,18 +252,114 @@ class _VGGLoss(torch.autograd.Function):
         output, content = ctx.saved_tensors
         convs, content_layer, grams, backend = ctx.arguments
         if torch.is_grad_enabled():  # to be differentiated again
-            terms = composed(output, content, convs, content_layer, grams)
+            terms = plain_vgg_loss(output, content, convs, content_layer, grams)
             total = terms.content * grad_content + (terms.style * grad_style).sum()
             return torch.autograd.grad(total, output, create_graph=True)[0], *(None,) * 5
         tapes, ctx.tapes = ctx.tapes, None
         if tapes is None:
             tapes = run(output, content, *ctx.arguments)[1]
         grad = torch.empty_like(output)
+        passes = PASSES[backend]
         with backends.on_device(output):
             for images in reversed(chunks(output)):
                 share = len(output[images]) / len(output)
                 tape = tapes.pop()
-                slopes = Slopes(tape, share * grad_content, share * grad_style, content_layer, backend)
-                grad[images] = backward_chain(tape.layers, convs, slopes, kernels_of(backend))
-                del tape, slopes
+                gradient = _tap_gradient(passes, tape, share * grad_content, share * grad_style)
+                grad[images] = backward_chain(tape.layers, convs, gradient, passes.passes)
+                del tape, gradient
         return grad, *(None,) * 5
+
+
+def _tap_gradient(
+    passes: NativePasses, tape: Tape, grad_content: Tensor, grad_style: Tensor
+) -> Callable[[int, Tensor, SavedLayer, Tensor | None], Tensor]:
+    """The gradients of the terms at the taps, for :func:`backward_chain`."""
+
+    def gradient(i: int, features: Tensor, layer: SavedLayer, above: Tensor | None) -> Tensor:
+        target = tape.target.pop() if i == tape.content_layer else None
+        style = tape.style.get(i)
+        grad = None if style is None else grad_style[style.position]
+        return passes.tap_gradient(features, layer, above, Tap(style, grad, target, grad_content))
+
+    return gradient
+
+
+# The operations
+
+
+def _fused_features(backend: str) -> Implementation:
+    def why_not(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) -> str | None:
+        return _why_not_fused(x, convs, max(taps)) or WHY_NOT[backend](x, convs)
+
+    def run(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) -> dict[int, Tensor]:
+        ordered = sorted(taps)
+        with torch.autocast(x.device.type, enabled=False):
+            packed = [pack(conv, x.dtype) for conv in convs[: 1 + ordered[-1]]]
+            features = _VGGFeatures.apply(x, packed, ordered, backend)
+        return dict(zip(ordered, features))
+
+    return Implementation(backend, run, why_not)
+
+
+def _fused_loss(backend: str) -> Implementation:
+    def why_not(
+        output: Tensor, content: Tensor, convs: Sequence[FrozenConv], content_layer: int, grams: Mapping[int, Tensor]
+    ) -> str | None:
+        return _why_not_fused(output, convs, max(content_layer, *grams, 0)) or WHY_NOT[backend](output, convs)
+
+    def run(
+        output: Tensor, content: Tensor, convs: Sequence[FrozenConv], content_layer: int, grams: Mapping[int, Tensor]
+    ) -> Terms:
+        with torch.autocast(output.device.type, enabled=False):
+            packed = [pack(conv, output.dtype) for conv in convs[: 1 + max(content_layer, *grams, 0)]]
+            return Terms(*_VGGLoss.apply(output, content, packed, content_layer, dict(grams), backend))
+
+    return Implementation(backend, run, why_not)
+
+
+def _random_convs(images: Tensor) -> list[FrozenConv]:
+    """VGG-16's convolutions up to relu2_2: the deeper ones are alike on all backends."""
+    return [
+        FrozenConv(
+            images.new_empty(c_out, c_in, 3, 3).normal_(std=(2 / (9 * c_in)) ** 0.5), images.new_zeros(c_out), i == 2
+        )
+        for i, (c_in, c_out) in enumerate(pairwise((3, 64, 64, 128, 128)))
+    ]
+
+
+def _tuned_loss(images: Tensor) -> tuple[Any, ...]:
+    grams = {i: images.new_zeros(1, c, c, dtype=torch.float32) for i, c in ((1, 64), (3, 128))}
+    return images, images.detach().flip(3), _random_convs(images.detach()), 3, grams
+
+
+SOURCES = (
+    *COMMON_CPP_SOURCES,
+    *VGG_CONV.sources,
+    "csrc/vgg_loss*",
+    "kernels/vgg_loss.py",
+    "fastperc/ops/vgg_passes.py",
+    "fastperc/ops/vgg_loss.py",
+)
+
+VGG_FEATURES = register(
+    Operation(
+        "vgg_features",
+        "Loss network's features",
+        (_fused_features("triton"), _fused_features("native"), Implementation("reference", reference.vgg_features)),
+        TuningCases(
+            lambda batch, size: [((batch, 3, size, size),)],
+            lambda images: (images, _random_convs(images.detach()), (1, 3)),
+        ),
+        SOURCES,
+    )
+)
+
+VGG_LOSS = register(
+    Operation(
+        "vgg_loss",
+        "Loss network",
+        (_fused_loss("triton"), _fused_loss("native"), Implementation("reference", plain_vgg_loss)),
+        TuningCases(lambda batch, size: [((batch, 3, size, size),)], _tuned_loss),
+        (*SOURCES, *GRAM_LOSS.sources),
+    )
+)

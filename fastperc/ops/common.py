@@ -1,0 +1,108 @@
+"""What the operations share: checks, reasons why only plain PyTorch can serve, memory layout, packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastperc import _native
+from fastperc.types import RELU, Epilogue, Padding
+
+T = TypeVar("T")
+# What the sources of every operation on networks' layers include.
+COMMON_SOURCES = ("fastperc/ops/common.py", "fastperc/backends.py", "fastperc/dispatch.py", "fastperc/types.py")
+COMMON_CPP_SOURCES = (*COMMON_SOURCES, "csrc/dtypes.h", "csrc/parallel.h", "fastperc/_native.py")
+
+
+def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, channels: int) -> None:
+    """Raises a ``ValueError`` unless ``x`` has ``channels`` channels, and ``weight`` and ``bias`` fit a convolution."""
+    if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != channels or bias.dim() != 1:
+        raise ValueError(
+            f"expected x [N, I, H, W], weight [O, I, k, k] and bias [O], "
+            f"got {list(x.shape)}, {list(weight.shape)} and {list(bias.shape)}"
+        )
+
+
+def why_not_here() -> str | None:
+    """Why only plain PyTorch can serve any call here, or ``None``."""
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses plain PyTorch itself"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace can record plain PyTorch only"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms plain PyTorch only"
+    return None
+
+
+def why_not_frozen(x: Tensor, *others: Tensor | None, epilogue: Epilogue = Epilogue()) -> str | None:
+    """Why only plain PyTorch can serve a frozen network's operation on ``x`` and ``others``, or ``None``."""
+    if reason := why_not_here():
+        return reason
+    if epilogue.activation not in (None, RELU):
+        return f"no kernel for the activation {epilogue.activation.name}"
+    tensors = [x, *others, epilogue.skip, *(epilogue.norm[:2] if epilogue.norm else ())]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "these kernels give no gradients"
+    return "the tensor is empty" if x.numel() == 0 else None
+
+
+def why_not_cpp(x: Tensor) -> str | None:
+    """Why no C++ kernel of a network's layers can take ``x``, or ``None``."""
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        return f"no C++ kernel for {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+    return _native.unsupported(x)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that convolutions of ``x`` compute in: autocast's choice, or that of ``x``."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def symmetric(padding: Padding) -> bool:
+    """Whether ``padding`` is zeros, as many left as right and as many above as below."""
+    left, right, top, bottom = padding.sides
+    return padding.mode == "zeros" and left == right and top == bottom
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` [N, C, H, W] dense in NHWC, copied if it is not."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def channels_adjacent(skip: Tensor | None) -> Tensor | None:
+    """``skip``, copied unless the channels of a pixel are adjacent in memory."""
+    return skip if skip is None or skip.stride(1) == 1 else channels_last(skip)
+
+
+def empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uninitialised memory of ``shape``, channels-last, with the dtype and device of ``x``."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in ``dtype`` and channels-last memory; it stays differentiable."""
+    if (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling():
+        return weight.to(dtype)
+    return packed(
+        ("dtype", dtype), lambda: weight.detach().to(dtype, memory_format=torch.channels_last, copy=True), weight
+    )
+
+
+_packed = WeakIdKeyDictionary()  # weight → {key: (the state it was packed in, the packed form)}
+
+
+def packed(key: Hashable, pack: Callable[[], T], weight: Tensor, *others: Tensor) -> T:
+    """What ``pack`` makes of ``weight`` and ``others``: computed once for each ``key``, again when one of them changes,
+    and kept as long as ``weight`` lives."""
+    state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (weight, *others))
+    forms = _packed.setdefault(weight, {})
+    if forms.get(key, (None,))[0] != state:
+        forms[key] = state, pack()
+    return forms[key][1]

@@ -1,0 +1,119 @@
+"""A frozen network's last convolution, 9×9 to a picture, with the scaling and the rounding that follow it.
+
+Its horizontal taps are columns of the product, as in ``ops.rgb_conv``; csrc/rgb_conv.cpp and kernels/rgb_conv_head.py
+say how they are added up.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastperc import _native, backends, kernels, reference
+from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
+from fastperc.ops import onednn
+from fastperc.ops.common import (
+    COMMON_CPP_SOURCES,
+    channels_last,
+    check_shapes,
+    in_dtype,
+    packed,
+    why_not_cpp,
+    why_not_frozen,
+)
+from fastperc.ops.conv_bn_relu import padded
+from fastperc.ops.rgb_conv import RGB_CONV, taps_as_filters
+from fastperc.types import Deferred, Padding, same_sides
+
+OUTPUTS = ("tanh", "linear")
+PIXELS_AT_ONCE = 1 << 18  # of the products on the CPU: so many that the rows which two blocks share do not count
+
+
+def rgb_conv_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
+    """The last convolution, and the picture made of it.
+
+    Args:
+        x: [N, C, H, W].
+        weight, bias: [3, C, k, k] and [3].
+        padding: as for :func:`~fastperc.ops.conv_bn_relu`.
+        output: ``"tanh"``: 0.5 + 150/255 · tanh; ``"linear"``: over 255.
+        out: [N, 3, H', W'] of any strides, filled with RGB in 0–1; if it is uint8 with levels, clamped and rounded to
+            the nearest, where NaN becomes 0.
+
+    Raises:
+        ValueError: shapes that do not fit, or no such output.
+    """
+    check_shapes(x, weight, bias, weight.shape[1])
+    kernel, (left, right, top, bottom) = weight.shape[2], padding.sides
+    expected = (len(x), 3, x.shape[2] + top + bottom - kernel + 1, x.shape[3] + left + right - kernel + 1)
+    if output not in OUTPUTS or out.shape != expected or len(bias) != 3:
+        raise ValueError(
+            f"expected 3 filters, an output among {', '.join(OUTPUTS)} and a picture {list(expected)}, "
+            f"got {len(bias)}, {output!r} and {list(out.shape)}"
+        )
+    RGB_CONV_HEAD(x, weight, bias, padding, output, out)
+
+
+def _why_not_triton(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> str | None:
+    return why_not_frozen(x, weight, bias) or backends.why_not_triton_product(x)
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
+    head, x = kernels.rgb_conv_head, channels_last(x)
+    weights = packed(("head", x.dtype), lambda: head.pack(weight.detach().float()).to(x.dtype), weight)
+    with backends.on_device(x):
+        head.rgb_conv_head_fwd(Deferred(x), weights, bias.float(), out, padding, output)
+
+
+def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> str | None:
+    return why_not_frozen(x, weight, bias) or onednn.why_not(x) or why_not_cpp(x)
+
+
+def _native_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
+    """oneDNN's product, and a pass of C++; some rows of an image at a time, for the product is nine times the picture.
+
+    Columns beyond the border are no part of the product: the pass leaves them out, or takes reflected ones.
+    """
+    left, _, top, _ = padding.sides
+    x, height, kernel = channels_last(x), x.shape[2], weight.shape[2]
+    step = max(PIXELS_AT_ONCE // x.shape[3], 1)
+    shifts = bias.float()
+    for image, picture in zip(x, out):
+        for first in range(0, out.shape[2], step):
+            last = min(first + step, out.shape[2])
+            low, high = first - top, last - top + kernel - 1  # the rows of x that these rows read
+            rows = image[None, :, max(low, 0) : high]
+            border = Padding((0, 0, max(-low, 0), max(high - height, 0)), padding.mode)
+            rows, zeros = padded(channels_last(rows), border)
+            products = onednn.convolution(rows, weight, None, 1, zeros, arrange=taps_as_filters)
+            _native.rgb_conv_head(products, shifts, picture[:, first:last], left, padding.mode == "reflect", output)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
+    reference.rgb_conv_head(x, in_dtype(weight, x.dtype), bias, padding, output, out)
+
+
+def _tuned_call(x: Tensor, weight: Tensor) -> tuple[object, ...]:
+    return x, weight, weight.new_zeros(3), same_sides(4), "tanh", x.new_empty(len(x), 3, *x.shape[2:])
+
+
+RGB_CONV_HEAD = register(
+    Operation(
+        "rgb_conv_head",
+        "9×9 conv to RGB",
+        (
+            Implementation("triton", _triton, _why_not_triton),
+            Implementation("native", _native_head, _why_not_native),
+            Implementation("reference", _plain),
+        ),
+        TuningCases(lambda batch, size: [((batch, 32, size, size), (3, 32, 9, 9))], _tuned_call),
+        (
+            *COMMON_CPP_SOURCES,
+            *RGB_CONV.sources,
+            "csrc/rgb_conv*",
+            "kernels/rgb_conv_head.py",
+            "fastperc/ops/rgb_conv_head.py",
+        ),
+        first_two_arguments,
+        frozen=True,
+    )
+)
