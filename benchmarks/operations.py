@@ -1,65 +1,31 @@
-"""What each benchmark measures: its title, and the files that decide how fast it is. Standard library only.
+"""What each benchmark measures: its title, and the files that decide how fast it is.
 
 A benchmark is ``bench_<name>.py``. It runs one operation of ``fastperc.ops`` or several; ``COMPOSED`` says which.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# ---- TO BE READ FROM fastperc.ops.OPERATIONS -------------------------------------------------------------------------
-# Three things are asked of an operation: its title, its sources (paths relative to ROOT) and whether it runs in frozen
-# networks only. `title_of`, `sources_of` and `FROZEN` below are the only places that look at these tables.
+sys.path.append(str(ROOT))  # lab.py runs before fastperc is installed; an installed fastperc comes first
+from fastperc.ops import OPERATIONS  # noqa: E402
 
-_TITLES = {
-    "tv_loss": "Total variation",
-    "gram_loss": "Gram loss",
-    "vgg_loss": "Loss network",
-    "norm_relu": "Norm, ReLU",
-    "conv3x3": "3×3 conv",
-    "conv_bn_relu": "Conv, norm, ReLU",
-    "subpixel_conv_bn_relu": "½-stride conv, norm, ReLU",
-    "rgb_conv": "9×9 conv",
-}
-_FOLDERS = ("csrc", "kernels", "fastperc/ops")  # where a name below stands for all files <name>.*
-_SHARED = ("frozen", "packing", "onednn", "configs", "deferred")
-_WINOGRAD = ("conv3x3", "frozen", "packing", "winograd", "winograd_gradient", "winograd_tile")
-_NAMES = {
-    "tv_loss": ("tv_loss",),
-    "gram_loss": ("gram_loss",),
-    "vgg_loss": ("vgg_loss", "vgg_chain", "configs", *_WINOGRAD),
-    "norm_relu": ("norm_relu",),
-    "conv3x3": _WINOGRAD,
-    "conv_bn_relu": ("conv_bn_relu", *_SHARED, *_WINOGRAD),
-    "subpixel_conv_bn_relu": ("subpixel_conv_bn_relu", *_SHARED),
-    "conv_chain": ("conv_chain", "layer", "fold_gradient", "weight_gradient"),
-    "rgb_conv": ("rgb_conv",),
-    "rgb_conv_stem": ("rgb_conv", "rgb_conv_stem", *_SHARED),
-    "rgb_conv_head": ("rgb_conv", "rgb_conv_head", *_SHARED),
-    "instance_norm": ("instance_norm",),
-    "image_io": ("image_io",),
-}
-FROZEN = ("conv_bn_relu", "subpixel_conv_bn_relu", "rgb_conv_stem", "rgb_conv_head", "instance_norm", "image_io")
-OPERATIONS = tuple(_NAMES)
+FROZEN = tuple(name for name, operation in OPERATIONS.items() if operation.frozen)
 
 
 def title_of(operation: str) -> str:
     """An operation's name in tables."""
-    return _TITLES.get(operation, operation)
+    return OPERATIONS[operation].title
 
 
 def sources_of(operation: str) -> Iterator[Path]:
     """An operation's own source files."""
-    for folder in _FOLDERS:
-        for name in _NAMES[operation]:
-            yield from (path for path in (ROOT / folder).glob(f"{name}.*") if path.is_file())
-
-
-# ---- END -------------------------------------------------------------------------------------------------------------
+    return (path for pattern in OPERATIONS[operation].sources for path in ROOT.glob(pattern) if path.is_file())
 
 
 class Benchmark(NamedTuple):

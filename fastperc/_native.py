@@ -19,7 +19,7 @@ except ImportError as error:  # a checkout that was never built, or a module bui
     _missing = f"fastperc._C is not there ({error}); run `pip install .`"
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-WINOGRAD_PANEL = 32  # as csrc/winograd.h has it
+WINOGRAD_PANEL = 32  # as csrc/conv3x3.h has it
 
 
 def unsupported(x: Tensor) -> str | None:

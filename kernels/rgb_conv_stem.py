@@ -191,8 +191,8 @@ def rgb_prepare(
 ) -> Tensor:
     """The stem kernel's input [N, rows, columns, 3]: the ``window`` of ``image`` [N, 3, H, W], padded.
 
-    Pixels are multiplied by the first number of ``input_range``, plus the second. On the right follow zeros, up to whole
-    groups of pixels and aligned rows.
+    Pixels are multiplied by the first number of ``input_range``, plus the second. Zeros follow on the right, up to
+    whole groups of pixels and aligned rows.
     """
     left, right, top, bottom = padding.sides
     rows = window[2] + top + bottom

@@ -13,9 +13,8 @@ from fastperc import _native
 from fastperc.types import RELU, Epilogue, Padding
 
 T = TypeVar("T")
-# What the sources of every operation on networks' layers include.
-COMMON_SOURCES = ("fastperc/ops/common.py", "fastperc/backends.py", "fastperc/dispatch.py", "fastperc/types.py")
-COMMON_CPP_SOURCES = (*COMMON_SOURCES, "csrc/dtypes.h", "csrc/parallel.h", "fastperc/_native.py")
+COMMON_SOURCES = ("fastperc/ops/common.py",)  # that every operation runs on
+COMMON_CPP_SOURCES = (*COMMON_SOURCES, "csrc/dtypes.h", "csrc/parallel.h")  # that every one with C++ kernels runs on
 
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, channels: int) -> None:

@@ -1,6 +1,6 @@
 """3×3 convolutions of stride 1, forward and backward: float32 on a CPU by Winograd's F(2×2, 3×3), in NHWC.
 
-Winograd multiplies 16 times where the definition multiplies 36; csrc/winograd.cpp says how. :func:`conv3x3` is for
+Winograd multiplies 16 times where the definition multiplies 36; csrc/conv3x3.cpp says how. :func:`conv3x3` is for
 training. Frozen networks use :func:`winograd` through ``ops.conv_bn_relu``, VGG through ``ops.vgg_chain``.
 """
 
@@ -160,7 +160,7 @@ CONV3X3 = register(
             lambda batch, size: [((batch, 128, size // 4, size // 4), (128, 128, 3, 3))],
             lambda x, weight: (x, weight, weight.new_zeros(weight.shape[0]), 1),
         ),
-        (*COMMON_CPP_SOURCES, "csrc/winograd*", "fastperc/ops/conv3x3.py"),
+        (*COMMON_CPP_SOURCES, "csrc/conv3x3*", "fastperc/ops/conv3x3.py"),
         first_two_arguments,
     )
 )
