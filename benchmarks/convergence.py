@@ -2,11 +2,12 @@
 
     python benchmarks/convergence.py --style IMG --data DIR --vgg FILE --out docs/convergence.json
 
-Even two runs of plain PyTorch on one seed part: sums in another order round otherwise, and training amplifies that. On
-a GPU, where atomics add in any order, the same run is made three times; a CPU mostly repeats itself bit for bit, so
-there the three differ in the number of threads, over which sums are split. The fused run agrees if it strays from their
-mean no farther than they do from one another. Writes FILE.json, with every loss, and FILE.png beside it; the exit
-status is 1 where a fused run does not agree.
+Two runs of plain PyTorch from one seed differ too: sums added in another order are rounded differently, and training
+amplifies that. On a GPU, where atomics add in any order, plain PyTorch trains three times in the same way. A CPU mostly
+repeats a run bit for bit, so there the three runs use different numbers of threads, over which sums are split. The
+fused run agrees if it is no farther from the mean of the three than they are from each other.
+
+Writes FILE.json with every loss, and FILE.png beside it. The exit status is 1 if a fused run does not agree.
 """
 
 from __future__ import annotations
@@ -33,22 +34,31 @@ from fastperc.devices import device_name
 from fastperc.errors import InputError
 from fastperc.files import check_writable, write_atomically
 from fastperc.training.charts import GRAY, ORANGE, Band, Curve, Panel, loss_chart, running_mean
-from fastperc.training.figure2 import RUNS, is_complete, read_losses
+from fastperc.training.figure2 import RUNS, read_losses, with_blocks
 from fastperc.training.log import LOSSES
 from fastperc.training.loop import train
+from fastperc.training.resume import is_complete
 from fastperc.training.style import StyleRecipe
 
-THREADS = (1, 2, 3)  # of the plain runs, one each
-WINDOW = 25  # iterations over which losses are averaged: each is of other photos
+THREADS = (1, 2, 3)  # on a CPU: one plain run with each number
+WINDOW = (
+    25  # iterations over which losses are averaged. Each iteration is of other photos, so that its loss alone jumps
+)
 
 Losses = list[float]
 
 
 def losses_of(recipe: StyleRecipe, threads: int | None, fused: bool) -> Losses:
-    """The loss of each iteration of ``recipe``, by fastperc's kernels, or else by plain PyTorch alone.
+    """The loss of each iteration of ``recipe``, trained by fastperc's kernels (``fused``) or by plain PyTorch alone.
+
+    Args:
+        recipe: what to train.
+        threads: how many threads to train with. Default: as many as PyTorch uses now.
+        fused: whether fastperc's kernels may run.
 
     Raises:
-        RuntimeError: a kernel ran in a plain run, or none in a fused one.
+        KeyboardInterrupt: a signal stopped the run.
+        RuntimeError: a kernel of fastperc's ran in a plain run, or none in a fused run.
     """
     with ExitStack() as stack:
         choices = stack.enter_context(backends.recorded())
@@ -60,14 +70,15 @@ def losses_of(recipe: StyleRecipe, threads: int | None, fused: bool) -> Losses:
         train(recipe, out)
         if not is_complete(recipe, out):
             raise KeyboardInterrupt
-        ran = {choice.implementation for choice in choices}
-        if (ran == {"reference"}) == fused:
-            raise RuntimeError(f"the {'fused' if fused else 'plain'} run ran on {', '.join(sorted(ran))}")
+        used = {choice.implementation for choice in choices} - {"composed"}
+        if (used == {"reference"}) == fused:
+            raise RuntimeError(f"the {'fused' if fused else 'plain'} run ran on {', '.join(sorted(used))}")
         return read_losses(out / LOSSES, recipe.iterations)
 
 
 @contextmanager
 def using_threads(n: int) -> Iterator[None]:
+    """PyTorch uses ``n`` threads in the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -77,10 +88,16 @@ def using_threads(n: int) -> Iterator[None]:
 
 
 def compare(stock: Sequence[Losses], fused: Losses) -> dict[str, Any]:
-    """How far ``fused`` strays from the ``stock`` runs, and those from one another, of their running means.
+    """Compares running means of the losses: how far ``fused`` is from the ``stock`` runs, and those from each other.
+
+    Returns:
+        ``fused_distance``: the largest distance between the fused run and the mean of the stock runs, as a share of
+        that mean. ``stock_distance``: the largest between two stock runs, likewise. ``agrees``: whether the first is
+        at most the second. ``share_within_stock``: the share of iterations at which the fused run lies between the
+        least and the greatest of the stock runs. ``final_stock`` and ``final_fused``: the last means.
 
     Raises:
-        ValueError: the stock runs do not differ, or are shorter than a mean.
+        ValueError: the stock runs do not differ, or are shorter than ``WINDOW``.
     """
     if len(fused) < WINDOW or all(losses == stock[0] for losses in stock):
         raise ValueError(f"needs runs of {WINDOW} iterations or more, of which the plain ones differ")
@@ -109,14 +126,14 @@ def rounded(x: float) -> float:
 
 
 def panel(title: str, stock: Sequence[Losses], fused: Losses) -> Panel:
-    """The band of the stock runs, and the fused one on it."""
+    """The fused run's losses as a line, over a band between the least and the greatest of the stock runs."""
     runs = [running_mean(losses, WINDOW) for losses in stock]
     low, high = ([pick(values) for values in zip(*runs)] for pick in (min, max))
-    drawn = [
+    series = [
         Band(low, high, GRAY, f"plain PyTorch, {len(runs)} runs", WINDOW),
         Curve(running_mean(fused, WINDOW), ORANGE, "fastperc", WINDOW),
     ]
-    return Panel(title, drawn)
+    return Panel(title, series)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,23 +164,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(recipe: StyleRecipe, out: Path) -> int:
-    """Trains, compares, writes; returns 1 where a fused run strays too far."""
+    """Trains, compares and writes; returns the exit status: 1 if a fused run does not agree."""
     device = torch.device(recipe.device)
     recipe = replace(recipe, checkpoint_every=recipe.iterations)
     results, panels = {}, []
     for name, residual in RUNS.items():
-        alike = replace(recipe, network=recipe.network | {"residual": residual})
-        stock = [losses_of(alike, n if device.type == "cpu" else None, fused=False) for n in THREADS]
-        fused = losses_of(alike, None, fused=True)
+        variant = with_blocks(recipe, residual)
+        stock = [losses_of(variant, n if device.type == "cpu" else None, fused=False) for n in THREADS]
+        fused = losses_of(variant, None, fused=True)
         numbers = compare(stock, fused)
         panels.append(panel(f"{name[0].upper()}{name[1:]}", stock, fused))
-        results[name] = numbers | dict(
-            losses=dict(stock=[[*map(rounded, one)] for one in stock], fused=[*map(rounded, fused)])
-        )
+        rounded_losses = dict(stock=[[*map(rounded, losses)] for losses in stock], fused=[*map(rounded, fused)])
+        results[name] = numbers | dict(losses=rounded_losses)
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in numbers.items()), flush=True)
+    with write_atomically(out) as temporary:
+        temporary.write_text(as_json(description(recipe) | results) + "\n", encoding="utf-8")
+    with write_atomically(out.with_suffix(".png")) as temporary:
+        loss_chart(panels).quantize(64).save(temporary, optimize=True)
+    return 0 if all(result["agrees"] for result in results.values()) else 1
 
-    told = ("iterations", "size", "batch", "lr", "seed", "amp", "network", "style_layers", "convention")
-    about = dict(
+
+def description(recipe: StyleRecipe) -> dict[str, Any]:
+    """What was trained, with what and where."""
+    fields = ("iterations", "size", "batch", "lr", "seed", "amp", "network", "style_layers", "convention")
+    device = torch.device(recipe.device)
+    return dict(
         commit=rows.commit(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=device_name(device),
@@ -171,19 +196,14 @@ def run(recipe: StyleRecipe, out: Path) -> int:
         stock_threads=THREADS if device.type == "cpu" else None,
         averaged_over=WINDOW,
         style=Path(recipe.style).name,
-        **{key: getattr(recipe, key) for key in told},
+        **{field: getattr(recipe, field) for field in fields},
     )
-    with write_atomically(out) as temporary:
-        temporary.write_text(as_json(about | results) + "\n", encoding="utf-8")
-    with write_atomically(out.with_suffix(".png")) as temporary:
-        loss_chart(panels).quantize(64).save(temporary, optimize=True)
-    return 0 if all(result["agrees"] for result in results.values()) else 1
 
 
 def as_json(content: dict[str, Any]) -> str:
-    """JSON with a line to each list of numbers."""
+    """JSON with each list of numbers on one line."""
     text = json.dumps(content, indent=1)
-    return re.sub(r"\[\n[^\[\]{}]*\]", lambda found: json.dumps(json.loads(found[0])), text)
+    return re.sub(r"\[\n[^\[\]{}]*\]", lambda match: json.dumps(json.loads(match[0])), text)
 
 
 if __name__ == "__main__":

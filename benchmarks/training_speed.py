@@ -1,9 +1,9 @@
-"""How long `fastperc train` takes an iteration, photos and checkpoints included: on made-up photos and VGG weights.
+"""How long an iteration of `fastperc train` takes, photos and checkpoints included, on random photos and VGG weights.
 
     python benchmarks/training_speed.py [--iterations N] [--size N] [--batch N]
 
-The paper's 40,000 iterations, scaled from those after the first 100, in which kernels are compiled and the step becomes
-a CUDA graph.
+Prints the time of the paper's 40,000 iterations, extrapolated from the iterations after the first 100. In those kernels
+are compiled and the step becomes a CUDA graph.
 """
 
 from __future__ import annotations

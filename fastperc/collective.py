@@ -1,4 +1,4 @@
-"""Sums over the processes that train one network, the same bits in each of them."""
+"""Sums over the processes that train one network, with the same bits in each process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def gathered(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """``values`` of every process in ``group`` (default: all), stacked in the order of ranks: [processes, ...].
+    """The ``values`` of every process in ``group`` (default: all), stacked in the order of ranks: [processes, ...].
 
-    It may be differentiated any number of times, as long as all processes do: a gradient is summed over them.
+    All processes of the group must call it, with equal shapes and dtypes. It may be differentiated any number of times
+    if all of them do so; a gradient is summed over the processes.
     """
     return _Gather.apply(values, group)
 
@@ -32,22 +33,23 @@ class _Gather(torch.autograd.Function):
 
 
 def combine_over_processes(statistics: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The statistics of what all processes of ``group`` hold, by those of what each holds.
+    """Channel statistics over the values of all processes, from the statistics of each process.
 
     Args:
-        statistics: count, mean and Σ (x - mean)² of each channel here, float32 or float64 [3, C]; where the count is
-            0, the others are too.
+        statistics: count, mean and Σ (x - mean)² of each channel in this process, float32 or float64 [3, C]. Where
+            the count is 0, the other two must be 0 too.
         group: default: all processes. They must call this in the same order.
 
     Returns:
-        The same of all values: [3, C] in the same dtype, the same bits in every process. Differentiable.
+        The three statistics of all values, [3, C] in the same dtype, with the same bits in every process.
+        Differentiable.
     """
-    count, mean, m2 = gathered(statistics.double(), group).unbind(1)  # [processes, C] each
-    total, center, spread = count[0], mean[0], m2[0]
-    for n, mean_there, m2_there in zip(count[1:], mean[1:], m2[1:]):  # Chan, Golub and LeVeque
-        delta, both = mean_there - center, total + n
-        share = n / both.clamp(min=1)
-        center = center + delta * share
-        spread = spread + m2_there + delta.square() * total * share
-        total = both
-    return torch.stack([total, center, spread]).to(statistics.dtype)
+    counts, means, squares = gathered(statistics.double(), group).unbind(1)  # [processes, C] each
+    count, mean, square = counts[0], means[0], squares[0]
+    for next_count, next_mean, next_square in zip(counts[1:], means[1:], squares[1:]):  # Chan, Golub and LeVeque
+        delta, total = next_mean - mean, count + next_count
+        share = next_count / total.clamp(min=1)
+        mean = mean + delta * share
+        square = square + next_square + delta.square() * count * share
+        count = total
+    return torch.stack([count, mean, square]).to(statistics.dtype)

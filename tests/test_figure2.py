@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import signal
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture, pixels
+from pictures import picture, pixels
 from PIL import Image, ImageColor
-from safetensors import safe_open
+from training_runs import losses, training_metadata
 
 from fastperc import TVLoss
 from fastperc.errors import InputError
 from fastperc.training import charts, figure2
-from fastperc.training.loop import CHECKPOINT
+from fastperc.training.resume import CHECKPOINT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,14 +37,9 @@ def command(photo_folder, vgg_options, tmp_path):
     ]
 
 
-def recipe(folder):
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return json.loads(file.metadata()["training"])
-
-
-def losses(folder):
-    with (folder / "losses.csv").open() as file:
-        return [float(row["total"]) for row in csv.DictReader(file)]
+def totals(folder):
+    """The total loss of each iteration of a run."""
+    return [row[1] for row in losses(folder)[1]]
 
 
 def has_curve(image, color):
@@ -56,19 +49,19 @@ def has_curve(image, color):
     return columns.sum() > 0.4 * levels.shape[1]
 
 
-def test_trains_twins_and_draws_both(run, command, tmp_path):
+def test_trains_two_networks_alike_and_draws_both(run, command, tmp_path):
     out = tmp_path / "out"
-    status, told, errors = run(*command, "--out", out)
+    status, printed, errors = run(*command, "--out", out)
     assert status == 0, errors
     assert sorted(path.name for path in out.iterdir()) == ["figure2.png", "non-residual", "residual"]
-    residual, other = recipe(out / "residual"), recipe(out / "non-residual")
-    assert (residual["network"].pop("residual"), other["network"].pop("residual")) == (True, False)
-    assert residual == other and residual["step"] == 9
-    ours, theirs = losses(out / "residual"), losses(out / "non-residual")
-    assert len(ours) == len(theirs) == 9 and ours != theirs
-    head, *ends, reached = told.splitlines()
+    recipes = [training_metadata(out / name / "model.safetensors") for name in figure2.RUNS]
+    assert [recipe["network"].pop("residual") for recipe in recipes] == [True, False]
+    assert recipes[0] == recipes[1] and recipes[0]["step"] == 9
+    residual, non_residual = (totals(out / name) for name in figure2.RUNS)
+    assert len(residual) == len(non_residual) == 9 and residual != non_residual
+    head, *ends, reached = printed.splitlines()
     assert head == "mean loss of the last 3 of 9 iterations:" and "the residual network" in reached
-    for line, name, values in zip(ends, ("residual", "non-residual"), (ours, theirs)):
+    for line, name, values in zip(ends, figure2.RUNS, (residual, non_residual)):
         assert line.split()[0] == name and float(line.split()[1]) == pytest.approx(sum(values[-3:]) / 3, rel=1e-3)
     with Image.open(out / "figure2.png") as image:
         assert has_curve(image, charts.ORANGE) and has_curve(image, charts.BLUE)
@@ -77,35 +70,39 @@ def test_trains_twins_and_draws_both(run, command, tmp_path):
 
 @pytest.mark.parametrize("stop", [4, 13], ids=["in-the-first", "in-the-second"])
 def test_stopped_and_resumed_is_the_whole(run, command, tmp_path, monkeypatch, stop):
+    """Stopped by a signal in iteration ``stop`` of both runs together, which have nine each."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run(*command, "--out", whole).status == 0
-    real, calls = TVLoss.forward, []
+    forward, calls = TVLoss.forward, []
 
-    def forward(self, x):
+    def forward_and_stop(self, x):
         calls.append(None)
         if len(calls) == stop:
             signal.raise_signal(signal.SIGINT)
-        return real(self, x)
+        return forward(self, x)
 
-    monkeypatch.setattr(TVLoss, "forward", forward)
-    status, told, errors = run(*command, "--out", out)
-    assert (status, told, len(calls)) == (0, "", stop) and "--resume goes on" in errors
+    monkeypatch.setattr(TVLoss, "forward", forward_and_stop)
+    status, printed, errors = run(*command, "--out", out)
+    assert (status, printed) == (0, "") and "--resume goes on" in errors
+    name, step = ("residual", stop) if stop <= 9 else ("non-residual", stop - 9)
+    assert len(totals(out / name)) == training_metadata(out / name / CHECKPOINT)["step"] == step
     assert not (out / "figure2.png").exists()
-    status, told, errors = run(*command, "--out", out, "--resume")
-    assert status == 0 and "mean loss" in told, errors
-    assert len(calls) == 18, "each iteration is done once"
+    status, printed, errors = run(*command, "--out", out, "--resume")
+    assert status == 0 and "mean loss" in printed and f"from iteration {step}" in errors, errors
     for name in figure2.RUNS:
-        assert losses(out / name) == losses(whole / name)
+        assert totals(out / name) == totals(whole / name)
     assert (out / "figure2.png").read_bytes() == (whole / "figure2.png").read_bytes()
 
 
 @pytest.mark.parametrize("name", figure2.RUNS)
-def test_a_run_is_not_overwritten(run, command, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(figure2, "train", lambda *_: pytest.fail("trains"))
-    (tmp_path / "out" / name).mkdir(parents=True)
-    (tmp_path / "out" / name / CHECKPOINT).write_bytes(b"a run")
+def test_a_run_is_not_overwritten(run, command, tmp_path, name):
+    checkpoint = tmp_path / "out" / name / CHECKPOINT
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"a run")
     status, _, errors = run(*command, "--out", tmp_path / "out")
     assert status == 2 and "holds a run already; continue it with --resume" in errors
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [checkpoint]
+    assert checkpoint.read_bytes() == b"a run"
 
 
 def test_another_recipe_does_not_resume(run, command, tmp_path):
@@ -119,7 +116,7 @@ def test_another_recipe_does_not_resume(run, command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (("--style", "none.png"), "none.png: no such file"),
         (("--data", "none"), "none"),
@@ -130,24 +127,27 @@ def test_another_recipe_does_not_resume(run, command, tmp_path):
     ],
     ids=lambda value: str(value[0]).strip("-") if isinstance(value, tuple) else "",
 )
-def test_bad_input(run, command, tmp_path, change, told):
+def test_bad_input(run, command, tmp_path, change, message):
     status, _, errors = run(*command, "--out", tmp_path / "out", *change)
-    assert status == 2 and told in errors and "Traceback" not in errors
+    assert status == 2 and message in errors and "Traceback" not in errors
     assert not (tmp_path / "out" / "figure2.png").exists()
 
 
-def test_an_out_that_is_a_file(run, command, tmp_path):
+def test_out_is_a_file(run, command, tmp_path):
     (tmp_path / "out").write_text("")
     status, _, errors = run(*command, "--out", tmp_path / "out")
     assert status == 2 and "cannot be written" in errors
 
 
+def test_without_matplotlib_nothing_is_trained(run, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "find_spec", lambda name: None)
+    status, _, errors = run(*command, "--out", tmp_path / "out")
+    assert status == 2 and "pip install 'fastperc[figures]'" in errors and not (tmp_path / "out").exists()
+
+
 def test_help(run):
     status, out, _ = run("figure2", "--help")
     assert status == 0 and out.isascii() and max(map(len, out.splitlines())) <= 120
-
-
-# Losses
 
 
 def test_losses_are_read_as_far_as_asked(tmp_path):
@@ -158,7 +158,7 @@ def test_losses_are_read_as_far_as_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "not all there"),
         ("iteration,total\n1,2\n", "not all there"),
@@ -172,64 +172,14 @@ def test_losses_are_read_as_far_as_asked(tmp_path):
         ("\x89PNG\n", "damaged"),
     ],
 )
-def test_losses_that_are_none_are_refused(tmp_path, text, told):
+def test_damaged_losses_are_refused(tmp_path, text, message):
     path = tmp_path / "losses.csv"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         figure2.read_losses(path, 2)
 
 
-def test_the_table_tells_when_the_residual_network_is_there():
+def test_the_table_says_when_the_residual_network_reaches_the_other():
     falling, level = [10.0 - i for i in range(9)], [5.0] * 9
     assert "at iteration 7" in figure2.table({"residual": falling, "non-residual": level})  # (6 + 5 + 4) / 3
     assert "does not reach" in figure2.table({"residual": level, "non-residual": falling})
-
-
-# The chart
-
-
-def test_running_mean():
-    values = np.random.default_rng(0).uniform(1, 2, 40)
-    expected = np.convolve(values, np.ones(7) / 7, "valid")
-    assert charts.running_mean(list(values), 7) == pytest.approx(list(expected))
-    assert charts.running_mean([1.0, 2.0], 3) == []
-
-
-def rows_of(image, color):
-    levels = pixels(image)
-    return np.nonzero((np.abs(levels - ImageColor.getrgb(color)).max(axis=2) < 20).any(axis=1))[0]
-
-
-def test_losses_lie_on_a_logarithmic_scale():
-    colors = ["#ff0000", "#00ff00", "#0000ff"]
-    curves = [charts.Curve([10.0**i] * 5, color) for i, color in enumerate(colors)]
-    image = charts.loss_chart([charts.Panel("", curves)])
-    low, middle, high = (rows_of(image, color).mean() for color in colors)
-    assert low - middle == pytest.approx(middle - high, abs=1) and low - middle > 50
-
-
-def test_a_band_lies_between_its_edges_and_panels_side_by_side():
-    band = charts.Band([1.0] * 4, [2.0] * 4, "#ff0000", opacity=1.0)
-    line = charts.Curve([4.0] * 4, "#0000ff")
-    image = charts.loss_chart([charts.Panel("left", [band]), charts.Panel("right", [line])])
-    left, right = (image.crop((x, 0, x + image.width // 2, image.height)) for x in (0, image.width // 2))
-    rows = rows_of(left, "#ff0000")
-    assert len(rows) > 50 and (np.diff(rows) == 1).all() and not len(rows_of(right, "#ff0000"))
-    distance = rows.min() - rows_of(right, "#0000ff").mean()
-    assert distance == pytest.approx(len(rows), abs=3)
-
-
-@pytest.mark.parametrize("values", [[], [0.0], [1.0, -1.0], [float("nan")], [float("inf")]])
-def test_what_has_no_logarithm_is_refused(values):
-    with pytest.raises(ValueError, match="finite values above 0"):
-        charts.loss_chart([charts.Panel("", [charts.Curve(values, "black")])])
-
-
-def test_without_matplotlib_nothing_is_trained(run, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(charts, "find_spec", lambda name: None)
-    status, _, errors = run(*command, "--out", tmp_path / "out")
-    assert status == 2 and "pip install 'fastperc[figures]'" in errors and not (tmp_path / "out").exists()
-
-
-def test_one_iteration_makes_a_chart():
-    assert charts.loss_chart([charts.Panel("", [charts.Curve([1.0], "black")])]).size[0] > 0

@@ -1,65 +1,25 @@
-"""``fastperc sr train`` as a user runs it, and the small photos that its networks learn from."""
+"""``fastperc sr train`` as a user runs it."""
 
 from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from cases import error
-from conftest import picture
+from pictures import picture
 from PIL import Image
-from safetensors import safe_open
+from training_runs import training_metadata
 
-from fastperc import SRCNN, SuperResolutionNet, checkpoints, load, reference, save
+from fastperc import SRCNN, SuperResolutionNet, checkpoints, load, save
 from fastperc.photos.photo import Photo
 from fastperc.training.step import train_step
 from fastperc.training.super_resolution import SuperResolutionRecipe
 
 
-@pytest.mark.parametrize("size", [(12, 9), (31, 50), (80, 64)], ids=lambda size: f"{size[0]}x{size[1]}")
-def test_bicubic_is_pillows(size):
-    """Pillow's cubic is the a = -½ one too, and antialiased."""
-    channel = picture(64, 48).convert("L").convert("F")
-    expected = torch.from_numpy(np.array(channel.resize(size[::-1], Image.Resampling.BICUBIC)))
-    x = torch.from_numpy(np.array(channel))[None, None]
-    assert error(reference.bicubic(x, size)[0, 0], expected) < 1e-5
-
-
-def test_half_precision_is_resampled_in_float32():
-    x = torch.rand(1, 3, 16, 16).half()
-    assert torch.equal(reference.bicubic(x, (64, 64)), reference.bicubic(x.float(), (64, 64)))
-
-
-@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.5])
-def test_gaussian_blur_is_the_sum_over_a_gaussian(sigma):
-    """Against the two-dimensional sum, pixel by pixel, over the mirrored image."""
-    x = torch.rand(2, 3, 14, 17, dtype=torch.float64)
-    radius = int(np.ceil(4 * sigma))
-    wide = torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (radius, radius), (radius, radius)), mode="reflect"))
-    offsets = range(-radius, radius + 1)
-    weights = {(i, j): np.exp(-(i * i + j * j) / (2 * sigma**2)) for i in offsets for j in offsets}
-    expected = sum(
-        weight * wide[:, :, radius + i : radius + i + 14, radius + j : radius + j + 17]
-        for (i, j), weight in weights.items()
-    ) / sum(weights.values())
-    assert error(reference.gaussian_blur(x, sigma), expected) < 1e-12
-
-
-@pytest.mark.parametrize("scale", [2, 4, 8])
-def test_degraded_photos_are_small_and_have_levels(scale):
-    x = Photo(picture(64, 48)).tensor()
-    sharp, blurred = (reference.degrade(x, scale, blur) for blur in (0.0, 1.0))
-    assert sharp.shape == (1, 3, 48 // scale, 64 // scale)
-    for small in (sharp, blurred):
-        assert torch.equal((small * 255).round() / 255, small)
-    assert reference.tv_loss(blurred) < reference.tv_loss(sharp)
-
-
 @pytest.fixture
 def train(run, photo_folder, tmp_path):
-    """Trains on the test's photos into ``tmp_path / NAME``, unless told otherwise."""
+    """Trains on the test's photos into ``tmp_path / NAME``; later options replace earlier ones."""
 
     def train(name, *options):
         basic = ["--data", photo_folder, "--out", tmp_path / name, "--device", "cpu", "--workers", 0]
@@ -67,11 +27,6 @@ def train(run, photo_folder, tmp_path):
         return run("sr", "train", *basic, *options)
 
     return train
-
-
-def about(path):
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["training"])
 
 
 @pytest.mark.parametrize(
@@ -87,10 +42,10 @@ def test_leaves_a_network_that_loads(train, tmp_path, arch, config):
     assert (status, out) == (0, "") and f"×4 · {arch} network · pixel loss" in err
     net = load(tmp_path / "run" / "model.safetensors")
     assert type(net) is (SuperResolutionNet if arch == "paper" else SRCNN) and net.config == config
-    recipe = about(tmp_path / "run" / "model.safetensors")
+    recipe = training_metadata(tmp_path / "run" / "model.safetensors")
     assert (recipe["step"], recipe["scale"], recipe["loss"], recipe["blur"]) == (2, 4, "pixel", 1.0)
     with Image.open(tmp_path / "run" / "previews" / "000002.png") as sheet:
-        assert sheet.size == (4 * 68 - 4, 3 * 68 - 4), "what it sees, what it makes of that, the photos"
+        assert sheet.size == (4 * 68 - 4, 3 * 68 - 4), "rows: inputs, outputs, photos"
 
 
 def test_feature_loss_from_a_trained_network_and_on(train, tmp_path, vgg_file):
@@ -100,11 +55,13 @@ def test_feature_loss_from_a_trained_network_and_on(train, tmp_path, vgg_file):
     status, _, err = train("feature", *options)
     assert status == 0 and "feature loss" in err
     trained, before = load(tmp_path / "feature" / "model.safetensors"), load(start)
-    assert error(trained.head.weight, before.head.weight) < 1e-5, "it began there"
-    assert about(tmp_path / "feature" / "model.safetensors")["init"] == "model.safetensors"
+    assert error(trained.head.weight, before.head.weight) < 1e-5, "it started there"
+    assert training_metadata(tmp_path / "feature" / "model.safetensors")["init"] == "model.safetensors"
     start.unlink()
-    assert train("feature", *options, "--iterations", 3, "--resume").status == 0, "and needs it no more"
-    assert about(tmp_path / "feature" / "model.safetensors")["step"] == 3
+    assert train("feature", *options, "--iterations", 3, "--resume").status == 0, (
+        "and no longer needs the network it started from"
+    )
+    assert training_metadata(tmp_path / "feature" / "model.safetensors")["step"] == 3
 
 
 def test_it_learns():
@@ -120,7 +77,7 @@ def test_it_learns():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--size", 66), "a side that is a multiple of 4, 64 pixels or more, not 66"),
         (("--size", 60), "a side that is a multiple of 4, 64 pixels or more, not 60"),
@@ -132,9 +89,9 @@ def test_it_learns():
     ],
     ids=["not-a-multiple", "too-small", "too-small-x8", "scale", "loss", "init", "vgg"],
 )
-def test_what_cannot_be_is_refused(train, tmp_path, options, told):
+def test_bad_options_are_refused(train, tmp_path, options, message):
     status, out, err = train("run", *options)
-    assert (status, out) == (2, "") and told in err and len(err.splitlines()) == 1
+    assert (status, out) == (2, "") and message in err and len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 

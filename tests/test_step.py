@@ -1,15 +1,16 @@
-"""A step of training: the same whether it runs op by op or from a recording, on any device, with any one's state."""
+"""A training step: the same operation by operation and replayed from a recording, on any device."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 from cases import DEVICES, GPU, error
-from conftest import picture
+from pictures import picture
 from torch import Tensor, nn
 
 from fastperc import SuperResolutionNet, TransformNet, checkpoints, reference
@@ -31,8 +32,8 @@ def objective(output, photos):
 
 def batches(count, size=32):
     """uint8 [2, 3, size, size] each."""
-    photos = [torch.stack([Photo(picture(size, size, 2 * i + j)).levels() for j in (0, 1)]) for i in range(count)]
-    return [one.permute(0, 3, 1, 2) for one in photos]
+    pairs = [[Photo(picture(size, size, 2 * i + j)).levels() for j in (0, 1)] for i in range(count)]
+    return [torch.stack(pair).permute(0, 3, 1, 2) for pair in pairs]
 
 
 def build(device="cpu", make=lambda: TransformNet("paper", width=4)):
@@ -88,7 +89,7 @@ def test_fused_adam_is_adam():
 @pytest.mark.parametrize("before", ["fused", "not fused"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_checkpoints_state_fits_any_optimizer(tmp_path, device, before):
-    """Written by one, read by the other, then trained on: as if the first had gone on."""
+    """Saved by one optimizer, loaded by another and trained further: as if the first had gone on."""
     net, _, run = trained(3)
     optimizer = run.optimizer
     if before == "not fused":
@@ -119,81 +120,88 @@ def similar(net, other, tolerance=2e-3):
     return all(error(mine.cpu(), theirs.cpu()) < tolerance for (name, mine), theirs in pairs if "weight" in name)
 
 
-def replayed(run):
-    """A stand-in for a CUDA graph: recording computes nothing, and a replay leaves its terms where they always are."""
+class FixedAddress:
+    """A stand-in for the transfer to a GPU: photos always lie at the same address."""
+
+    def __init__(self):
+        self.levels = torch.empty(2, 3, 32, 32, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+
+    def to_device(self, photos):
+        return self.levels.copy_(photos)
+
+    def compute_stream(self):
+        return nullcontext()
+
+
+def record_on_cpu(run):
+    """A stand-in for a CUDA graph: recording computes nothing, and each replay overwrites the terms."""
     terms: list[Tensor] = []
 
     def replay():
-        found = run()
-        terms[:] = terms or [torch.empty_like(term) for term in found]
-        for kept, term in zip(terms, found):
+        latest = run()
+        terms[:] = terms or [torch.empty_like(term) for term in latest]
+        for kept, term in zip(terms, latest):
             kept.copy_(term)
 
-    class Static:
+    class KeptTerms:
         def __iter__(self):
             return iter(terms)
 
-    return Recording(replay, Static())
+    return Recording(replay, KeptTerms())
 
 
 def stack(terms):
     return torch.stack(tuple(terms))
 
 
+def test_nothing_is_recorded_on_a_cpu():
+    _, _, run = trained(EAGER_STEPS + 1)
+    assert run.recording is None
+
+
 def test_the_first_steps_run_op_by_op_and_none_is_lost(monkeypatch):
     expected, terms, _ = trained(EAGER_STEPS + 4)
-    recorded, done = [], []
-
-    def record(run):
-        recorded.append(len(done))
-        return replayed(run)
-
-    monkeypatch.setattr(step, "record", record)
+    monkeypatch.setattr(step, "record", record_on_cpu)
     net = build()
     run = TrainStep(net, objective, adam(net.parameters(), 1.0, torch.device("cpu")))
-    assert not run.records, "not on a CPU"
-    run.records = True
-    static = torch.empty(2, 3, 32, 32, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(run._way, "bring", static.copy_)
+    run.may_record, run.transfer = True, FixedAddress()
     for i, photos in enumerate(batches(EAGER_STEPS + 4)):
         assert torch.equal(stack(run(photos, rate(i))), terms[i])
-        done.append(i)
-    assert recorded == [EAGER_STEPS] and equal(net, expected)
+        assert (run.recording is not None) == (i >= EAGER_STEPS)
+    assert equal(net, expected)
 
 
-def test_what_cannot_be_recorded_goes_on_op_by_op(monkeypatch, capsys):
+def test_a_step_that_cannot_be_recorded_goes_on_op_by_op(monkeypatch, capsys):
     expected, terms, _ = trained(EAGER_STEPS + 3)
-    attempts = []
 
     def record(run):
-        attempts.append(None)
         raise RuntimeError("operation not permitted when stream is capturing\nand much more")
 
     monkeypatch.setattr(step, "record", record)
-    net, found, _ = trained(EAGER_STEPS + 3, prepare=lambda run: setattr(run, "records", True))
-    assert len(attempts) == 1 and equal(net, expected) and torch.equal(found, terms)
-    told = "training goes on without a CUDA graph: operation not permitted when stream is capturing\n"
-    assert capsys.readouterr().err == told
+    net, actual, _ = trained(EAGER_STEPS + 3, prepare=lambda run: setattr(run, "may_record", True))
+    assert equal(net, expected) and torch.equal(actual, terms)
+    message = "training goes on without a CUDA graph: operation not permitted when stream is capturing\n"
+    assert capsys.readouterr().err == message, "it is tried once"
 
 
-needs_gpu = pytest.mark.skipif(not GPU, reason="CUDA graphs are a GPU's")
+needs_gpu = pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 
 
 @needs_gpu
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "amp"])
 @pytest.mark.parametrize("scale", [None, 2], ids=["style", "sr"])
 def test_cuda_graphs_train_as_op_by_op(scale, amp, capsys):
-    """The step size changes from step to step, and so does what is seen."""
+    """With another learning rate and other photos at each step."""
     degrade = partial(reference.degrade, scale=scale, blur=1.0) if scale else None
     make = (lambda: SuperResolutionNet(scale, width=16)) if scale else (lambda: TransformNet("paper", width=16))
     arguments = dict(device="cuda", amp=amp, degrade=degrade, make=make)
-    eager, expected, _ = trained(12, **arguments, prepare=lambda run: setattr(run, "records", False))
+    eager, expected, _ = trained(12, **arguments, prepare=lambda run: setattr(run, "may_record", False))
     graphed, terms, run = trained(12, **arguments)
-    assert run._recording is not None and "without a CUDA graph" not in capsys.readouterr().err
+    assert run.recording is not None and "without a CUDA graph" not in capsys.readouterr().err
     assert error(terms, expected) < (3e-2 if amp else 1e-3)
     assert similar(graphed, eager, 5e-2 if amp else 5e-3)
     counts = {int(n) for name, n in graphed.state_dict().items() if name.endswith("num_batches_tracked")}
-    assert counts <= {12}, "recording is no step"
+    assert counts <= {12}, "recording does not count as a step"
 
 
 @needs_gpu

@@ -1,4 +1,4 @@
-"""Training on a folder of photos: a recipe says what is trained and how, :func:`train` runs it."""
+"""Training on a folder of photos: a recipe says what is trained and how, and :func:`train` runs it."""
 
 from fastperc.training.loop import train
 from fastperc.training.recipe import Recipe, Task

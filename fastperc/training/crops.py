@@ -1,8 +1,7 @@
-"""Photographs for training, in an order that a seed and a position alone decide."""
+"""Training crops: which part of which photo an iteration sees is a function of the seed and the position alone."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,34 +13,35 @@ from torch.utils.data import DataLoader, Dataset
 from fastperc.errors import InputError
 from fastperc.files import PathLike
 from fastperc.photos.photo import find_images
-from fastperc.training.packed import ahead, packed, prepared
+from fastperc.training.packed import PhotoSource, open_or_pack, read_for_crops
+from fastperc.training.prefetch import prefetch
+from fastperc.training.signals import ignore_signals
 
-Sample = tuple[Tensor, frozenset[str]]
+Sample = tuple[Tensor, frozenset[str]]  # crops, and the files that could not be read
 
 BATCHES_AHEAD = 4  # cut before they are asked for
 
 
 class PhotoCrops(Dataset[Sample]):
-    """An endless stream of square crops of the photos under a folder, flat or nested.
+    """An endless sequence of square crops of the photos in a folder and its subfolders.
 
-    Crop ``i`` depends on the seed and ``i`` only: each epoch is a fresh permutation, and each crop (of the photo with
-    its shorter side resized to ``size``, at a random position along the other, mirrored half the time) draws from a
-    generator of its own. A run that starts again at ``i`` therefore sees what it would have seen, whatever the number
-    of workers. Without ``resize`` crops are of the photos' own pixels, from anywhere; only photos too small are made
-    larger.
+    Each epoch shows every photo once, in a new order. A crop is at a random position of the photo, whose shorter side
+    is first resized to ``size``, and half of the crops are flipped left to right. Without ``resize`` crops show the
+    photo's own pixels; only photos smaller than ``size`` are enlarged. Crop ``i`` depends on ``seed`` and ``i`` alone,
+    so a run resumed at crop ``i`` sees what it would have seen, with any number of workers.
 
-    An item is a uint8 tensor [3, size, size] and the files found unreadable on the way to it: the next file of the
-    permutation takes the place of one that cannot be read. With ``cache`` photos are decoded and resized once, into
-    a file that later runs use too (:func:`packed`); the crops are the same, bit for bit.
+    An item is a uint8 tensor [3, size, size] and the files found to be unreadable: the next readable photo of the
+    epoch takes the place of one that is not. With ``cache`` photos are decoded and resized once, see
+    :func:`~fastperc.training.packed.open_or_pack`; the crops are the same, bit for bit.
 
     Raises:
-        InputError: no such folder, no images in it, or (from an item) none that can be read.
+        InputError: there is no such folder, there are no images in it, or (from an item) none can be read.
     """
 
     def __init__(self, folder: PathLike, size: int, seed: int = 0, resize: bool = True, *, cache: bool = False) -> None:
         self.folder, self.size, self.seed, self.resize = folder, size, seed, resize
         self.paths = find_images(folder)
-        self.packed = packed(folder, self.paths, size, resize) if cache else None
+        self.packed = open_or_pack(PhotoSource(folder, self.paths, size, resize)) if cache else None
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, i: int) -> Sample:
@@ -49,14 +49,14 @@ class PhotoCrops(Dataset[Sample]):
         return images[0], unreadable
 
     def __getitems__(self, indices: Sequence[int]) -> Sample:
-        """The crops ``indices`` at once: uint8 [N, 3, size, size], channels-last, and the files found unreadable."""
+        """The crops ``indices``, uint8 [N, 3, size, size] in channels-last memory, and the unreadable files."""
         images = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
         unreadable: set[str] = set()
         for image, i in zip(images, indices):
-            self._crop(image, i, unreadable)
+            self._cut(image, i, unreadable)
         return images.permute(0, 3, 1, 2), frozenset(unreadable)
 
-    def _crop(self, out: Tensor, i: int, unreadable: set[str]) -> None:
+    def _cut(self, out: Tensor, i: int, unreadable: set[str]) -> None:
         """Fills ``out`` [size, size, 3] with crop ``i``."""
         photo = self._photo(i, unreadable)
         height, width, _ = photo.shape
@@ -64,7 +64,7 @@ class PhotoCrops(Dataset[Sample]):
         left, top = rng.integers(width - self.size + 1), rng.integers(height - self.size + 1)
         out.numpy()[...] = photo[top : top + self.size, left : left + self.size]
         if rng.random() < 0.5:
-            out.copy_(out.flip(1))  # by torch: NumPy takes ten times as long to mirror pixels of three bytes
+            out.copy_(out.flip(1))  # torch flips pixels of three bytes ten times as fast as NumPy
 
     def _photo(self, i: int, unreadable: set[str]) -> np.ndarray[Any, Any]:
         epoch, position = divmod(i, len(self.paths))
@@ -75,7 +75,7 @@ class PhotoCrops(Dataset[Sample]):
             index = self._order[(position + k) % len(self.paths)]
             path = self.paths[index]
             try:
-                return prepared(path, self.size, self.resize) if self.packed is None else self.packed[index]
+                return read_for_crops(path, self.size, self.resize) if self.packed is None else self.packed[index]
             except InputError:
                 unreadable.add(str(path))
         raise InputError(f"{self.folder}: none of the {len(self.paths)} images can be read")
@@ -84,36 +84,35 @@ class PhotoCrops(Dataset[Sample]):
 def batches(
     crops: PhotoCrops, batch: int, start: int, stop: int, workers: int, rank: int = 0, processes: int = 1
 ) -> Iterator[Sample]:
-    """Batches ``start`` to ``stop`` of ``crops``: uint8 [batch, 3, size, size], channels-last, and the files found
-    unreadable; in memory that a GPU copies from, if there is one.
+    """Batches ``start`` to ``stop`` (exclusive) of ``crops``, and the unreadable files of each.
 
-    Of several ``processes`` each gets its share of every batch, [batch / processes, 3, size, size]: together they have
-    what one alone would. Packed photos are cut by a thread; others are decoded by ``workers`` processes.
+    A batch is uint8 [batch / processes, 3, size, size] in channels-last memory, which is pinned where there is a GPU.
+    Each of several ``processes`` gets the part of its ``rank``; the parts together are what one process would get.
+
+    A thread cuts the crops of packed photos; ``workers`` processes decode photos that are not packed (0: this process).
     """
-    own = batch // processes
-    shares = [range(first, first + own) for first in range(start * batch + rank * own, stop * batch, batch)]
+    share = batch // processes
+    shares = [range(first, first + share) for first in range(start * batch + rank * share, stop * batch, batch)]
     if crops.packed is not None:
-        return ahead(lambda share: _pinned(crops.__getitems__(share)), shares, 1, BATCHES_AHEAD)
+        return prefetch(lambda indices: _pin(crops.__getitems__(indices)), shares, 1, BATCHES_AHEAD)
     loader: DataLoader[Sample] = DataLoader(
         crops,
         batch_sampler=shares,  # type: ignore[arg-type]
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=workers,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)
 
 
-def _pinned(sample: Sample) -> Sample:
+def _pin(sample: Sample) -> Sample:
     return (sample[0].pin_memory(), sample[1]) if torch.cuda.is_available() else sample
 
 
-def _as_it_is(sample: Any) -> Any:
-    return sample  # a batch already: the loader asks for it by __getitems__
+def _unchanged(sample: Any) -> Any:
+    return sample  # `__getitems__` has made it a batch already
 
 
-def _ignore_signals(worker: int) -> None:
-    # A Ctrl-C or a scheduler's SIGTERM goes to every process of the group; the main one alone decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _init_worker(worker: int) -> None:
+    ignore_signals()

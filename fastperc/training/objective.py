@@ -1,4 +1,4 @@
-"""What training descends."""
+"""The losses that training minimises, built from files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from fastperc.models import VGG16Features
 from fastperc.photos.photo import read_image
 from fastperc.presets import MINIMUM_SIDE
 
+FEATURE_LAYER = "relu2_2"  # of VGG-16: what super-resolution compares
+
 
 def build_loss(
     style: PathLike,
@@ -24,10 +26,18 @@ def build_loss(
     convention: str = "relative",
     **weights: float | None,
 ) -> PerceptualLoss:
-    """The objective that paints like the image file ``style``, resized to ``style_size`` on its shorter side.
+    """The loss that trains a network to paint in the style of an image.
+
+    Args:
+        style: the image file of the painting.
+        style_size: to how many pixels its shorter side is resized.
+        vgg: the file of VGG-16's weights. Default: torchvision's, which are downloaded once.
+        style_layers, content_layer: names of VGG-16's layers, such as ``"relu2_2"``.
+        convention: what the weights multiply, see :class:`fastperc.losses.PerceptualLoss`.
+        weights: ``content_weight``, ``style_weight`` and ``tv_weight``; ``None``: the convention's.
 
     Raises:
-        InputError: a file that cannot be read, weights that do not reach a layer, an unknown layer.
+        InputError: a file cannot be read, the weights do not reach a layer, or there is no layer of that name.
     """
     painting = read_style(style, style_size)
     try:
@@ -37,12 +47,12 @@ def build_loss(
         )
     except InputError:
         raise
-    except ValueError as error:  # a layer's name
+    except ValueError as error:  # the name of a layer
         raise InputError(str(error)) from None
 
 
 def read_style(path: PathLike, short_side: int) -> Tensor:
-    """A painting, RGB in 0–1 [1, 3, H, W], its shorter side ``short_side`` pixels long.
+    """A painting, RGB in 0–1 [1, 3, H, W], resized to ``short_side`` pixels on its shorter side.
 
     Raises:
         InputError: it cannot be read, or would be too small or too large.
@@ -57,23 +67,28 @@ def read_style(path: PathLike, short_side: int) -> Tensor:
         raise InputError(f"{path}: {error}") from None
 
 
-FEATURE_LAYER = "relu2_2"
-
-
 class Terms(NamedTuple):
-    """An objective of a single term; a scalar."""
+    """The single term of a :class:`ReconstructionLoss`, a scalar."""
 
     total: Tensor
 
 
-class Objective(nn.Module):
-    """How far pictures are from the photos they should be, [N, 3, H, W] both: by their pixels, or by VGG's features."""
+class ReconstructionLoss(nn.Module):
+    """How far pictures are from the photos they should be, both [N, 3, H, W] in 0–1.
 
-    def __init__(self, loss: str, vgg: str | None) -> None:
+    Args:
+        kind: ``"pixel"`` compares pixels, ``"feature"`` VGG-16's features at ``FEATURE_LAYER``.
+        vgg: the file of VGG-16's weights. Default: torchvision's.
+
+    Raises:
+        InputError: the file of the weights cannot be read.
+    """
+
+    def __init__(self, kind: str, vgg: str | None) -> None:
         super().__init__()
-        feature = loss == "feature"
-        self.distance = PerceptualLoss(VGG16Features(vgg, (FEATURE_LAYER,))) if feature else PixelLoss()
+        by_features = kind == "feature"
+        self.distance = PerceptualLoss(VGG16Features(vgg, (FEATURE_LAYER,))) if by_features else PixelLoss()
 
     def forward(self, output: Tensor, photos: Tensor) -> Terms:
-        terms = self.distance(output, photos)
-        return Terms(terms.content if isinstance(self.distance, PerceptualLoss) else terms)
+        distance = self.distance(output, photos)
+        return Terms(distance.content if isinstance(self.distance, PerceptualLoss) else distance)

@@ -1,4 +1,4 @@
-"""Photos decoded once, into a memory-mapped file that later runs use too."""
+"""Packed photos: a folder of photos decoded and resized once, into a memory-mapped file that later runs use too."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ import secrets
 import shutil
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,62 +22,37 @@ from fastperc.errors import InputError
 from fastperc.files import PathLike, cache_folder
 from fastperc.photos.photo import MAX_PIXELS, read_image
 from fastperc.progress import say, track
+from fastperc.training.prefetch import prefetch
 
-T = TypeVar("T")
-
-
-R = TypeVar("R")
-
-
-FORMAT = 1  # of packed photos
-
-
-PIXELS, INDEX = "photos.u8", "index.json"
-
-
-LARGEST = 32 << 30  # bytes; more than this, or than half of what is free, is not packed
-
-
-ABANDONED = 3600.0  # seconds without a photo, after which what was being packed is nobody's
-
-
-def prepared(path: PathLike, size: int, resize: bool) -> np.ndarray[Any, Any]:
-    """The photo that crops of ``size`` are cut from, uint8 [H, W, 3]: its shorter side is ``size`` pixels long or,
-    without ``resize``, at least.
-
-    Raises:
-        InputError: it cannot be read, or is so long and thin that it would become larger than ``MAX_PIXELS``.
-    """
-    image = read_image(path, enough=size if resize else None).rgb
-    scale = size / min(image.size)
-    scale = scale if resize else max(scale, 1.0)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{path}: {width}×{height} is larger than {MAX_PIXELS:,} pixels")
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+FORMAT = 1  # version of the two files
+PIXELS_FILE, INDEX_FILE = "photos.u8", "index.json"
+MAX_BYTES = 32 << 30  # photos that would take more than this, or more than half of the free disk space, are not packed
+ABANDONED_AFTER = 3600.0  # seconds since the last write, after which a temporary folder is a killed run's
 
 
 class PackedPhotos:
-    """Photos as :func:`prepared` gives them, decoded before and mapped into memory.
+    """Packed photos, mapped into memory.
 
-    In ``folder`` lie the pixels of all of them, one after the other, and an index of where each begins and its shape.
+    The folder holds two files: the pixels of all photos, one after the other, and an index of each photo's offset and
+    shape.
 
     Raises:
-        OSError, ValueError: there are none, or they are damaged.
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        self.entries: list[tuple[int, int, int] | None] = index["photos"]
-        self.pixels = np.memmap(folder / PIXELS, dtype=np.uint8, mode="r")
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        self.entries: list[tuple[int, int, int] | None] = index["photos"]  # offset, height, width; None: unreadable
+        self.pixels = np.memmap(folder / PIXELS_FILE, dtype=np.uint8, mode="r")
         if self.pixels.size != index["bytes"]:
             raise ValueError(f"{folder}: cut short")
 
     def __getitem__(self, i: int) -> np.ndarray[Any, Any]:
-        """Photo ``i``, uint8 [H, W, 3]: a view.
+        """Photo ``i``, uint8 [H, W, 3]: a view of the mapped file.
 
         Raises:
-            InputError: it could not be read when the photos were packed.
+            InputError: the photo could not be read when the folder was packed.
         """
         entry = self.entries[i]
         if entry is None:
@@ -89,131 +61,154 @@ class PackedPhotos:
         return self.pixels[offset : offset + height * width * 3].reshape(height, width, 3)
 
 
-def packed(folder: PathLike, paths: Sequence[Path], size: int, resize: bool) -> PackedPhotos | None:
-    """The photos ``paths`` under ``folder`` packed for crops of ``size``: as found in the cache folder, or packed now.
+class PhotoSource(NamedTuple):
+    """The photos to pack, and what for."""
 
-    Those packed before any of the files changed are removed. ``None``, after a line that says why, where they would
-    take too much space or cannot be written.
+    folder: PathLike
+    paths: Sequence[Path]  # all under `folder`
+    size: int  # side of the crops, pixels
+    resize: bool  # whether each photo's shorter side is resized to `size`
+
+
+def open_or_pack(source: PhotoSource) -> PackedPhotos | None:
+    """The packed photos of ``source``: those in the cache folder if there are any, else packed now.
+
+    Packing removes what was packed from the same folder before one of its files changed. Returns ``None``, after a line
+    on the terminal that says why, if the photos would take too much space or cannot be written.
+
+    Raises:
+        InputError: none of the photos can be read.
     """
-    place = _place(folder, paths, size, resize)
+    target = _cached_folder(source)
     with suppress(OSError, ValueError, KeyError):
-        photos = PackedPhotos(place)
-        say(f"photos as packed before: {place} ({_amount(photos.pixels.size)})")
+        photos = PackedPhotos(target)
+        say(f"using the photos packed in {target} ({_format_bytes(photos.pixels.size)})")
         return photos
-    needed = _bytes_needed(paths, size, resize)
-    if needed == 0:  # not one is an image
+    needed = _bytes_needed(source)
+    if needed == 0:  # none of the files is an image: reading the first crop says so
         return None
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _clear(place)
-        allowed = min(LARGEST, shutil.disk_usage(place.parent).free // 2)
-        if needed > allowed:
-            say(f"photos are decoded as they are needed: packed they would take {_amount(needed)}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_outdated(target)
+        if needed > min(MAX_BYTES, shutil.disk_usage(target.parent).free // 2):
+            say(f"not packing the photos, which would take {_format_bytes(needed)}; decoding them as needed")
             return None
-        photos = _pack(folder, paths, size, resize, place)
+        photos = _pack(source, target)
     except OSError as error:
-        say(f"photos are decoded as they are needed: {place}: cannot be written ({error.strerror or error})")
+        reason = error.strerror or error
+        say(f"not packing the photos: {target} cannot be written ({reason}); decoding them as needed")
         return None
-    say(f"photos packed: {place} ({_amount(photos.pixels.size)}); --cache off does without")
+    say(f"packed the photos into {target} ({_format_bytes(photos.pixels.size)}); --cache off turns this off")
     return photos
 
 
-def _pack(folder: PathLike, paths: Sequence[Path], size: int, resize: bool, place: Path) -> PackedPhotos:
-    def decode(path: Path) -> np.ndarray[Any, Any] | None:
-        try:
-            return prepared(path, size, resize)
-        except InputError:
-            return None
+def read_for_crops(path: PathLike, size: int, resize: bool) -> np.ndarray[Any, Any]:
+    """The photo that crops of ``size`` pixels a side are cut from, uint8 [H, W, 3].
 
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    Its shorter side is resized to ``size``. Without ``resize`` only a photo whose shorter side is below ``size`` is.
+
+    Raises:
+        InputError: it cannot be read, or is so long and thin that it would have more than ``MAX_PIXELS`` pixels.
+    """
+    image = read_image(path, enough=size if resize else None).rgb
+    scale = _scale_of(image, size, resize)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{path}: {width}×{height} is larger than {MAX_PIXELS:,} pixels")
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _scale_of(image: Image.Image, size: int, resize: bool) -> float:
+    scale = size / min(image.size)
+    return scale if resize else max(scale, 1.0)
+
+
+def _pack(source: PhotoSource, target: Path) -> PackedPhotos:
+    """Packs into a temporary folder beside ``target``, which is then renamed to ``target``."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
-        entries: list[tuple[int, int, int] | None] = []
-        total, workers = 0, _cores()
-        with (temporary / PIXELS).open("wb") as file, warnings.catch_warnings():  # threads restore it in any order
-            decoded = ahead(decode, paths, workers, 2 * workers)
-            for photo in track(decoded, "packing photos", len(paths)):
-                entries.append(None if photo is None else (total, *photo.shape[:2]))
-                if photo is not None:
-                    total += file.write(photo.tobytes())
-                elif not total and len(entries) == len(paths):
-                    raise InputError(f"{folder}: none of the {len(paths)} images can be read")
-            file.flush()
-            os.fsync(file.fileno())
-        index = dict(format=FORMAT, bytes=total, photos=entries)
-        (temporary / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        _write_files(source, temporary)
         try:
-            temporary.rename(place)
+            temporary.rename(target)
         except OSError:
-            if not (place / INDEX).is_file():
-                raise  # else another run was quicker
-        return PackedPhotos(place)
+            if not (target / INDEX_FILE).is_file():
+                raise  # otherwise another run has packed the same photos in the meantime: use them
+        return PackedPhotos(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _place(folder: PathLike, paths: Sequence[Path], size: int, resize: bool) -> Path:
-    """Where the photos lie packed: a name of two parts, what they are packed for and what the files are."""
-    root = Path(os.path.realpath(folder))
-    purpose = [FORMAT, str(root), size, resize]
-    listing = []
-    for path in paths:
-        with suppress(OSError):  # one that is gone will be found unreadable
-            about = path.stat()
-            listing.append([str(path.relative_to(folder)), about.st_size, about.st_mtime_ns])
-    return cache_folder() / "photos" / f"{_hash(purpose)}-{_hash(listing)}"
+def _write_files(source: PhotoSource, folder: Path) -> None:
+    def decode(path: Path) -> np.ndarray[Any, Any] | None:
+        try:
+            return read_for_crops(path, source.size, source.resize)
+        except InputError:
+            return None
+
+    entries: list[tuple[int, int, int] | None] = []
+    total, threads = 0, _usable_cores()
+    # Reading changes the warning filters; several threads would restore them in the wrong order.
+    with (folder / PIXELS_FILE).open("wb") as file, warnings.catch_warnings():
+        decoded = prefetch(decode, source.paths, threads, 2 * threads)
+        for photo in track(decoded, "packing photos", len(source.paths)):
+            entries.append(None if photo is None else (total, *photo.shape[:2]))
+            if photo is not None:
+                total += file.write(photo.tobytes())
+        if not total:
+            raise InputError(f"{source.folder}: none of the {len(source.paths)} images can be read")
+        file.flush()
+        os.fsync(file.fileno())
+    index = dict(format=FORMAT, bytes=total, photos=entries)
+    (folder / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+
+
+def _cached_folder(source: PhotoSource) -> Path:
+    """Where the packed photos belong. The name is two hashes: of what they are packed for, and of the files' state."""
+    purpose = [FORMAT, os.path.realpath(source.folder), source.size, source.resize]
+    files = []
+    for path in source.paths:
+        with suppress(OSError):  # a file that is gone counts as unreadable later
+            status = path.stat()
+            files.append([str(path.relative_to(source.folder)), status.st_size, status.st_mtime_ns])
+    return cache_folder() / "photos" / f"{_hash(purpose)}-{_hash(files)}"
 
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogateescape")).hexdigest()[:20]
 
 
-def _clear(place: Path) -> None:
-    """Removes what ``place`` is to replace: the same folder as it was, what is damaged, what a killed run left."""
-    purpose = place.name.partition("-")[0]
-    for other in place.parent.glob(f"{purpose}-*"):
-        shutil.rmtree(other, ignore_errors=True)
-    for other in place.parent.glob(".*"):
+def _remove_outdated(target: Path) -> None:
+    """Removes what ``target`` replaces, packed from an older state of the files or damaged, and killed runs' rests."""
+    purpose = target.name.partition("-")[0]
+    for outdated in target.parent.glob(f"{purpose}-*"):
+        shutil.rmtree(outdated, ignore_errors=True)
+    for temporary in target.parent.glob(".*"):
         with suppress(OSError):
-            touched = max(entry.stat().st_mtime for entry in (other, *other.iterdir()))
-            if time.time() - touched > ABANDONED:
-                shutil.rmtree(other)
+            last_write = max(entry.stat().st_mtime for entry in (temporary, *temporary.iterdir()))
+            if time.time() - last_write > ABANDONED_AFTER:
+                shutil.rmtree(temporary)
 
 
-def _bytes_needed(paths: Sequence[Path], size: int, resize: bool) -> int:
-    """How much the photos will take, by the sizes that their files declare."""
+def _bytes_needed(source: PhotoSource) -> int:
+    """The size of the packed photos in bytes, estimated from the sizes in the files' headers."""
 
     def area(path: Path) -> float:
         try:
             with Image.open(path) as image:
                 width, height = image.size
+                return width * height * _scale_of(image, source.size, source.resize) ** 2
         except Exception:  # Pillow raises whatever the damage provokes
             return 0.0
-        scale = size / min(width, height)
-        return width * height * (scale if resize else max(scale, 1.0)) ** 2
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return math.ceil(3 * sum(ahead(area, paths, _cores(), 64)))
+        return math.ceil(3 * sum(prefetch(area, source.paths, _usable_cores(), 64)))
 
 
-def _cores() -> int:
+def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _amount(size: int) -> str:
+def _format_bytes(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def ahead(work: Callable[[T], R], items: Iterable[T], threads: int, depth: int) -> Iterator[R]:
-    """``work(item)`` for each of ``items`` in their order, up to ``depth`` of them done before they are asked for."""
-    remaining = iter(items)
-    pool = ThreadPoolExecutor(threads)
-    try:
-        waiting: deque[Future[R]] = deque(pool.submit(work, item) for item in islice(remaining, depth))
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(work, item) for item in islice(remaining, 1))
-            yield result
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -1,26 +1,21 @@
-"""All that decides a training run."""
+"""Recipes: everything that decides a training run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
-
 FILES = frozenset({"data", "vgg", "init", "style"})  # fields that name files
-
-
-# What may differ between a run and its continuation without changing what is computed.
+# Fields in which a resumed run may differ from the run it continues: they do not change what is computed.
 FREE_TO_CHANGE = FILES - {"style"} | {"iterations", "checkpoint_every", "workers", "tensorboard", "device", "cache"}
 
 
 class Task(NamedTuple):
-    """What a recipe asks for, built."""
+    """What a recipe trains, built."""
 
     title: str
     net: nn.Module
@@ -30,28 +25,28 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides a training run, whatever is trained. The defaults are the paper's where it gives a number."""
+    """Everything that decides a training run, whatever it trains. Where the paper gives a number, it is the default."""
 
     data: str
-    vgg: str | None = None
+    vgg: str | None = None  # None: torchvision's weights
     init: str | None = None  # a network of the same shape to start from
     iterations: int = 40_000
-    size: int = 256  # side of the training crops
-    resize: bool = True  # whether photos are resized to `size` on the shorter side; else crops are of their own pixels
-    batch: int = 4
+    size: int = 256  # side of the training crops, pixels
+    resize: bool = True  # resize each photo's shorter side to `size`; False: crops show the photo's own pixels
+    batch: int = 4  # of all processes together
     lr: float = 1e-3
     decay: bool = False  # lower lr along half a cosine to zero at `iterations`; the paper keeps it constant
     seed: int = 0
-    amp: bool = False
-    checkpoint_every: int = 1000
-    workers: int = 1
-    cache: str = "auto"  # or "off": photos are decoded whenever they are needed
-    sync_bn: bool = False  # batch statistics over all processes rather than each one's own
+    amp: bool = False  # autocast to bfloat16
+    checkpoint_every: int = 1000  # iterations
+    workers: int = 1  # processes that decode photos which are not packed
+    cache: str = "auto"  # pack the photos; "off": decode them whenever they are needed
+    sync_bn: bool = False  # batch statistics over all processes; False: each process has its own
     tensorboard: bool = False
     device: str = "cpu"
 
     def task(self) -> Task:
-        """The network, freshly initialised, and what it is to learn; on the CPU.
+        """Builds the network, freshly initialised, and its loss, on the CPU.
 
         Raises:
             InputError: something in the recipe cannot be used.
@@ -60,5 +55,5 @@ class Recipe:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Adam's step size at iteration ``step``, counted from 1."""
+    """Adam's learning rate at iteration ``step``, counted from 1."""
     return recipe.lr * (1 + math.cos(math.pi * (step - 1) / recipe.iterations)) / 2 if recipe.decay else recipe.lr

@@ -1,4 +1,4 @@
-"""Training a style (paper, section 4.1)."""
+"""Training a style network (paper, section 4.1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastperc.training.recipe import Recipe, Task
 
 @dataclass(frozen=True, kw_only=True)
 class StyleRecipe(Recipe):
-    """All that decides the training of a style."""
+    """Everything that decides the training of a style network."""
 
     style: str
     network: dict[str, Any] = field(default_factory=lambda: {"preset": "paper"})  # arguments of TransformNet

@@ -1,4 +1,4 @@
-"""Training super-resolution (paper, section 4.2)."""
+"""Training a super-resolution network (paper, section 4.2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastperc.errors import InputError
 from fastperc.models import SRCNN, SuperResolutionNet
 from fastperc.presets import ARCHITECTURES, MINIMUM_SIDE
 from fastperc.reference import degrade
-from fastperc.training.objective import Objective
+from fastperc.training.objective import ReconstructionLoss
 from fastperc.training.recipe import Recipe, Task
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = dict(
@@ -22,12 +22,12 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = dict(
 
 @dataclass(frozen=True, kw_only=True)
 class SuperResolutionRecipe(Recipe):
-    """All that decides the training of a super-resolution network."""
+    """Everything that decides the training of a super-resolution network."""
 
     scale: int = 4
-    loss: str = "pixel"  # or "feature": of VGG-16's relu2_2
+    loss: str = "pixel"  # or "feature": VGG-16's relu2_2
     arch: str = "paper"
-    blur: float = 1.0  # σ of the Gaussian before the photos are made small, in their pixels
+    blur: float = 1.0  # σ, in pixels of the photos, of the Gaussian applied before they are downscaled
     iterations: int = 200_000
     size: int = 288
     resize: bool = False
@@ -41,6 +41,6 @@ class SuperResolutionRecipe(Recipe):
         return Task(
             f"×{self.scale} · {self.arch} network · {self.loss} loss",
             NETWORKS[self.arch](self.scale),
-            Objective(self.loss, self.vgg),
+            ReconstructionLoss(self.loss, self.vgg),
             partial(degrade, scale=self.scale, blur=self.blur),
         )
