@@ -1,7 +1,7 @@
-"""Which backend was measured the fastest: a table for each device, which ``fastperc tune`` writes and every call reads.
+"""Which implementation was measured the fastest: a table for each device, written by ``fastperc tune``, read by calls.
 
-A table holds for one device, one minor version of torch and one version of fastperc. The user's own lies in the cache
-folder; failing that, one that ships with fastperc, in ``tables/``, is used.
+A table is valid for one device, one minor version of torch and one version of fastperc. The user's own is in the cache
+folder. Without one, a table that ships with fastperc, in ``tables/``, is used.
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ from fastperc.devices import device_name
 from fastperc.files import cache_folder, write_atomically
 
 SHIPPED = Path(__file__).parent / "tables"
-NEAR = (
-    2.0  # how far a measurement carries, in doublings: a factor of four in pixels, or two in pixels and channels each
-)
+NEAR = 2.0  # how far a measurement holds, in doublings: a factor of four in pixels, or two in pixels and channels each
 
-Milliseconds = Mapping[str, float]  # of a call, by backend
+Milliseconds = Mapping[str, float]  # of a call, by implementation
 
 
 class Key(NamedTuple):
-    """What a measurement is of."""
+    """What was measured."""
 
     operation: str
     dtype: str
@@ -45,30 +43,30 @@ class Key(NamedTuple):
 
     @classmethod
     def of(cls, operation: str, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> Key:
-        """The key of a call with tensors of ``shapes``, of which ``x`` is the first and like the others."""
+        """The key of a call with tensors of ``shapes``; ``x`` is the first and stands for the others."""
         grad = torch.is_grad_enabled() and x.requires_grad
         layout = "NHWC" if _native.is_channels_last(x) else "NCHW"
         return cls(operation, _native.DTYPES.get(x.dtype, ""), layout, grad, shapes)
 
 
 class Table(NamedTuple):
-    """What was measured on one device."""
+    """The measurements on one device."""
 
     path: Path
     date: str
     times: dict[Key, Milliseconds]
 
     def nearest(self, key: Key) -> Milliseconds:
-        """What was measured for ``key`` or, if not far, for the nearest in pixels and channels; else nothing."""
+        """The times of ``key`` or, if that is near, of the nearest key in pixels and channels; else nothing."""
         if key in self.times:
             return self.times[key]
         distances = {other: _distance(key, other) for other in self.times if other[:-1] == key[:-1]}
-        found = min(distances, key=distances.__getitem__, default=None)
-        return self.times[found] if found and distances[found] <= NEAR else {}
+        nearest = min(distances, key=distances.__getitem__, default=None)
+        return self.times[nearest] if nearest and distances[nearest] <= NEAR else {}
 
 
 def _distance(a: Key, b: Key) -> float:
-    """How many doublings of pixels and of channels lie between two calls: those of the tensor that differs most."""
+    """The doublings of pixels and of channels between two calls, of the tensor that differs most."""
     if len(a.shapes) != len(b.shapes):
         return math.inf
     return max(
@@ -82,9 +80,9 @@ _lock = threading.Lock()
 
 
 def ranking(operation: str, tensors: Sequence[Tensor]) -> tuple[str, ...]:
-    """The backends that were measured for ``tensors``, each [N, C, H, W], the fastest first; none where nothing was.
+    """The implementations measured for ``tensors``, each [N, C, H, W], the fastest first; none if there are none.
 
-    A compiled graph of dynamic shapes gets none: it must serve them all.
+    A compiled graph with dynamic shapes gets none, for it must serve them all.
     """
     if not tensors:
         return ()
@@ -105,20 +103,20 @@ def _remembered(device: torch.device, *key: Any) -> tuple[str, ...]:
     return _measured(device, Key(*key))
 
 
-# A compiled graph keeps the answer and never looks inside. torch.compiler.assume_constant_result does no more than
-# this, but imports torch._dynamo, which takes seconds that only those who compile should wait.
+# A compiled graph keeps the result and does not trace the function. torch.compiler.assume_constant_result does this too,
+# but imports torch._dynamo, which takes seconds.
 _remembered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=4096)
 def _measured(device: torch.device, key: Key) -> tuple[str, ...]:
-    found = table(device)
-    times = found.nearest(key) if found else {}
+    measured = table(device)
+    times = measured.nearest(key) if measured else {}
     return tuple(sorted(times, key=times.__getitem__))
 
 
 def table(device: torch.device) -> Table | None:
-    """The table in use on ``device``, read when it is first asked for."""
+    """The table in use on ``device``, read at the first call."""
     if device not in _tables:
         with _lock:
             if device not in _tables:
@@ -127,14 +125,14 @@ def table(device: torch.device) -> Table | None:
 
 
 def forget() -> None:
-    """Has tables read anew."""
+    """Drops the tables in memory; the next call reads them again."""
     with _lock:
         _tables.clear()
         _measured.cache_clear()
 
 
 def save(device: torch.device, times: Mapping[Key, Milliseconds]) -> Path:
-    """Adds ``times`` to the user's table of ``device``, in the place of what it held for the same keys.
+    """Adds ``times`` to the user's table of ``device``, replacing those of the same keys.
 
     Raises:
         OSError: it cannot be written.
@@ -162,7 +160,7 @@ def clear(device: torch.device) -> bool:
 
 
 def path_of(device: torch.device) -> Path:
-    """Where the user's table of ``device`` lies, if there is one."""
+    """The file of the user's table of ``device``, which need not exist."""
     made_for = _made_for(device)
     return cache_folder() / f"{_slug(made_for['device'])}-torch{made_for['torch']}-fastperc{made_for['fastperc']}.json"
 
@@ -179,13 +177,13 @@ def _made_for(device: torch.device) -> dict[str, str]:
 def _find(device: torch.device) -> Table | None:
     shipped = SHIPPED / f"{_slug(device_name(device))}.json"
     for path in (path_of(device), shipped):
-        if path.is_file() and (found := _read(path, device)):
-            return found
+        if path.is_file() and (table := _read(path, device)):
+            return table
     return None
 
 
 def _read(path: Path, device: torch.device) -> Table | None:
-    """The table at ``path``; ``None`` if it is of another device or version, or, with a warning, if it is damaged."""
+    """The table at ``path``; ``None`` if it is for another device or version or, with a warning, if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         made_for = _made_for(device)

@@ -1,4 +1,4 @@
-"""Frozen networks against the modules they come from, in float64; whole, in parts, from several threads."""
+"""Frozen networks against the modules they come from, in float64; whole, in tiles, from several threads."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_more_memory_than_there_is_is_told(monkeypatch):
     frozen, x = freeze(build()), torch.rand(1, 3, 64, 64)
     monkeypatch.setattr(engine, "CARELESS_BYTES", 0)
     monkeypatch.setattr(engine, "free_memory", lambda device: 1e5)
-    with pytest.raises(InputError, match=r"64×64 at once takes about 0\.\d GB, 0\.0 GB are free; paint it in parts"):
+    with pytest.raises(InputError, match=r"64×64 at once takes about 0\.\d GB, 0\.0 GB are free; paint it in tiles"):
         frozen(x, tile="off")
     monkeypatch.setattr(engine, "free_memory", lambda device: 1e3)
     with pytest.raises(InputError, match=r"a picture of 64×64 takes .* make the image smaller"):
@@ -160,7 +160,7 @@ def test_more_memory_than_there_is_is_told(monkeypatch):
 
 def test_a_full_disk_is_told(monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"no room for .* GB .*, 0\.0 GB are free; name a folder with more in TMPDIR"):
+    with pytest.raises(InputError, match=r"a temporary file of .* GB is needed, 0\.0 GB are free; set TMPDIR to a folder with more"):
         freeze(build("instance"))(torch.rand(1, 3, 64, 64), tile=16)
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of an engine's passes, and the copies that run beside them."""
+"""CUDA graphs of an engine's passes, and the pipeline that copies frames while others are computed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fastperc.engine.frames import as_nchw
 
-GRAPHS = 8  # shapes whose CUDA graphs are kept
+GRAPHS = 8  # the shapes whose CUDA graphs are kept
 
 
 class Graph(NamedTuple):
-    """A pass recorded once: it reads ``image`` and writes ``picture``."""
+    """A recorded pass: it reads ``image`` and writes ``picture``."""
 
     graph: torch.cuda.CUDAGraph
     image: Tensor
@@ -24,19 +24,19 @@ class Graph(NamedTuple):
 
 
 class Graphs:
-    """The CUDA graphs of an engine's passes, one for each shape, the least recently used given up first.
+    """The CUDA graphs of an engine's passes, one for each shape; the least recently used is dropped first.
 
-    They take turns, whatever streams and threads ask for them, and so share what memory they need on the way.
+    Only one runs at a time, whatever streams and threads ask for them, so all share one pool of memory.
     """
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Graph] = OrderedDict()
         self._lock = threading.Lock()
-        self._done: torch.cuda.Event | None = None  # with the last turn
+        self._done: torch.cuda.Event | None = None  # recorded after the last replay
         self._pool: Any = None
 
     def run(self, key: Hashable, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Tensor:
-        """``paint(image)``, of which there is or will be a graph called ``key``."""
+        """``paint(image)`` by the graph called ``key``, recorded now if there is none."""
         with self._lock, torch.cuda.device(image.device):
             stream = torch.cuda.current_stream()
             if self._done is not None:
@@ -57,7 +57,7 @@ class Graphs:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled, weights packed and libraries choose before the recording
+            for _ in range(2):  # compiles kernels, packs weights and lets libraries choose, before the recording
                 paint(static)
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -68,17 +68,17 @@ class Graphs:
 
 
 class Pipeline:
-    """Frames on their way through a GPU: up, painted, down, each on a stream of its own."""
+    """Frames on their way through a GPU: uploaded, computed, downloaded, each on a stream of its own."""
 
-    AHEAD = 2  # frames under way when a picture is asked for
+    AHEAD = 2  # frames under way before a picture is waited for
 
     def __init__(self, engine: Callable[..., Tensor], device: torch.device) -> None:
         self._engine, self._device = engine, device
         self._up, self._paint, self._down = (torch.cuda.Stream(device) for _ in range(3))
-        self._under_way: deque[tuple[Tensor, torch.cuda.Event, Tensor]] = deque()
+        self._in_flight: deque[tuple[Tensor, torch.cuda.Event, Tensor]] = deque()
 
     def put(self, frame: Tensor) -> Iterator[Tensor]:
-        """Sends ``frame`` off; gives the picture that is due, if one is."""
+        """Starts ``frame``; yields the picture that is due, if one is."""
         as_nchw(frame)
         pinned = frame.pin_memory()
         with torch.cuda.stream(self._up):
@@ -94,16 +94,16 @@ class Pipeline:
             result.copy_(picture, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        self._under_way.append((result, done, pinned))
-        if len(self._under_way) > self.AHEAD:
+        self._in_flight.append((result, done, pinned))
+        if len(self._in_flight) > self.AHEAD:
             yield self._next()
 
     def drain(self) -> Iterator[Tensor]:
-        """The pictures still under way."""
-        while self._under_way:
+        """The pictures still in flight."""
+        while self._in_flight:
             yield self._next()
 
     def _next(self) -> Tensor:
-        result, done, _ = self._under_way.popleft()
+        result, done, _ = self._in_flight.popleft()
         done.synchronize()
         return result

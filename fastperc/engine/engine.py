@@ -1,4 +1,4 @@
-"""Trained networks as fast as the device paints: ``freeze``, and the engine that it gives."""
+"""``freeze``, and the engine that it returns: a trained network as fast as the device runs it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from fastperc.presets import MINIMUM_SIDE
 from fastperc.progress import Watch, unwatched
 from fastperc.types import Window
 
-WHOLE_BYTES = 2 << 30  # on a CPU, a pass that holds less is not cut in parts
-PART_BYTES = 320 << 20  # what a pass over a part may hold
-CARELESS_BYTES = 512 << 20  # up to so much, nobody asks what is free: that takes a while itself
-GPU_SHARE = 0.7  # on a GPU, of its free memory, for either
-REUSED_BYTES, KEPT_BYTES = 64 << 20, 128 << 20  # memory that a CPU's passes take again and again: a block, in all
-BAND_BYTES = 48 << 20  # a map so large is not made as a whole, where that can be spared
-BAND_PIXELS = 1 << 15  # of the picture, to a band of rows
+WHOLE_BYTES = 2 << 30  # on a CPU, a pass that holds less is not tiled
+TILE_BYTES = 320 << 20  # the most that a pass over a tile holds
+UNCHECKED_BYTES = 512 << 20  # a pass that holds less does not ask for the free memory first, which takes time
+GPU_SHARE = 0.7  # on a GPU, the share of its free memory for a pass
+REUSED_BYTES, KEPT_BYTES = 64 << 20, 128 << 20  # memory that a CPU's passes use again: largest block, in all
+BAND_BYTES = 48 << 20  # a map of this size is computed in bands of rows, where that is possible
+BAND_PIXELS = 1 << 15  # of the picture, in a band
 
 
 def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Engine:
-    """An engine that paints as ``net`` does in eval mode. Its weights are its own: ``net`` may go on training.
+    """An engine that computes what ``net`` does in eval mode. It copies the weights: ``net`` may go on training.
 
     Args:
         net: a :class:`~fastperc.TransformNet` or a :class:`~fastperc.SuperResolutionNet`.
-        dtype: what is computed in: float32, bfloat16, float16 or float64. Default: what ``net``'s weights are in.
-        device: where. Default: where ``net`` is.
+        dtype: of the computation: float32, bfloat16, float16 or float64. Default: that of ``net``'s weights.
+        device: default: that of ``net``.
 
-    On a CPU the process keeps some of the memory that a picture took, for the next one takes it again.
+    On a CPU the process keeps some of the memory of a picture for the next one.
 
     Raises:
         TypeError: another kind of network.
@@ -57,8 +57,8 @@ class Engine:
         RGB in 0–1, floating-point [N, 3, H, W]                 → the same in the same dtype, not clamped
         levels, uint8 [N, 3, H, W], [N, H, W, 3] or [H, W, 3]   → the same, clamped and rounded to the nearest
 
-    H and W are 16 or more; the picture's are ``scale`` times as many. The picture comes to where the image lies, on
-    whatever device it is painted.
+    H and W are 16 or more; the picture's are ``scale`` times as large. The picture is returned on the image's device,
+    whichever device computes it.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -71,17 +71,17 @@ class Engine:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, tile: int | str = "auto") -> Tensor:
-        """The pictures that ``images`` become.
+        """The pictures of ``images``.
 
         Args:
             images: see :class:`Engine`.
-            tile: ``"auto"`` paints part by part what would take too much memory as a whole; a number does so in parts
-                of that many pixels of the image a side; ``"off"`` never. The picture is the same but for rounding.
+            tile: ``"auto"`` uses tiles where the whole picture would take too much memory; a number uses tiles of that
+                many pixels of the image a side; ``"off"`` uses none. The picture is the same but for rounding.
 
         Raises:
-            ValueError: another shape or dtype; pixels that are not finite (on a GPU these are not looked for, and stay
-                what they are); no such tile.
-            InputError: it takes more memory than there is.
+            ValueError: another shape or dtype; pixels that are not finite (not checked on a GPU, where they stay not
+                finite); no such tile.
+            InputError: there is not enough memory.
         """
         image = as_nchw(images)
         image = image.to(self.device, non_blocking=True)
@@ -99,14 +99,14 @@ class Engine:
     def tiles(
         self, image: Tensor, tile: int | str = "auto", dtype: torch.dtype | None = None, watch: Watch = unwatched
     ) -> Iterator[tuple[Window, Tensor]]:
-        """The picture part by part, for those too large to be held as a whole: where in it each lies, and the part.
+        """The picture tile by tile, for pictures too large to hold as a whole: the place of each tile, and the tile.
 
         Args:
             image: one, as for a call.
             tile: as for a call.
-            dtype: of the parts, [1, 3, h, w]: uint8 levels, or RGB in 0–1. Default: as the image's.
-            watch: shows how the work gets on, as ``fastperc.progress.track`` does; an item passes through it for each
-                part, and for each that is measured first.
+            dtype: of the tiles, [1, 3, h, w]: uint8 levels, or RGB in 0–1. Default: the image's.
+            watch: shows progress, as ``fastperc.progress.track`` does; an item passes through it for each tile, and
+                for each tile that is measured first.
 
         Raises:
             ValueError, InputError: as a call does.
@@ -132,17 +132,17 @@ class Engine:
             part = torch.empty(1, 3, region.height, region.width, dtype=dtype, device=self.device)
             canvas.paint(region, part)
             yield region, part
-        next(ticks, None)  # the last is done
+        next(ticks, None)  # the last tile is done
 
     def _whole(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        """The pictures in one pass; on a GPU the replay of a CUDA graph."""
+        """The pictures in one pass; on a GPU by replaying a CUDA graph."""
         if len(image) == 0:
             return self._empty(image, dtype)
         if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             return self._graphs.run(
                 (image.shape, image.stride(), image.dtype, dtype), image, lambda x: self._pass(x, dtype)
             )
-        if self.device.type == "cpu":  # not for parts, which are to take little memory: this may take more
+        if self.device.type == "cpu":  # not for tiles, which must take little memory: this may take more
             _native.reuse_freed_memory(REUSED_BYTES, KEPT_BYTES)
         return self._pass(image, dtype)
 
@@ -153,7 +153,7 @@ class Engine:
         if not self._in_bands(sizes):
             return forward(self.plan, steps, parts(steps, sizes, whole), image, picture)
 
-        # The widest map, between the last two steps, is never there as a whole.
+        # The largest map, between the last two steps, is never in memory as a whole.
         inside, last, source = steps[:-2], steps[-2:], Window(0, 0, *sizes[-3])
         x = forward(self.plan, inside, parts(inside, sizes, source), image, None)
         rows = max(BAND_PIXELS // whole.width // 2 * 2, MINIMUM_SIDE)
@@ -165,25 +165,25 @@ class Engine:
         return picture
 
     def _in_bands(self, sizes: list[tuple[int, int]]) -> bool:
-        """Whether the last two steps make the picture some rows at a time: on a CPU, where the map between them is
-        large and no norm wants all of it."""
+        """Whether the last two steps compute the picture in bands of rows: on a CPU, if the map between them is large
+        and no norm needs all of it."""
         step = self.plan.steps[-2]
         taken = math.prod(sizes[-2]) * step.channels * self.dtype.itemsize
         return self.device.type == "cpu" and step.norm is None and taken >= BAND_BYTES
 
     def _empty(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for the picture, laid out as ``image`` is."""
+        """Memory for the picture, in the memory format of ``image``."""
         n, c, h, w = image.shape
-        together = image.stride(1) == 1 and image.stride(3) == c
-        layout = torch.channels_last if together else torch.contiguous_format
+        channels_last = image.stride(1) == 1 and image.stride(3) == c
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         shape = (n, c, h * self.scale, w * self.scale)
         return torch.empty(shape, dtype=dtype, device=self.device, memory_format=layout)
 
     def _side(self, image: Tensor, tile: int | str) -> int | None:
-        """How many pixels of ``image`` a side the parts have, or ``None`` for the whole at once.
+        """The side of the tiles in pixels of ``image``, or ``None`` for one pass over the whole.
 
         Raises:
-            ValueError: ``tile`` is none of what it can be.
+            ValueError: ``tile`` is no valid value.
             InputError: not enough memory.
         """
         n, _, height, width = image.shape
@@ -191,7 +191,7 @@ class Engine:
         needed = n * frame * self.plan.bytes_per_pixel
         result = n * 3 * height * width * self.scale**2 * image.element_size()
         recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # by the caller
-        if tile in ("auto", "off") and (recording or needed + result <= CARELESS_BYTES):
+        if tile in ("auto", "off") and (recording or needed + result <= UNCHECKED_BYTES):
             return None
         free = free_memory(self.device)
         if result > free:
@@ -203,32 +203,32 @@ class Engine:
             if needed + result > free:
                 raise InputError(
                     f"{width}×{height} at once takes about {gigabytes(needed)}, {gigabytes(free)} are free; "
-                    f"paint it in parts (tile 'auto', or a number of pixels) or make it smaller"
+                    f"paint it in tiles (tile 'auto', or a number of pixels) or make it smaller"
                 )
             return None
         if tile == "auto":
             on_gpu = self.device.type == "cuda"
             if needed <= (GPU_SHARE * free if on_gpu else min(WHOLE_BYTES, free / 2)):
                 return None
-            held = GPU_SHARE * free if on_gpu else min(PART_BYTES, free / 4)
-            return max(int((held / self.plan.bytes_per_pixel) ** 0.5), 4 * MINIMUM_SIDE)
+            allowed = GPU_SHARE * free if on_gpu else min(TILE_BYTES, free / 4)
+            return max(int((allowed / self.plan.bytes_per_pixel) ** 0.5), 4 * MINIMUM_SIDE)
         if not isinstance(tile, int) or tile < MINIMUM_SIDE:
             raise ValueError(f"tile must be 'auto', 'off' or a number of pixels from {MINIMUM_SIDE} up, got {tile!r}")
         return tile if tile < max(height, width) else None
 
     def explain(self, height: int = 256, width: int = 256) -> str:
-        """A line for each layer: what runs it, and why that. Paints an image of that size to find out."""
+        """A line for each layer: what runs it, and why. Runs an image of that size to find out."""
         with backends.recorded() as choices, torch.no_grad():
             self._pass(torch.zeros(1, 3, height, width, device=self.device), torch.float32)
-        lines = [f"{'layer':<18}{'kernel':<23}{'backend':<11}reason"]
-        lines += [f"{layer:<18}{kernel:<23}{backend:<11}{reason}" for layer, kernel, backend, reason in choices]
+        lines = [f"{'layer':<18}{'operation':<23}{'runs':<11}reason"]
+        lines += [f"{one.layer:<18}{one.operation:<23}{one.implementation:<11}{one.reason}" for one in choices]
         return "\n".join(lines)
 
     def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The pictures of ``frames``, uint8 [H, W, 3] on the CPU, one by one: for video.
+        """The pictures of ``frames``, uint8 [H, W, 3] on the CPU, one by one, for video.
 
-        On a GPU the copies there and back are done while other frames are painted; a picture comes out once the next
-        two frames are on their way.
+        On a GPU, frames are copied to it and back while others are computed; a picture is returned once the next two
+        frames are on their way.
 
         Raises:
             ValueError: as a call does.

@@ -1,4 +1,4 @@
-"""Images as an engine takes them: which shapes and dtypes it knows, and the way back."""
+"""The images that an engine takes, as [N, 3, H, W], and back."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def as_nchw(images: Tensor) -> Tensor:
             f"expected RGB images [N, 3, H, W], or uint8 [N, H, W, 3] or [H, W, 3], with H and W of at least "
             f"{MINIMUM_SIDE}, got {images.dtype} {list(images.shape)}"
         )
-    looked_at = image.is_floating_point() and image.device.type == "cpu" and image.numel() > 0
-    if looked_at and not torch.stack(image.aminmax()).isfinite().all():
+    checked = image.is_floating_point() and image.device.type == "cpu" and image.numel() > 0
+    if checked and not torch.stack(image.aminmax()).isfinite().all():
         raise ValueError("the image has pixels that are NaN or infinite")
     return image
 
 
 def as_given(picture: Tensor, images: Tensor) -> Tensor:
-    """``picture`` [N, 3, H, W] in the order of axes that ``images`` came in."""
+    """``picture`` [N, 3, H, W] with the axes in the order that ``images`` has them."""
     if images.dtype != torch.uint8 or images.shape[-1] != 3:
         return picture
     picture = picture.permute(0, 2, 3, 1)

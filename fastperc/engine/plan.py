@@ -1,8 +1,8 @@
-"""A network as the list of its convolutions, and which part of each map a part of the picture is made of.
+"""A network as a list of steps, its convolutions; and which part of each map a part of the picture depends on.
 
-    picture ← head ← up ← … ← stem ← frame: the image, mirrored outwards as far as the network wants
+    picture ← head ← up ← … ← stem ← frame: the image with the reflected border that the network wants
 
-A map is what stands between two steps; map 0 is the frame, map i + 1 what step i gives.
+A map lies between two steps: map 0 is the frame, map i + 1 the output of step i.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PADDING_MODES = ("zeros", "reflect")
 
 
 class Step(NamedTuple):
-    """A convolution with all that follows it, batch norm folded in."""
+    """A convolution with its epilogue, batch norm folded in."""
 
     name: str  # of the convolution in the state_dict
     weight: Tensor
@@ -46,12 +46,12 @@ class Step(NamedTuple):
         return len(self.bias)
 
     def output_size(self, size: int) -> int:
-        """The pixels in a row or column of its output, of those of its input."""
+        """The pixels in a row or column of the output, from those of the input."""
         return 2 * size if self.upsample else (size + 2 * self.padding - self.kernel) // self.stride + 1
 
     def source(self, start: int, stop: int, size: int) -> tuple[int, int, int, int]:
-        """Along one axis, what of its input of ``size`` makes the pixels from ``start`` to ``stop`` of its output:
-        first, end, and how many pixels of padding come before and after."""
+        """Along one axis, what of the input, of ``size`` pixels, the pixels ``start`` to ``stop`` of the output depend on:
+        first, end, and the pixels of padding before and after."""
         if self.upsample:
             first, end = start // 2 - 1, (stop + 1) // 2 + 1
         else:
@@ -60,20 +60,20 @@ class Step(NamedTuple):
         return max(first, 0), min(end, size), max(-first, 0), max(end - size, 0)
 
     def added(self, region: Window) -> Window:
-        """What of the input of the step before is added to a ``region`` of the output: all but what two convolutions
-        without padding trimmed."""
+        """The part of the skip, the input of the step before, that is added to a ``region`` of the output: two
+        convolutions without padding have trimmed the rest."""
         trimmed = 2 * (self.kernel // 2 - self.padding)
         return region._replace(top=region.top + trimmed, left=region.left + trimmed)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Step:
-        """The step with its tensors there."""
+        """The step with its tensors on ``device`` and in ``dtype``."""
         norm = self.norm and InstanceNorm(
             self.norm.weight.to(device, dtype), self.norm.bias.to(device, dtype), self.norm.eps
         )
         return self._replace(weight=self.weight.to(device, dtype), bias=self.bias.to(device, dtype), norm=norm)
 
     def with_statistics(self, mean: Tensor, variance: Tensor) -> Step:
-        """The step with its instance norm folded in, as that of an image with these statistics [C], float64."""
+        """The step with its instance norm folded in, for an image with these statistics [C], float64."""
         assert self.norm is not None
         scale = self.norm.weight.double() / (variance + self.norm.eps).sqrt()
         weight, bias = scaled(self.weight, self.bias, scale, self.upsample == "transposed")
@@ -81,26 +81,26 @@ class Step(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a step does for a part of its output."""
+    """What a step computes for a part of its output."""
 
-    region: Window  # of its output
-    source: Window  # of its input
-    padding: Sides  # pixels of padding that the source lacks
+    region: Window  # of the output
+    source: Window  # of the input
+    padding: Sides  # pixels of padding beyond the source
 
 
 class Plan(NamedTuple):
     """A frozen network."""
 
-    steps: tuple[Step, ...]  # the first sees the frame, the last makes the picture
-    scale: int  # pixels of the picture to one of the image
-    border: int  # mirrored pixels around the image
-    multiple: int  # the frame's sides are multiples of this
+    steps: tuple[Step, ...]  # the first reads the frame, the last makes the picture
+    scale: int  # pixels of the picture for one of the image
+    border: int  # reflected pixels on each side of the image
+    multiple: int  # of which the frame's sides are multiples
     output: str  # "tanh" or "linear": see fastperc.ops.rgb_conv_head
-    dtype: torch.dtype  # what is computed in
+    dtype: torch.dtype  # of the computation
 
     @property
     def input_range(self) -> tuple[float, float]:
-        """What RGB in 0–1 is multiplied by for the first convolution, and what is added."""
+        """The factor and the offset that RGB in 0–1 gets before the first convolution."""
         return (2.0, -1.0) if self.output == "tanh" else (255.0, 0.0)
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -112,8 +112,7 @@ class Plan(NamedTuple):
 
     @property
     def bytes_per_pixel(self) -> float:
-        """The most memory that a whole pass holds at once, for a pixel of the frame: two neighbouring maps, and what
-        waits to be added."""
+        """The most memory that a pass holds at once, for each pixel of the frame: two neighbouring maps and a skip."""
         amounts, pixels = [3.0], 1.0
         for step in self.steps:
             pixels *= 4 if step.upsample else 1 / step.stride**2
@@ -124,10 +123,10 @@ class Plan(NamedTuple):
 
 
 def plan_of(net: nn.Module, dtype: torch.dtype, device: torch.device) -> Plan:
-    """``net`` in eval mode, its batch norms folded in float64, its weights in float32 or, for float64, in that.
+    """``net`` in eval mode, with batch norms folded in float64 and weights in float32 (for float64, in that).
 
     Raises:
-        TypeError: no network of this project's that is a chain of its layers.
+        TypeError: not a network of this library that is a chain of its layers.
         ValueError: weights or running statistics that are not finite.
     """
     if isinstance(net, TransformNet):
@@ -147,12 +146,12 @@ def plan_of(net: nn.Module, dtype: torch.dtype, device: torch.device) -> Plan:
 
 
 def steps_of(layer: nn.Module, name: str = "") -> Iterator[Step]:
-    """The convolutions of a layer, or of several in a row, called ``name``; with float64 weights of their own."""
+    """The convolutions of a layer, or of several in a row, called ``name``, with copies of the weights in float64."""
 
     def step(conv: nn.Module, norm: nn.Module | None, where: str, **changes: object) -> Step:
         assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(conv.padding, tuple)
         if conv.padding_mode not in PADDING_MODES:
-            raise ValueError(f"{where}: no frozen convolution pads by {conv.padding_mode!r}")
+            raise ValueError(f"{where}: a frozen convolution cannot pad by {conv.padding_mode!r}")
         weight, bias = conv.weight.detach().double(), conv.bias.detach().double()  # type: ignore[union-attr]
         instance = None
         if isinstance(norm, nn.InstanceNorm2d):
@@ -183,42 +182,42 @@ def steps_of(layer: nn.Module, name: str = "") -> Iterator[Step]:
 
 
 def scaled(weight: Tensor, bias: Tensor, factor: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """A convolution's ``weight`` and ``bias`` with each filter times its ``factor``; the same dtypes."""
+    """A convolution's ``weight`` and ``bias``, each filter multiplied by its ``factor``, in the same dtypes."""
     shape = (1, -1, 1, 1) if transposed else (-1, 1, 1, 1)
     return (weight * factor.view(shape)).to(weight.dtype), (bias * factor).to(bias.dtype)
 
 
 def parts(steps: Sequence[Step], sizes: Sequence[tuple[int, int]], region: Window) -> list[Part]:
-    """What each of ``steps`` does for ``region`` of the last one's output; ``sizes`` begin with that of the first one's
-    input."""
-    found = []
+    """What each of ``steps`` computes for ``region`` of the last one's output; ``sizes`` are those of the maps from the
+    first step's input on."""
+    chain = []
     for step, (height, width) in reversed([*zip(steps, sizes)]):
         top, bottom, above, below = step.source(region.top, region.top + region.height, height)
         left, right, before, after = step.source(region.left, region.left + region.width, width)
         source = Window(top, left, bottom - top, right - left)
-        found.append(Part(region, source, (before, after, above, below)))
+        chain.append(Part(region, source, (before, after, above, below)))
         region = source
-    return found[::-1]
+    return chain[::-1]
 
 
 def forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor, picture: Tensor | None) -> Tensor:
-    """What the last of ``steps`` gives, each doing its part.
+    """The output of the last of ``steps``, each computing its part.
 
     Args:
-        plan: what the steps are from.
-        steps: some that follow one another.
+        plan: the steps' own.
+        steps: consecutive ones.
         doing: their parts.
-        x: the first one's source; of the network's first step the image, [N, 3, H, W].
-        picture: what the network's last step fills, [N, 3, H', W'] of the dtype and strides that are wanted.
+        x: the first step's source; for the network's first step the image, [N, 3, H, W].
+        picture: filled by the network's last step, [N, 3, H', W'], of any dtype and strides.
 
-    Whatever autocast says, what is computed in is the plan's dtype.
+    The computation is in the plan's dtype, also under autocast.
     """
     with torch.autocast(x.device.type, enabled=False):
         return _forward(plan, steps, doing, x, picture)
 
 
 def _forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor, picture: Tensor | None) -> Tensor:
-    before = None  # the input of the step before, and which part of its map that is, where the next one adds it
+    skipped = None  # the input of the step before, and its place in the map, if this step adds it
     for step, part, after in zip(steps, doing, (*steps[1:], None)):
         backends.at_layer(step.name)
         if step.end == "last":
@@ -234,16 +233,16 @@ def _forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor
         else:
             skip = None
             if step.skip:
-                assert before is not None
-                skip = cut(*before, step.added(part.region))
+                assert skipped is not None
+                skip = cut(*skipped, step.added(part.region))
             y = inner(step, part, x, skip)
-        before = (x, part.source) if after is not None and after.skip else None
+        skipped = (x, part.source) if after is not None and after.skip else None
         x = y
     return x
 
 
 def inner(step: Step, part: Part, x: Tensor, skip: Tensor | None) -> Tensor:
-    """A step within the network."""
+    """A step that is neither the first nor the last."""
     padding, epilogue = Padding(part.padding, step.padding_mode), Epilogue(step.norm, step.activation, skip)
     if step.upsample is None:
         return ops.conv_bn_relu(x, step.weight, step.bias, step.stride, padding, epilogue)
@@ -253,6 +252,6 @@ def inner(step: Step, part: Part, x: Tensor, skip: Tensor | None) -> Tensor:
 
 
 def cut(x: Tensor, source: Window, wanted: Window) -> Tensor:
-    """The part ``wanted`` of a map of which ``x`` is the part ``source``."""
+    """The part ``wanted`` of a map whose part ``source`` is ``x``."""
     top, left = wanted.top - source.top, wanted.left - source.left
     return x[:, :, top : top + wanted.height, left : left + wanted.width]

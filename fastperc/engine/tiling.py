@@ -1,9 +1,9 @@
-"""Pictures in parts, equal to the whole: where to cut, and how instance norm gets the statistics of all of it.
+"""Pictures in tiles, equal to the whole: where to cut, and how an instance norm gets the statistics of the whole map.
 
-A part of the picture needs a part of each map, a little larger from layer to layer; see ``fastperc.engine.plan``. That
-is all for batch norm. An instance norm is measured first, over the whole map, and from then on is a batch norm. Layer
-by layer that would start at the image again and again; so the small maps, between the last layer that halves the size
-and the first that doubles it, are kept in a file once they are known.
+A tile of the picture needs a part of each map, with a halo that grows from layer to layer; see
+``fastperc.engine.plan``. Batch norm needs no more. An instance norm is measured first, over the whole map, and then is
+a batch norm. To measure each layer from the image on would take long, so the small maps, between the last layer
+that halves the size and the first that doubles it, are kept in a file.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fastperc.types import Window
 
 
 def grid(height: int, width: int, side: int, multiple: int = 4) -> list[Window]:
-    """Parts of a map, about equal and at most ``side`` pixels high and wide, or up to the next ``multiple``, at which
-    each begins."""
+    """Tiles of a map, about equal, at most ``side`` pixels high and wide, rounded up to a ``multiple``; each begins at
+    a multiple."""
 
     def cuts(size: int) -> list[tuple[int, int]]:
         step = math.ceil(size / math.ceil(size / side))
@@ -37,15 +37,15 @@ def grid(height: int, width: int, side: int, multiple: int = 4) -> list[Window]:
 
 
 class Canvas:
-    """One image [1, 3, H, W] on its way through a plan, part by part; instance norms are to be measured first."""
+    """One image [1, 3, H, W] on its way through a plan, tile by tile; its instance norms are measured first."""
 
     def __init__(self, plan: Plan, image: Tensor, side: int) -> None:
         self.plan, self.image = plan, image
         self.sizes = plan.sizes(*image.shape[2:])
         self.steps = list(plan.steps)
-        self.start = 0  # the first step whose input is not at hand
+        self.start = 0  # the first step whose input is not kept
         self.maps: dict[int, Map] = {}  # those kept, by number: map i is the input of step i
-        # The steps with an instance norm, and the parts of what they give, about as much of the image as a part is.
+        # The steps with an instance norm, and tiles of their outputs, each about as much of the image as a tile is.
         self.to_measure = {
             i: grid(*self.sizes[i + 1], max(side * self.sizes[i + 1][1] // self.sizes[0][1], 1))
             for i, step in enumerate(self.steps)
@@ -53,7 +53,7 @@ class Canvas:
         }
 
     def measure(self, ticks: Iterator[object]) -> None:
-        """Folds each instance norm into its step; takes one of ``ticks`` for each part of ``to_measure``."""
+        """Folds each instance norm into its step; takes one of ``ticks`` for each tile of ``to_measure``."""
         for i, regions in self.to_measure.items():
             self._measure(i, regions, ticks)
 
@@ -62,7 +62,7 @@ class Canvas:
         self._run(self.steps[self.start :], region, picture)
 
     def _run(self, steps: list[Step], region: Window, picture: Tensor | None = None) -> Tensor:
-        """``steps``, from ``start`` on, for ``region`` of what the last of them gives."""
+        """``steps``, from ``start`` on, for ``region`` of the last one's output."""
         doing = parts(steps, self.sizes[self.start :], region)
         x = self.maps[self.start].read(doing[0].source).to(self.image.device) if self.start else self.image
         return forward(self.plan, steps, doing, x, picture)
@@ -95,13 +95,13 @@ class Canvas:
             self.maps = {number: kept for number, kept in self.maps.items() if number >= needed}
 
     def _is_small(self, number: int) -> bool:
-        """Whether a map is one between the last step that halves the size and the first that doubles it."""
+        """Whether a map lies between the last step that halves the size and the first that doubles it."""
         before, after = self.plan.steps[:number], self.plan.steps[number:]
         halves, doubles = [step.stride > 1 for step in after], [step.upsample is not None for step in before]
         return any(step.stride > 1 for step in before) and not any(halves) and not any(doubles)
 
     def _normalised(self, i: int, step: Step, y: Tensor, region: Window, mean: Tensor, variance: Tensor) -> Tensor:
-        """What step ``i`` makes of its bare output."""
+        """The output of step ``i``, from that without norm, activation and skip."""
         assert step.norm is not None
         wide = torch.promote_types(y.dtype, torch.float32)
         mean, variance = mean.to(wide), variance.to(wide)
@@ -112,10 +112,10 @@ class Canvas:
 
 
 class Map:
-    """A map [1, C, H, W] in a file that vanishes with it, in the folder for temporary files.
+    """A map [1, C, H, W] in a temporary file that is deleted with it.
 
     Raises:
-        InputError: no room for it there.
+        InputError: the disk has no room for it.
     """
 
     def __init__(self, channels: int, height: int, width: int, dtype: torch.dtype) -> None:
@@ -125,8 +125,8 @@ class Map:
         free = shutil.disk_usage(folder).free
         if size > free:
             raise InputError(
-                f"{folder}: no room for {size / 1e9:.1f} GB of a picture under way, {free / 1e9:.1f} GB are free; "
-                f"name a folder with more in TMPDIR"
+                f"{folder}: a temporary file of {size / 1e9:.1f} GB is needed, {free / 1e9:.1f} GB are free; "
+                f"set TMPDIR to a folder with more"
             )
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the map
         self._file.truncate(size)
@@ -141,13 +141,13 @@ class Map:
         return pixels.permute(2, 0, 1)[None]
 
     def write(self, region: Window, x: Tensor) -> None:
-        """``x`` as :meth:`read` gives it."""
+        """Stores ``x``, in the form that :meth:`read` returns."""
         rows = x[0].permute(1, 2, 0).flatten(1).contiguous().cpu().view(torch.uint8).numpy()
         for row, offset in zip(rows, self._offsets(region)):
             self._file.seek(offset)
             self._file.write(row.data)
 
     def _offsets(self, region: Window) -> list[int]:
-        """Where in the file each row of the region begins."""
+        """The offset in the file of each row of the region."""
         rows = range(region.top, region.top + region.height)
         return [(row * self.width + region.left) * self.pixel for row in rows]
