@@ -103,8 +103,8 @@ def _remembered(device: torch.device, *key: Any) -> tuple[str, ...]:
     return _measured(device, Key(*key))
 
 
-# A compiled graph keeps the result and does not trace the function. torch.compiler.assume_constant_result does this too,
-# but imports torch._dynamo, which takes seconds.
+# A compiled graph keeps the result and does not trace the function. torch.compiler.assume_constant_result does this
+# too, but imports torch._dynamo, which takes seconds.
 _remembered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

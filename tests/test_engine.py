@@ -142,14 +142,14 @@ def test_memory_runs_short_and_parts_are_painted(preset, monkeypatch):
     painted = []
     paint = engine.Canvas.paint
     monkeypatch.setattr(engine.Canvas, "paint", lambda *arguments: painted.append(1) or paint(*arguments))
-    monkeypatch.setattr(engine, "CARELESS_BYTES", 0)
+    monkeypatch.setattr(engine, "UNCHECKED_BYTES", 0)
     monkeypatch.setattr(engine, "free_memory", lambda device: 1e6)
     assert (frozen(x) - expected).abs().max() < 2e-4 and len(painted) > 1
 
 
 def test_more_memory_than_there_is_is_told(monkeypatch):
     frozen, x = freeze(build()), torch.rand(1, 3, 64, 64)
-    monkeypatch.setattr(engine, "CARELESS_BYTES", 0)
+    monkeypatch.setattr(engine, "UNCHECKED_BYTES", 0)
     monkeypatch.setattr(engine, "free_memory", lambda device: 1e5)
     with pytest.raises(InputError, match=r"64×64 at once takes about 0\.\d GB, 0\.0 GB are free; paint it in tiles"):
         frozen(x, tile="off")

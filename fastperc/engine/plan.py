@@ -50,7 +50,7 @@ class Step(NamedTuple):
         return 2 * size if self.upsample else (size + 2 * self.padding - self.kernel) // self.stride + 1
 
     def source(self, start: int, stop: int, size: int) -> tuple[int, int, int, int]:
-        """Along one axis, what of the input, of ``size`` pixels, the pixels ``start`` to ``stop`` of the output depend on:
+        """Along one axis, what of the input, of ``size`` pixels, pixels ``start`` to ``stop`` of the output depend on:
         first, end, and the pixels of padding before and after."""
         if self.upsample:
             first, end = start // 2 - 1, (stop + 1) // 2 + 1
