@@ -15,7 +15,7 @@ from cases import DEVICES, GPU, error
 from variants import VARIANTS, build_variant, variant_id
 
 from fastperc import InputError, SuperResolutionNet, TransformNet, freeze, reference, use_backend
-from fastperc.engine import engine
+from fastperc.engine import cuda, engine
 from fastperc.presets import PRESETS
 
 SIZES = [(1, 16, 16), (2, 17, 31), (5, 37, 53), (1, 101, 64), (3, 64, 19)]
@@ -160,7 +160,8 @@ def test_more_memory_than_there_is_is_told(monkeypatch):
 
 def test_a_full_disk_is_told(monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"a temporary file of .* GB is needed, 0\.0 GB are free; set TMPDIR to a folder with more"):
+    told = r"a temporary file of .* GB is needed, 0\.0 GB are free; set TMPDIR to a folder with more"
+    with pytest.raises(InputError, match=told):
         freeze(build("instance"))(torch.rand(1, 3, 64, 64), tile=16)
 
 
@@ -310,9 +311,9 @@ def test_on_triton(preset):
 def test_graphs_are_kept_for_the_last_shapes_and_replayed():
     net = build("instance").cuda()
     frozen = freeze(net, torch.bfloat16)
-    images = [torch.rand(1, 3, 16 + 4 * i, 32, device="cuda") for i in range(engine.GRAPHS + 3)]
+    images = [torch.rand(1, 3, 16 + 4 * i, 32, device="cuda") for i in range(cuda.GRAPHS + 3)]
     first = [frozen(x) for x in images]
-    assert len(frozen._graphs._kept) == engine.GRAPHS
+    assert len(frozen._graphs._kept) == cuda.GRAPHS
     assert all(torch.equal(frozen(x), y) for x, y in zip(images, first))
     frames = [torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8) for _ in range(7)]
     assert all(torch.equal(a, frozen(b)) for a, b in zip(frozen.stream(frames), frames))
