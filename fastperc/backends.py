@@ -39,7 +39,7 @@ class Implementation(NamedTuple):
     """One way to run an operation. All three functions take the arguments of the operation."""
 
     backend: str | None
-    """What ``use_backend`` calls it. ``None``: it is made of other operations, each of which chooses for itself."""
+    """What ``use_backend`` calls it. ``None``: it calls other operations, each of which chooses for itself."""
     run: Callable[..., Any]
     why_not: Callable[..., str | None] = never
     """Why it cannot serve the call, or ``None``."""

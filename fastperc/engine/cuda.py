@@ -26,7 +26,7 @@ class Graph(NamedTuple):
 class Graphs:
     """The CUDA graphs of an engine's passes, one for each shape; the least recently used is dropped first.
 
-    Only one runs at a time, whatever streams and threads ask for them, so all share one pool of memory.
+    Only one runs at a time, also with several streams and threads, so all share one pool of memory.
     """
 
     def __init__(self) -> None:

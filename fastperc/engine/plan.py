@@ -1,6 +1,6 @@
 """A network as a list of steps, its convolutions; and which part of each map a part of the picture depends on.
 
-    picture ← head ← up ← … ← stem ← frame: the image with the reflected border that the network wants
+    picture ← head ← up ← … ← stem ← frame: the image with the reflected border that the network needs
 
 A map lies between two steps: map 0 is the frame, map i + 1 the output of step i.
 """

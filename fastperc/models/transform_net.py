@@ -24,8 +24,8 @@ class TransformNet(nn.Module):
     """Johnson et al.'s style network: RGB in 0–1 [N, 3, H, W] → RGB [N, 3, H, W], any H and W from 16 up.
 
     9×9 conv, two stride-2 convs, five residual blocks, two ½-stride convs, 9×9 conv. The networks work on multiples
-    of 4: other sizes are mirrored up to one at the right and bottom, and the result is cropped. The output is not
-    clamped: values may leave 0–1 (by 0.09 at most under ``tanh``) until an image is written.
+    of 4: other sizes are extended by reflection at the right and bottom, and the result is cropped. The output is not
+    clamped: values may leave 0–1 (by 0.09 at most under ``tanh``).
 
     Args:
         preset: ``"paper"`` (Table 1: zero padding, batch norm), ``"eccv16"`` (reflection padding of 40, then blocks

@@ -47,8 +47,8 @@ class VGG16Features(nn.Module):
             ``.safetensors`` with either's names. ``None`` fetches torchvision's weights through
             ``torch.hub``, once (a download of 528 MB, of which 59 are kept).
         layers: names among ``relu1_1`` … ``relu5_3``.
-        preprocessing: ``"caffe"`` (BGR, 0–255 minus the mean) or ``"torchvision"``. Default: told by the names of
-            the weights, ``conv1_1.weight`` being Caffe's and ``features.0.weight`` torchvision's.
+        preprocessing: ``"caffe"`` (BGR, 0–255 minus the mean) or ``"torchvision"``. Default: by the names
+            of the weights, ``conv1_1.weight`` for Caffe's and ``features.0.weight`` for torchvision's.
 
     Raises:
         ValueError: an unknown layer.

@@ -56,7 +56,7 @@ def why_not_winograd(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> s
 
 
 def why_slow_winograd(pixels: int) -> str | None:
-    """Why PyTorch's library is expected to be faster for an output of so many pixels, or ``None``."""
+    """Why PyTorch's library is expected to be faster for an output of ``pixels``, or ``None``."""
     if pixels < FEWEST_PIXELS:
         return f"fewer than {FEWEST_PIXELS} pixels"
     return f"fewer than {FEWEST_LANES} floats in a register" if _native.winograd_lanes() < FEWEST_LANES else None
@@ -66,7 +66,7 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> st
     if reason := why_not_winograd(x, weight, bias):
         return reason
     if not 0 <= padding <= WIDEST_PADDING:
-        return f"a padding of {padding} is none of 0 to {WIDEST_PADDING}"
+        return f"a padding of {padding} is not between 0 and {WIDEST_PADDING}"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the activations are not in NHWC"
     if x.numel() == 0 or min(x.shape[2:]) + 2 * padding < 3:

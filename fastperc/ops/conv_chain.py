@@ -4,7 +4,7 @@ normalised in memory, neither forward nor backward.
     forward    each kernel normalises what it loads; it stores its raw output and that output's statistics by tiles
     saved      the raw outputs, and a few numbers a channel
     backward   each kernel computes the gradient before the norm from what it loads, passes its result through the
-               ReLU of the layer before, and stores the sums that the norm there wants
+               ReLU of the layer before, and stores the sums that its norm's gradient needs
 
 ``fastperc.kernels.deferred`` draws it; ``ops/kinds.py`` has the kernels of each kind of layer. Only what a skip adds is
 written out: the input of a residual block. Layers that Triton's kernels cannot serve run one by one.
@@ -55,7 +55,7 @@ def why_not_triton(x: Tensor, layers: Sequence[Layer]) -> str | None:
 
 
 def _why_not_call(x: Tensor, layers: Sequence[Layer]) -> str | None:
-    """Why Triton's kernels can run none of the layers, or ``None``."""
+    """Why Triton's kernels cannot run any of the layers, or ``None``."""
     if reason := why_not_here():
         return reason
     dtype = compute_dtype(x)
@@ -355,7 +355,7 @@ def _uncropped(grad: Tensor, like: Tensor) -> Tensor:
 
 
 def _tuned_call(x: Tensor) -> tuple[Any, ...]:
-    """The kind of layer of the style network that takes so many channels; a residual block of 128."""
+    """The style network's layer with as many input channels as ``x``; of 128, a residual block."""
 
     def layer(conv: Any, upsample: str | None = None, skip: bool = False) -> Layer:
         norm = nn.BatchNorm2d(conv.out_channels)

@@ -27,7 +27,7 @@ def gram_loss(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         targets: Gram matrices [N or 1, C, C], one a layer.
 
     Returns:
-        [layers]: float64 for float64, else float32 whatever autocast says. Sums are kept in float32 or wider.
+        [layers]: float64 for float64, else float32, also under autocast. Sums are kept in float32 or wider.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -132,8 +132,8 @@ KERNELS = {
 
 @torch.library.custom_op("fastperc::gram_loss_fwd", mutates_args=())
 def gram_loss_fwd(features: list[Tensor], targets: list[Tensor], backend: str) -> list[Tensor]:
-    """The losses [layers], and for the backward the scales [layers] and Δ = G − target of each layer, in the form that
-    the ``backend``, of ``KERNELS``, wants."""
+    """The losses [layers], and for the backward the scales [layers] and Δ = G − target of each layer, in the form of
+    ``KERNELS[backend]``."""
     losses, scales, *deltas = _outputs(features, targets, backend)
     KERNELS[backend].forward(features, targets, losses, scales, deltas)
     return [losses, scales, *deltas]

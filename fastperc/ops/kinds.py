@@ -100,7 +100,7 @@ def partials_of(out: Tensor, tiles: int, rows: int) -> Tensor:
 
 
 def turned(weight: Tensor) -> Tensor:
-    """``weight`` rotated by 180°, in and out exchanged, as the gradient to the input wants it."""
+    """``weight`` rotated by 180°, in and out exchanged, as the gradient to the input needs it."""
     return weight.flip(2, 3).transpose(0, 1)
 
 
@@ -178,7 +178,7 @@ class Kind:
 
 
 def sums_of(out: Tensor, target: GradientTarget, tiles: Callable[[], int]) -> Tensor | None:
-    """Memory for the sums that the norm of ``target.saved`` wants, if there is one."""
+    """Memory for the sums that the gradient of ``target.saved``'s norm needs, if there is one."""
     return None if target.saved is None else partials_of(out, tiles(), 2)
 
 

@@ -25,11 +25,11 @@ from fastperc.ops.rgb_conv import RGB_CONV, taps_as_filters
 from fastperc.types import Deferred, Padding, same_sides
 
 OUTPUTS = ("tanh", "linear")
-PIXELS_AT_ONCE = 1 << 18  # of the products on the CPU: so many that the rows which two blocks share do not count
+PIXELS_AT_ONCE = 1 << 18  # of the products on the CPU: enough that the rows which two blocks share cost little
 
 
 def rgb_conv_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
-    """The last convolution, and the picture made of it.
+    """The last convolution, and the conversion of its output to a picture.
 
     Args:
         x: [N, C, H, W].

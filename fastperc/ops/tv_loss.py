@@ -24,7 +24,7 @@ def tv_loss(x: Tensor, norm: str = "l2", reduction: str = "sum") -> Tensor:
         reduction: ``"sum"``, or ``"mean"``, which divides by the number of elements of ``x``.
 
     Returns:
-        A scalar: float64 for float64, else float32 whatever autocast says. The derivative of |d| at 0 is 0.
+        A scalar: float64 for float64, else float32, also under autocast. The derivative of |d| at 0 is 0.
 
     Raises:
         ValueError: another shape, norm or reduction.
