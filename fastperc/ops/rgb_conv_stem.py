@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,16 +43,8 @@ def rgb_conv_stem(
     return RGB_CONV_STEM(image, weight, bias, window, input_range, padding, epilogue, dtype)
 
 
-def _why_not_triton(
-    image: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    window: Window,
-    input_range: InputRange,
-    padding: Padding,
-    epilogue: Epilogue,
-    dtype: torch.dtype,
-) -> str | None:
+def _why_not_triton(image: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> str | None:
+    *_, epilogue, dtype = others
     like = torch.empty(0, dtype=dtype, device=image.device)
     return why_not_frozen(image, weight, bias, epilogue=epilogue) or backends.why_not_triton_product(like)
 
@@ -92,7 +86,7 @@ def _in_two_steps(
     return conv_bn_relu(image_io(image, window, input_range, dtype), weight, bias, 1, padding, epilogue)
 
 
-def _tuned_call(image: Tensor, weight: Tensor) -> tuple[object, ...]:
+def _tuned_call(image: Tensor, weight: Tensor) -> tuple[Any, ...]:
     window, bias = Window(0, 0, *image.shape[2:]), weight.new_zeros(weight.shape[0])
     return image, weight, bias, window, (2.0, -1.0), same_sides(4), Epilogue(), weight.dtype
 
