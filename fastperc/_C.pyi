@@ -1,4 +1,4 @@
-# The compiled module. Addresses are data pointers; 0 stands for "none".
+# The compiled module. Tensors are passed as the addresses of their data; 0 means none. See csrc/kernels.h.
 from typing import TypedDict
 
 class BuildInfo(TypedDict):

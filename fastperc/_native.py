@@ -1,4 +1,7 @@
-"""The only door to the compiled module: what it can take, and pointers, stream and device handed over once."""
+"""The only caller of the compiled module: says what it supports, and passes it pointers, stream and device.
+
+Where a function fills a tensor, the caller has allocated it. "Channels-last" means dense in that memory format.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ try:
     from fastperc import _C
 
     _missing = None
-except ImportError as error:  # a checkout that was never built, or a module built for another Python
+except ImportError as error:  # never built, or built for another Python
     _C = None  # type: ignore[assignment]
-    _missing = f"fastperc._C is not there ({error}); run `pip install .`"
+    _missing = f"the compiled module fastperc._C cannot be imported ({error}); run `pip install .`"
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-WINOGRAD_PANEL = 32  # as csrc/conv3x3.h has it
+WINOGRAD_PANEL = 32  # winograd_panel in csrc/conv3x3.h
 
 
 def unsupported(x: Tensor) -> str | None:
-    """Why no compiled kernel can take ``x``, or ``None`` if one can."""
+    """Why no compiled kernel can serve ``x``, or ``None`` if one can."""
     if _missing:
         return _missing
     if x.dtype not in DTYPES:
@@ -34,45 +37,55 @@ def unsupported(x: Tensor) -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What the module was built with, or why there is none."""
+    """The compiler and the CUDA version that built the module, or ``missing``: why there is no module."""
     return {"missing": _missing} if _missing else {**_C.build_info()}
 
 
 def reuse_freed_memory(block: int, kept: int) -> None:
-    """Has the process take memory for up to ``block`` bytes from what it freed before, and keep up to ``kept`` bytes of
-    that; unless somebody has told its allocator otherwise."""
+    """Makes malloc serve up to ``block`` bytes from freed memory, and keep up to ``kept`` bytes of it in the process.
+
+    Does nothing if the environment already configures malloc by MALLOC_MMAP_THRESHOLD_.
+    """
     if not _missing and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         _C.reuse_freed_memory(block, kept)
 
 
-class _Rows(NamedTuple):
-    """An image as rows of consecutive elements; csrc/tv_loss.h has the meaning of each number."""
+class RowLayout(NamedTuple):
+    """An image as rows of consecutive elements, as ``RowShape`` and ``RowStrides`` in csrc/tv_loss.h describe it."""
 
     tensor: Tensor
-    shape: tuple[int, int, int, int, int]
-    strides: tuple[int, int, int]
+    shape: tuple[int, int, int, int, int]  # outer, inner, rows, length, step
+    strides: tuple[int, int, int]  # of outer, inner and rows, in elements
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a pixel of ``x`` [N, C, H, W] lie together, and its columns do not."""
+    """Whether ``x`` [N, C, H, W] has the channels of a pixel next to each other, and more than one of them."""
     return x.stride(1) == 1 and x.stride(3) == x.shape[1] and x.shape[1] > 1
 
 
-def _rows(x: Tensor) -> _Rows:
+def row_layout(x: Tensor) -> RowLayout:
+    """``x`` [N, C, H, W] as rows of consecutive elements; copied first if neither its columns nor its channels are."""
     if not is_channels_last(x) and x.stride(3) != 1:
         x = x.contiguous()
     n, c, h, w = x.shape
     if is_channels_last(x):
-        return _Rows(x, (n, 1, h, w * c, c), (x.stride(0), 0, x.stride(2)))
-    return _Rows(x, (n, c, h, w, 1), (x.stride(0), x.stride(1), x.stride(2)))
+        return RowLayout(x, (n, 1, h, w * c, c), (x.stride(0), 0, x.stride(2)))
+    return RowLayout(x, (n, c, h, w, 1), (x.stride(0), x.stride(1), x.stride(2)))
 
 
 def tv_loss_fwd(x: Tensor, grad: Tensor | None, loss: Tensor, norm: str) -> None:
-    """Fills ``loss`` (a scalar) and, unless it is ``None``, ``grad`` (laid out as ``x`` is, dense) in one pass."""
-    rows = _rows(x)
+    """Fills ``loss`` with the total variation of ``x`` and, unless it is ``None``, ``grad`` with the gradient.
+
+    Args:
+        x: [N, C, H, W], of a dtype in ``DTYPES``, on the CPU or a CUDA device.
+        grad: of the shape, dtype and memory format of ``x``.
+        loss: a scalar, float64 for float64, else float32.
+        norm: ``"l2"`` or ``"l1"``.
+    """
+    rows = row_layout(x)
     x = rows.tensor
-    out = rows if grad is None else _rows(grad)
-    assert out.shape == rows.shape, "grad must be laid out as x"
+    out = rows if grad is None else row_layout(grad)
+    assert out.shape == rows.shape, "grad must have the memory format of x"
     grad_ptr = 0 if grad is None else grad.data_ptr()
     common = (DTYPES[x.dtype], norm, rows.shape, rows.strides, out.strides)
     if x.device.type == "cpu":
@@ -85,44 +98,53 @@ def tv_loss_fwd(x: Tensor, grad: Tensor | None, loss: Tensor, norm: str) -> None
 
 
 def _image_shape(x: Tensor) -> tuple[int, int, int, int]:
-    """The shape of ``x`` [N, C, H, W], dense in channels-last order, as the kernels read it."""
+    """The shape of ``x``, channels-last, in the kernels' order: images, rows, columns, channels."""
     assert x.is_contiguous(memory_format=torch.channels_last)
     n, c, h, w = x.shape
     return n, h, w, c
 
 
 def relu_mask_fwd(x: Tensor, bits: Tensor) -> None:
-    """Fills ``bits`` (uint8, numel / 8 rounded up) with whether each element of ``x`` is positive, as they lie."""
+    """Sets one bit for each positive element of ``x``, in memory order; ``bits``: uint8 [numel / 8, rounded up]."""
     _C.relu_mask_fwd_cpu(x.data_ptr(), bits.data_ptr(), DTYPES[x.dtype], x.numel(), torch.get_num_threads())
 
 
 def relu_mask_bwd(grad: Tensor, bits: Tensor) -> None:
-    """Zeroes ``grad``, laid out as ``x`` was, where its bit is not set."""
+    """Zeroes ``grad``, of the memory format of ``x``, where the bit from :func:`relu_mask_fwd` is not set."""
     _C.relu_mask_bwd_cpu(grad.data_ptr(), bits.data_ptr(), DTYPES[grad.dtype], grad.numel(), torch.get_num_threads())
 
 
 def relu_pool_fwd(x: Tensor, pooled: Tensor, winners: Tensor) -> None:
-    """Fills ``pooled`` with the maxima over 2×2 windows of ``x``, channels-last, and ``winners`` (uint8, for its first
-    images) with where each came from."""
+    """Fills ``pooled`` with the maxima over 2×2 windows of ``x`` and ``winners`` with their positions in the windows.
+
+    Args:
+        x: the output of a ReLU [N, C, H, W], channels-last.
+        pooled: [N, C, H / 2, W / 2], channels-last, of the dtype of ``x``.
+        winners: uint8 [n, H / 2, W / 2, C], for the first n images.
+    """
     shape, threads = _image_shape(x), torch.get_num_threads()
     pointers = (x.data_ptr(), pooled.data_ptr(), winners.data_ptr())
     _C.relu_pool_fwd_cpu(*pointers, DTYPES[x.dtype], shape, winners.shape[0], threads)
 
 
 def relu_pool_bwd(grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None:
-    """Fills ``grad`` with ``grad_pooled`` where a pixel is its window's winner and positive, else with 0."""
+    """Fills ``grad`` with ``grad_pooled`` where a pixel is the positive maximum of its window, else with 0."""
     shape, threads = _image_shape(grad), torch.get_num_threads()
     pointers = (grad_pooled.data_ptr(), winners.data_ptr(), grad.data_ptr())
     _C.relu_pool_bwd_cpu(*pointers, DTYPES[grad.dtype], shape, threads)
 
 
 def image_io(image: Tensor, window: Window, scale: float, shift: float, out: Tensor) -> None:
-    """Fills ``out`` [N, 3, height, width], channels-last, with the ``window`` of ``image`` [N, 3, H, W], times
-    ``scale``, plus ``shift``."""
+    """Fills ``out`` with ``scale`` · ``image`` + ``shift`` in the ``window``; past its border the image is reflected.
+
+    Args:
+        image: [N, 3, H, W], uint8 or floating-point.
+        out: [N, 3, height, width] of the window, channels-last, floating-point.
+    """
     _C.image_io_cpu(
         image.data_ptr(),
         out.data_ptr(),
-        _pixels(image.dtype),
+        _dtype_name(image.dtype),
         DTYPES[out.dtype],
         len(image),
         (image.shape[2], image.shape[3], *window),
@@ -134,15 +156,23 @@ def image_io(image: Tensor, window: Window, scale: float, shift: float, out: Ten
 
 
 def rgb_conv_head(products: Tensor, bias: Tensor, out: Tensor, left: int, reflect: bool, output: str) -> None:
-    """Fills ``out`` [3, H, W] with the picture that ``products`` [1, k·3, H, columns], channels-last, float32 or
-    bfloat16, and ``bias`` [3], float32, make; see csrc/rgb_conv.h."""
+    """Fills ``out`` with the picture made of the partial products of the last convolution; see csrc/rgb_conv.h.
+
+    Args:
+        products: [1, k·3, H, columns] of a k×k convolution, channels-last, float32 or bfloat16.
+        bias: float32 [3].
+        out: [3, H, W], uint8 or floating-point.
+        left: the padding on the left.
+        reflect: whether the border reflects the image; otherwise it is zeros.
+        output: of the network, ``"tanh"`` or ``"linear"``.
+    """
     _, channels, height, columns = products.shape
     _C.rgb_conv_head_cpu(
         products.data_ptr(),
         bias.data_ptr(),
         out.data_ptr(),
         DTYPES[products.dtype],
-        _pixels(out.dtype),
+        _dtype_name(out.dtype),
         output,
         (height, columns, channels // 3, left, out.shape[2]),
         reflect,
@@ -152,7 +182,7 @@ def rgb_conv_head(products: Tensor, bias: Tensor, out: Tensor, left: int, reflec
 
 
 def channel_statistics(x: Tensor) -> Tensor:
-    """The mean of each channel of each image of ``x``, channels-last, and its Σ (x - mean)²: float64 [N, 2, C]."""
+    """The mean and Σ (x - mean)² of each channel of each image of ``x``, channels-last: float64 [N, 2, C]."""
     statistics = torch.empty(len(x), 2, x.shape[1], dtype=torch.float64)
     pointers = x.data_ptr(), statistics.data_ptr()
     _C.channel_statistics_cpu(*pointers, DTYPES[x.dtype], _image_shape(x), torch.get_num_threads())
@@ -160,8 +190,14 @@ def channel_statistics(x: Tensor) -> Tensor:
 
 
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, skip: Tensor | None, relu: bool, out: Tensor) -> None:
-    """Fills ``out``, which may be ``x``, with relu(``x`` · ``scale`` [N, C] + ``shift`` [N, C] + ``skip``); ``x`` and
-    ``out`` are channels-last, a pixel's channels in ``skip`` lie together."""
+    """Fills ``out`` with ``x`` · ``scale`` + ``shift`` + ``skip``, after a ReLU if ``relu``.
+
+    Args:
+        x: [N, C, H, W], channels-last.
+        scale, shift: float32 [N, C].
+        skip: [N, C, H, W] whose channels have stride 1, or ``None``.
+        out: of the shape, dtype and strides of ``x``; may be ``x``.
+    """
     assert out.stride() == x.stride() and (skip is None or skip.stride(1) == 1 or skip.shape[1] == 1)
     _C.scale_shift_cpu(
         x.data_ptr(),
@@ -178,10 +214,16 @@ def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, skip: Tensor | None, re
 
 
 def norm_gradient_sums(x: Tensor, grad: Tensor, norm: tuple[Tensor, Tensor, Tensor], relu: bool) -> Tensor:
-    """Σ g and Σ g · (``x`` - mean) over each channel of each image, float64 [N, 2, C], g being ``grad`` where
-    relu(x · scale + shift) was positive; ``norm`` is mean, scale and shift, float32 [N, C]. Both are channels-last."""
+    """The sums Σ g and Σ g · (``x`` - mean) over each channel of each image: float64 [N, 2, C].
+
+    g is ``grad`` or, if ``relu``, ``grad`` where x · scale + shift is positive and 0 elsewhere.
+
+    Args:
+        x, grad: [N, C, H, W], channels-last.
+        norm: mean, scale and shift, float32 [N, C] each.
+    """
     sums = torch.empty(len(x), 2, x.shape[1], dtype=torch.float64)
-    pointers = x.data_ptr(), grad.data_ptr(), _norm(norm), sums.data_ptr()
+    pointers = x.data_ptr(), grad.data_ptr(), _pointers(norm), sums.data_ptr()
     _C.norm_gradient_sums_cpu(*pointers, DTYPES[x.dtype], _image_shape(x), relu, torch.get_num_threads())
     return sums
 
@@ -189,25 +231,32 @@ def norm_gradient_sums(x: Tensor, grad: Tensor, norm: tuple[Tensor, Tensor, Tens
 def norm_gradient(
     x: Tensor, grad: Tensor, norm: tuple[Tensor, Tensor, Tensor], factors: Tensor, relu: bool, out: Tensor
 ) -> None:
-    """Fills ``out`` with g · ``factors[:, 0]`` + (``x`` - mean) · ``factors[:, 1]`` + ``factors[:, 2]``, float32
-    [N, 3, C]; the rest as :func:`norm_gradient_sums` has it."""
-    pointers = x.data_ptr(), grad.data_ptr(), _norm(norm), factors.data_ptr(), out.data_ptr()
+    """Fills ``out`` with g · ``factors[:, 0]`` + (``x`` - mean) · ``factors[:, 1]`` + ``factors[:, 2]``.
+
+    ``factors`` is float32 [N, 3, C]. g and the other arguments are those of :func:`norm_gradient_sums`.
+    """
+    pointers = x.data_ptr(), grad.data_ptr(), _pointers(norm), factors.data_ptr(), out.data_ptr()
     _C.norm_gradient_cpu(*pointers, DTYPES[x.dtype], _image_shape(x), relu, torch.get_num_threads())
 
 
 def winograd_lanes() -> int:
-    """The floats in a register that the convolutions below compute with: 16 with AVX-512, 8 with AVX2, else fewer."""
+    """How many floats a vector register holds in :func:`winograd_conv`: 16 with AVX-512, 8 with AVX2, else fewer."""
     return _C.winograd_lanes()
 
 
-def winograd_weights(weight: Tensor, turned: bool) -> Tensor:
-    """``weight`` [O, I, 3, 3], float32, as :func:`winograd_conv` takes it: [O / 32, 16, I, 32]. ``turned`` by 180°, in
-    and out exchanged, it is [I / 32, 16, O, 32]. O and I are multiples of 32."""
+def winograd_weights(weight: Tensor, data_gradient: bool) -> Tensor:
+    """The transform of ``weight`` that :func:`winograd_conv` takes: [O / 32, 16, I, 32].
+
+    Args:
+        weight: float32 [O, I, 3, 3]; O and I are multiples of 32.
+        data_gradient: whether to transform the weights of the gradient's convolution instead: turned by 180°, with
+            input and output channels exchanged. The result is then [I / 32, 16, O, 32].
+    """
     (o, i), strides, first = weight.shape[:2], _strides(weight), weight.data_ptr()
-    if turned:
-        to_o, to_i, to_row, to_column = strides
-        first += 2 * (to_row + to_column) * weight.itemsize
-        (o, i), strides = (i, o), (to_i, to_o, -to_row, -to_column)
+    if data_gradient:  # negative strides from the last tap on
+        stride_o, stride_i, stride_row, stride_column = strides
+        first += 2 * (stride_row + stride_column) * weight.itemsize
+        (o, i), strides = (i, o), (stride_i, stride_o, -stride_row, -stride_column)
     transformed = weight.new_empty(o // WINOGRAD_PANEL, 16, i, WINOGRAD_PANEL)
     _C.winograd_weights_cpu(first, transformed.data_ptr(), i, o, strides, torch.get_num_threads())
     return transformed
@@ -216,9 +265,16 @@ def winograd_weights(weight: Tensor, turned: bool) -> Tensor:
 def winograd_conv(
     x: Tensor, weights: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, relu: bool, out: Tensor
 ) -> None:
-    """Fills ``out`` with relu?(the 3×3 convolution of ``x``, plus ``bias``, plus ``skip``); all float32, ``x`` and
-    ``out`` channels-last, a pixel's channels in ``skip`` together, ``weights`` as :func:`winograd_weights` makes
-    them."""
+    """Fills ``out`` with a 3×3 convolution of ``x`` + ``bias`` + ``skip``, after a ReLU if ``relu``. All are float32.
+
+    Args:
+        x: [N, I, H, W], channels-last.
+        weights: the result of :func:`winograd_weights`.
+        bias: [O], or ``None``.
+        padding: zeros on each side.
+        skip: of the shape of ``out``, with channels of stride 1, or ``None``.
+        out: [N, O, H + 2·padding - 2, W + 2·padding - 2], channels-last.
+    """
     assert skip is None or (skip.shape == out.shape and skip.stride(1) == 1 and skip.dtype == out.dtype)
     _C.winograd_conv_cpu(
         x.data_ptr(),
@@ -234,21 +290,29 @@ def winograd_conv(
 
 
 def winograd_weight_gradient(x: Tensor, grad: Tensor, padding: int, weight: Tensor, bias: Tensor | None) -> None:
-    """Fills ``weight`` [O, I, 3, 3] and, unless it is ``None``, ``bias`` [O] with their gradients, ``grad`` being that
-    of the convolution's output; float32, ``x`` and ``grad`` channels-last."""
+    """Fills ``weight`` and, unless it is ``None``, ``bias`` with their gradients. All are float32.
+
+    Args:
+        x: the input of the convolution [N, I, H, W], channels-last.
+        grad: the gradient of its output [N, O, H', W'], channels-last.
+        padding: zeros on each side of ``x``.
+        weight: [O, I, 3, 3], of any strides.
+        bias: [O], or ``None``.
+    """
     pointers = x.data_ptr(), grad.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
     shape, strides = _winograd_shape(x, grad, padding), _strides(weight)
     _C.winograd_weight_gradient_cpu(*pointers, shape, strides, torch.get_num_threads())
 
 
 def _winograd_shape(x: Tensor, y: Tensor, padding: int) -> tuple[int, int, int, int, int, int]:
+    """``WinogradShape`` in csrc/conv3x3.h of the convolution from ``x`` to ``y``."""
     (n, h, w, i), (_, rows, columns, o) = _image_shape(x), _image_shape(y)
     assert (rows, columns) == (h + 2 * padding - 2, w + 2 * padding - 2)
     assert i % WINOGRAD_PANEL == 0 and o % WINOGRAD_PANEL == 0
     return n, h, w, i, o, padding
 
 
-def _norm(norm: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
+def _pointers(norm: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
     mean, scale, shift = norm
     return mean.data_ptr(), scale.data_ptr(), shift.data_ptr()
 
@@ -258,5 +322,5 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
     return n, c, h, w
 
 
-def _pixels(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return "uint8" if dtype == torch.uint8 else DTYPES[dtype]

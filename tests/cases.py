@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Odd, thin, single and empty.
+# Odd, thin, single-pixel and empty shapes.
 SHAPES = [
     (2, 3, 7, 11),
     (1, 1, 1, 1),
@@ -38,21 +38,21 @@ NORMS = ["l2", "l1"]
 # The first layers of VGG-16: (name, in, out). Enough for relu1_2 and relu2_2.
 SHALLOW_VGG = [("1_1", 3, 64), ("1_2", 64, 64), ("2_1", 64, 128), ("2_2", 128, 128)]
 
-# Largest relative error (of norms) against the same input in float64: sums are kept in float32 or wider, gradients are
-# rounded to the dtype at the end (once by the kernel and once by the incoming gradient).
+# The largest relative error (of norms) against the same input in float64. Sums are kept in float32 or wider. Gradients
+# are rounded to the dtype twice: by the kernel, and by the multiplication with the incoming gradient.
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LOSS_ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
 GRAD_ERROR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-# Where each backend of the kernels runs here: on a GPU if there is one; without, Triton's interpreter stands in for it.
+# The device of each backend: a GPU if there is one. Without a GPU, Triton's kernels run in its interpreter.
 GPU = torch.cuda.is_available()
 RUNS = [("cpu", "native"), ("cuda" if GPU else "cpu", "triton"), *[("cuda", "native")] * GPU]
 DEVICES = ["cpu", *["cuda"] * GPU]
 
 
 def half_precision(backend: str) -> list[torch.dtype]:
-    """What a Triton kernel is tested in: the interpreter's products of bfloat16 are wrong."""
+    """The half-precision dtypes to test. Triton's interpreter gets float16 only: its products of bfloat16 are wrong."""
     return [torch.float16] if backend == "triton" and not GPU else [torch.float16, torch.bfloat16]
 
 
@@ -65,7 +65,7 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64; the plain norm where the expected one is zero. NaN is infinite."""
+    """‖actual − expected‖ / ‖expected‖ in float64; the numerator alone if ``expected`` is zero. NaN gives infinity."""
     actual, expected = actual.double(), expected.double()
     scale = expected.norm().item() or 1.0
     value = (actual - expected).norm().item() / scale
@@ -73,5 +73,5 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def no_worse(ours: Tensor, stock: Tensor, exact: Tensor, floor: float = 4e-7) -> None:
-    """Asserts "numerically equivalent": an error of at most 1.5 times stock PyTorch's own at the same dtype."""
+    """Asserts that the error is at most 1.5 times that of stock PyTorch at the same dtype, plus ``floor``."""
     assert error(ours, exact) <= 1.5 * error(stock, exact) + floor

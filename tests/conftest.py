@@ -1,4 +1,4 @@
-"""What every test starts from."""
+"""Fixtures of all tests. Where there is no GPU, Triton's kernels run in its interpreter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from cases import SHALLOW_VGG
 from pictures import picture, pixels  # noqa: F401
 
-if not torch.cuda.is_available():  # before a kernel is imported
+if not torch.cuda.is_available():  # set before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fastperc
@@ -30,7 +30,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backends are chosen by rule of thumb: nobody's own table is read, nor written."""
+    """Tests neither read nor write the tables of measured backends of the user."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     dispatch.forget()
 
@@ -46,7 +46,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def vgg_tensors() -> dict[str, torch.Tensor]:
-    """Random weights of VGG-16's true shapes through conv2_2, under Caffe's names, scaled to keep activations level."""
+    """Random weights for VGG-16 through conv2_2, under Caffe's names, scaled so that activations keep their size."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, c_in, c_out in SHALLOW_VGG:
@@ -65,7 +65,7 @@ def vgg_file(vgg_tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six photos, some in a folder within, and one file that only claims to be one."""
+    """Six photos, half of them in a subfolder, and one broken file with the name of a photo."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "nested").mkdir()
     for i in range(6):
@@ -82,7 +82,7 @@ class Result(NamedTuple):
 
 @pytest.fixture
 def run(capfd):
-    """Runs a command in this process."""
+    """A function that runs a command in this process."""
 
     def run(*arguments):
         try:
@@ -96,7 +96,7 @@ def run(capfd):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty folder to run in, with a photo."""
+    """The working directory, which holds one photo and nothing else."""
     monkeypatch.chdir(tmp_path)
     picture(32, 24).save("photo.png")
     return tmp_path

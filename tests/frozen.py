@@ -1,4 +1,4 @@
-"""How the operations of a frozen network are tested: each backend against float64, beside plain PyTorch's own error."""
+"""Helpers to test the operations of frozen networks: each backend against float64, compared with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fastperc.types import Epilogue, InstanceNorm
 
 
 def runs(native: Callable[[torch.Tensor], str | None]) -> list[Any]:
-    """Where each backend runs, and in what; ``native`` tells why the native one cannot take a tensor.
+    """The device, backend and dtype of each run; ``native`` says why the native backend cannot serve a tensor.
 
-    On a GPU that is cuDNN's, which knows few fusions: it is tested apart.
+    The native backend on a GPU is cuDNN, which has few fusions and tests of its own.
     """
 
     def can(backend: str, dtype: torch.dtype) -> bool:
         if backend == "triton":
-            return dtype != torch.bfloat16 or GPU  # the interpreter's products of bfloat16 are wrong
+            return dtype != torch.bfloat16 or GPU  # products of bfloat16 are wrong in the interpreter
         return native(torch.empty(0, dtype=dtype)) is None
 
     return [
@@ -47,8 +47,10 @@ def widened(value: Any) -> Any:
 
 
 def check(backend: str, operation: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
-    """Runs ``operation`` on ``backend``; asserts that it repeats to the bit, and is no further from float64 than plain
-    PyTorch is, or half as far again."""
+    """Runs ``operation`` on ``backend`` and returns its result.
+
+    Asserts that the result is bitwise repeatable and that its error is at most 1.5 times that of plain PyTorch.
+    """
     with use_backend("reference"):
         wide = {key: widened(value) for key, value in options.items()}
         exact = operation(*map(widened, arguments), **wide)
@@ -67,7 +69,7 @@ def features(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
 
 
 def filters(*shape: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution that keeps activations level: float32, exact in ``dtype``."""
+    """Weight and bias of a convolution that keeps the size of activations: float32, exact in ``dtype``."""
     fan_in = shape[1] * shape[2] * shape[3]
     weight, bias = torch.randn(shape) / fan_in**0.5, torch.randn(shape[0])
     return weight.to(dtype).float().to(device), bias.to(dtype).float().to(device)

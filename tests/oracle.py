@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Weights:
-    """Parameters in double precision, dealt out in order."""
+    """The parameters of a network in float64, taken in order."""
 
     def __init__(self, state_dict: dict[str, Tensor], norm: str) -> None:
         self.tensors = {
@@ -29,7 +29,7 @@ class Weights:
         return [next(self.queue) for _ in range(count)]
 
 
-def mirrored(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+def reflected(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
     """numpy's reflect padding, by gathering indices."""
     rows = np.pad(np.arange(x.shape[2]), (top, bottom), mode="reflect")
     columns = np.pad(np.arange(x.shape[3]), (left, right), mode="reflect")
@@ -39,7 +39,7 @@ def mirrored(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
 def conv(x: Tensor, w: Weights, stride: int = 1, padding: int = 0, reflect: bool = False) -> Tensor:
     weight, bias = w.take(2)
     if reflect:
-        x, padding = mirrored(x, *[padding] * 4), 0
+        x, padding = reflected(x, *[padding] * 4), 0
     return F.conv2d(x, weight, bias, stride, padding)
 
 
@@ -79,7 +79,7 @@ def transform_net(
     reflect, border = padding == "reflect", 40 if padding == "reflect40" else 0
     height, width = x.shape[2:]
     x = 255 * x if preset == "examples" else 2 * x - 1
-    x = mirrored(x, border, border + -width % 4, border, border + -height % 4)
+    x = reflected(x, border, border + -width % 4, border, border + -height % 4)
     for stride, pad in ((1, 4), (2, 1), (2, 1)):
         x = normalise(conv(x, w, stride, pad, reflect), w, training).clamp_min(0)
     for _ in range(5):

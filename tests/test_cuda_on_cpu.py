@@ -1,4 +1,4 @@
-"""The CUDA kernels that ship, run on the CPU: against float64, in several orders of threads, and under sanitizers."""
+"""The CUDA kernels, run on the CPU: against float64, in several orders of threads, and under sanitizers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def sanitizers_work(folder):
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """``driver``, ``driver-sanitized`` and ``faults-sanitized``, compiled side by side."""
+    """The folder of ``driver``, ``driver-sanitized`` and ``faults-sanitized``, which are compiled in parallel."""
     if shutil.which("g++") is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
@@ -51,9 +51,8 @@ def programs(tmp_path_factory):
         return subprocess.run(command, capture_output=True, text=True)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        pairs = [
-            (name, source) for name, sources in reversed(jobs.items()) for source in sources
-        ]  # the slow ones first
+        # The slow ones first.
+        pairs = [(name, source) for name, sources in reversed(jobs.items()) for source in sources]
         for done in pool.map(compile_one, *zip(*pairs)):
             assert done.returncode == 0, done.stderr
     for name, sources in jobs.items():
@@ -71,14 +70,14 @@ def sanitized(programs, name):
 
 # What the kernels compute
 
-# Beside the layouts that every backend is tested with: rows of 16-byte vectors that do not touch, and an image that
-# starts between two vectors.
+# Besides the layouts that every backend is tested with: rows of 16-byte vectors with space between them, and an image
+# that starts in the middle of a vector.
 CUDA_LAYOUTS = LAYOUTS | {
     "spaced": lambda x: pad(x, (0, 8))[..., : x.shape[3]],
     "spaced-nhwc": lambda x: pad(x, (0, 8)).contiguous(memory_format=torch.channels_last)[..., : x.shape[3]],
     "shifted": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
 }
-# Vectors and their remainders: rows that end within a tile, at its end, and one vector after it; tiles of fewer rows.
+# Whole vectors and remainders; rows that end within a tile, at its end, and one vector after it; tiles of fewer rows.
 GEOMETRIES = [
     *[(shape, layout, layout) for shape in SHAPES for layout in ("nchw", "nhwc")],
     ((1, 2, 17, 264), "nchw", "nchw"),
@@ -121,7 +120,7 @@ class Case(NamedTuple):
 
     @property
     def grad_like(self) -> torch.Tensor | None:
-        """Of the gradient's shape and strides."""
+        """A tensor with the shape and the strides of the gradient, or ``None`` if none is wanted."""
         return None if self.grad_layout is None else CUDA_LAYOUTS[self.grad_layout](torch.empty_like(self.x))
 
 
@@ -145,11 +144,11 @@ def numbers(*values: int) -> bytes:
 
 
 def request(case: Case) -> bytes:
-    """The case as tests/cuda_on_cpu/driver.cpp reads it; what it is to fill is full of NaN."""
+    """The case as tests/cuda_on_cpu/driver.cpp reads it. The buffers for the results are full of NaN."""
     x, grad = case.x, case.grad_like
-    rows = _native._rows(x)
-    out = rows if grad is None else _native._rows(grad)
-    assert out.shape == rows.shape and rows.tensor is x, "a layout that the kernel is not given"
+    rows = _native.row_layout(x)
+    out = rows if grad is None else _native.row_layout(grad)
+    assert out.shape == rows.shape and rows.tensor is x, "the launcher copies this layout first"
     offsets = [0 if t is None else t.storage_offset() * t.element_size() for t in (x, grad)]
     return blobs(
         b"tv_loss_fwd",
@@ -193,9 +192,9 @@ def test_matches_formula_in_every_order_of_threads(programs, case):
     on_cpu = torch.empty_like(grad, memory_format=torch.preserve_format)
     x = case.x.to(memory_format=torch.channels_last if _native.is_channels_last(on_cpu) else torch.contiguous_format)
     _native.tv_loss_fwd(x, on_cpu.copy_(grad), torch.empty_like(loss[0]), case.norm)
-    assert torch.equal(grad, on_cpu), "the maths is shared with the CPU's kernel"
+    assert torch.equal(grad, on_cpu), "the CPU kernel shares the maths, so the bits are equal"
     grad.fill_(float("nan"))
-    assert memory.isnan().all(), "written to what lies between the rows"
+    assert memory.isnan().all(), "the kernel wrote between the rows"
 
 
 def test_clean_under_sanitizers(programs):
@@ -217,7 +216,7 @@ def test_compiles_with_nvcc(source, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-# What the machinery notices
+# Mistakes that the emulation finds
 
 
 def run_fault(programs, name):
@@ -225,12 +224,12 @@ def run_fault(programs, name):
 
 
 @pytest.mark.parametrize("name", ["missing-barrier", "missing-second-barrier", "lockstep", "float-atomics"])
-def test_a_race_shows(programs, name):
+def test_a_race_is_reported(programs, name):
     assert "depends on the order" in run_fault(programs, name).stdout
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         (
             "other-barrier",
@@ -246,10 +245,10 @@ def test_a_race_shows(programs, name):
     ],
     ids=lambda value: value if re.fullmatch(r"[\w-]+", value) else "",
 )
-def test_a_mistake_is_told(programs, name, told):
+def test_a_mistake_is_reported(programs, name, message):
     done = run_fault(programs, name)
     assert done.returncode != 0
-    assert re.search(told, done.stderr, re.DOTALL), done.stderr
+    assert re.search(message, done.stderr, re.DOTALL), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -261,7 +260,7 @@ def test_a_mistake_is_told(programs, name, told):
     ],
     ids=["reverse", "sound", "stale-shared"],
 )
-def test_a_sound_kernel_is_let_through(programs, name, expected):
+def test_a_sound_kernel_passes(programs, name, expected):
     done = run_fault(programs, name)
     assert done.returncode == 0, done.stderr
     assert [int(number) for number in done.stdout.split()] == expected

@@ -1,8 +1,8 @@
-// Runs the launchers of csrc/kernels.h that have a CUDA implementation, on cases read from stdin, in several orders of
-// threads and blocks, and writes what they computed to stdout. See tests/test_cuda_on_cpu.py, which speaks to it.
+// Runs the CUDA launchers of csrc/kernels.h, in several orders of threads and blocks, on cases read from stdin, and
+// writes their results to stdout. tests/test_cuda_on_cpu.py runs this program.
 //
-// A case is a launcher's name and its arguments, an answer the contents of the buffers that the launcher fills; each is
-// a size in 8 bytes and as many bytes.
+// A case is a launcher's name and its arguments. An answer is the contents of the buffers that the launcher fills. Each
+// item is sent as its size in 8 bytes, then its bytes.
 #include <iostream>
 #include <iterator>
 
@@ -13,31 +13,31 @@ namespace {
 using fastperc::DType;
 using fastperc::Norm;
 
-constexpr unsigned orders = 5;  // forwards, backwards, and three drawn
+constexpr unsigned orders = 5;  // forwards, backwards, and three random ones
 
-// Memory on both sides of which nothing may be written, nor read where AddressSanitizer watches.
+// Memory between two guards that nobody may write to. AddressSanitizer also catches reads from the guards.
 class Buffer {
  public:
   explicit Buffer(std::string contents) : initial(std::move(contents)), memory(initial.size() + 2 * guard + 64) {
     std::memset(memory.data(), 0xa5, memory.size());
     begin = memory.data() + guard;
     begin += -reinterpret_cast<std::uintptr_t>(begin) % 64;
-    watch(true);
+    guard_access(true);
     reset();
   }
   Buffer(const Buffer&) = delete;
-  ~Buffer() { watch(false); }
+  ~Buffer() { guard_access(false); }
   void reset() { std::memcpy(begin, initial.data(), initial.size()); }
   std::string contents() const { return {begin, initial.size()}; }
   bool is_unchanged() const { return contents() == initial; }
-  // As a pointer to what lies `offset` bytes from its beginning; null if it is empty.
+  // A pointer to the byte at `offset`, or null if the buffer is empty.
   void* at(std::int64_t offset) { return initial.empty() ? nullptr : begin + offset; }
   bool guards_hold() {
-    watch(false);
+    guard_access(false);
     const auto intact = [](char byte) { return byte == char(0xa5); };
     const bool hold = std::all_of(memory.data(), begin, intact) &&
                       std::all_of(begin + initial.size(), memory.data() + memory.size(), intact);
-    watch(true);
+    guard_access(true);
     return hold;
   }
 
@@ -47,7 +47,8 @@ class Buffer {
   std::vector<char> memory;
   char* begin;
 
-  void watch([[maybe_unused]] bool on) {
+  // Makes AddressSanitizer report access to the guards, or stops it.
+  void guard_access([[maybe_unused]] bool on) {
 #ifdef __SANITIZE_ADDRESS__
     if (on) {
       __asan_poison_memory_region(memory.data(), begin - memory.data());
@@ -66,7 +67,7 @@ class Buffer {
 
 std::string read() {
   std::uint64_t size;
-  if (!std::cin.read(reinterpret_cast<char*>(&size), sizeof size)) fail("a case that ends early");
+  if (!std::cin.read(reinterpret_cast<char*>(&size), sizeof size)) fail("the case ends early");
   std::string bytes(size, '\0');
   std::cin.read(bytes.data(), static_cast<std::streamsize>(size));
   return bytes;
@@ -75,7 +76,7 @@ template <std::size_t count>
 std::array<std::int64_t, count> read_numbers() {
   std::array<std::int64_t, count> numbers;
   const std::string bytes = read();
-  if (bytes.size() != sizeof numbers) fail("not as many numbers as expected");
+  if (bytes.size() != sizeof numbers) fail("wrong count of numbers");
   std::memcpy(&numbers, bytes.data(), sizeof numbers);
   return numbers;
 }
@@ -85,8 +86,8 @@ void write(const std::string& bytes) {
   std::cout.write(bytes.data(), static_cast<std::streamsize>(size));
 }
 
-// Runs `kernel` in every order, from the same start, and writes the contents of `filled`. `read` and `scratch` are what
-// else the kernel works on.
+// Runs `kernel` in every order, from the same initial contents, and writes the contents of `filled`. The kernel also
+// uses the buffers `read` and `scratch`.
 void in_every_order(std::initializer_list<Buffer*> filled, std::initializer_list<Buffer*> read,
                     std::initializer_list<Buffer*> scratch, const std::function<void()>& kernel) {
   std::vector<std::string> answer;
@@ -117,7 +118,7 @@ void tv_loss_fwd() {
   const Norm norm = read() == "l1" ? Norm::l1 : Norm::l2;
   const auto s = read_numbers<5>();
   const auto xs = read_numbers<3>(), gs = read_numbers<3>();
-  const auto offsets = read_numbers<2>();  // of the first element of x and grad, in bytes
+  const auto offsets = read_numbers<2>();  // of the first elements of x and grad, in bytes
   Buffer x(read()), grad(read()), loss(read());
   const fastperc::RowShape shape{s[0], s[1], s[2], s[3], s[4]};
   const std::size_t element = dtype == DType::float64 ? 8 : 4;

@@ -1,5 +1,5 @@
-// Kernels with the mistakes that cuda_on_cpu.h is there to find, each run alone, by its name, and kernels without.
-// What a sound one computes is compared with what a GPU would give, by the program itself.
+// Kernels with the mistakes that cuda_on_cpu.h must find, and kernels without mistakes. The program runs one kernel, by
+// its name. sound_kernel compares its own results with those of a GPU.
 #include <iostream>
 
 extern __shared__ unsigned char dynamic_shared[];
@@ -18,7 +18,7 @@ __global__ void reverse_kernel(const int* in, int* out) {
   out[threadIdx.x] = values[threads - 1 - threadIdx.x];
 }
 
-// A warp that is ahead of the others overwrites what they still read.
+// A fast warp overwrites what slower warps still have to read.
 __global__ void overtake_kernel(const int* in, int* out) {
   __shared__ int value;
   for (int i = 0; i < 2; ++i) {
@@ -28,7 +28,7 @@ __global__ void overtake_kernel(const int* in, int* out) {
   }
 }
 
-// Neighbours in a warp, without __syncwarp: lanes do not go in lockstep.
+// Lanes exchange values without __syncwarp, as if a warp ran in lockstep.
 __global__ void lockstep_kernel(const int* in, int* out) {
   __shared__ int values[threads];
   values[threadIdx.x] = in[threadIdx.x];
@@ -91,7 +91,7 @@ __global__ void misaligned_kernel(const int* in, int* out) {
   out[threadIdx.x] = threadIdx.x == 0 ? reinterpret_cast<const uint4*>(in + 1)->x : 0;
 }
 
-// Everything that has a result, against plain arithmetic; in[i] = i.
+// Compares every operation that has a result with plain arithmetic. in[i] = i.
 __global__ void sound_kernel(const int* in, int* out) {
   __shared__ int highest, count;
   __shared__ unsigned turn;
@@ -112,7 +112,7 @@ __global__ void sound_kernel(const int* in, int* out) {
   expect(__any_sync(all_lanes, lane == 31) && !__any_sync(all_lanes, lane == 32));
   expect(__all_sync(all_lanes, lane < 32) && !__all_sync(all_lanes, lane < 31));
   if (lane >= 8) expect(__shfl_down_sync(0xffffff00u, thread, 1) == (lane < 31 ? thread + 1 : thread));
-  if (lane < 4) {  // lanes of two masks wait at once
+  if (lane < 4) {  // lanes of two masks wait at the same time
     expect(__ballot_sync(0x0000000fu, lane > 1) == 0x0000000cu);
   } else {
     expect(__ballot_sync(0xfffffff0u, 1) == 0xfffffff0u);
@@ -155,12 +155,12 @@ constexpr Kernel kernels[] = {
 
 }  // namespace
 
-// Prints the first few numbers that the kernel called argv[1] leaves, or that they depend on the order.
+// Prints the output of the first block of the kernel called argv[1], or "depends on the order".
 int main(int, char** argv) {
   constexpr unsigned blocks = 2;
   const std::string name = argv[1];
-  const auto* found = std::find_if(std::begin(kernels), std::end(kernels), [&](auto& k) { return name == k.name; });
-  if (found == std::end(kernels)) return 2;
+  const auto* fault = std::find_if(std::begin(kernels), std::end(kernels), [&](auto& k) { return name == k.name; });
+  if (fault == std::end(kernels)) return 2;
   const std::unique_ptr<int[]> in(new int[threads]);
   std::iota(in.get(), in.get() + threads, 0);
   std::vector<int> first;
@@ -168,7 +168,7 @@ int main(int, char** argv) {
     const std::unique_ptr<int[]> out(new int[blocks * threads]());
     cuda_on_cpu::run_in_order(order);
     const int* const_in = in.get();
-    if (cuda_on_cpu::launch(blocks, threads, threads, nullptr, found->kernel, const_in, out.get())) return 4;
+    if (cuda_on_cpu::launch(blocks, threads, threads, nullptr, fault->kernel, const_in, out.get())) return 4;
     const std::vector<int> result(out.get(), out.get() + threads);
     if (order == 0) first = result;
     if (result != first) {
@@ -177,9 +177,9 @@ int main(int, char** argv) {
     }
   }
   for (int i = 0; i < threads; ++i) std::cout << first[i] << " ";
-  // No block, a block of too many threads, too much shared memory: what CUDA refuses is refused.
+  // CUDA refuses a grid without blocks, a block of too many threads, and too much shared memory.
   const auto refused = [&](dim3 grid, dim3 block, std::size_t bytes) {
-    return cuda_on_cpu::launch(grid, block, bytes, nullptr, found->kernel, in.get(), in.get()) != cudaSuccess;
+    return cuda_on_cpu::launch(grid, block, bytes, nullptr, fault->kernel, in.get(), in.get()) != cudaSuccess;
   };
   if (!refused(0, 32, 0) || !refused(1, 1025, 0) || !refused(1, 32, 228 * 1024)) return 5;
 }
