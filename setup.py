@@ -1,4 +1,4 @@
-"""Everything stands in pyproject.toml; CMakeLists.txt builds fastperc._C."""
+"""All settings are in pyproject.toml. CMakeLists.txt builds fastperc._C."""
 
 from setuptools import setup
 
