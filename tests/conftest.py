@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+# Under pytest-xdist the workers share the cores: each computes with its part of them, and so do the commands that it
+# runs. Set before the libraries that read it are imported.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+
 import numpy as np
 import pytest
 import torch

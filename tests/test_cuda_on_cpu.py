@@ -37,10 +37,24 @@ def sanitizers_work(folder):
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """The folder of ``driver``, ``driver-sanitized`` and ``faults-sanitized``, which are compiled in parallel."""
+    """The folder of ``driver``, ``driver-sanitized`` and ``faults-sanitized``, compiled once for all workers."""
     if shutil.which("g++") is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    import fcntl  # which Windows does not have
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_on_cpu"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "compiled").exists():
+            compile_programs(folder)
+            (folder / "compiled").touch()
+    return folder
+
+
+def compile_programs(folder):
+    """Compiles the programs into ``folder``, in parallel."""
     jobs = {"driver": [*SOURCES, HERE / "driver.cpp"]}
     if sanitizers_work(folder):
         jobs |= {"driver-sanitized": jobs["driver"], "faults-sanitized": [HERE / "faults.cu"]}
@@ -59,7 +73,6 @@ def programs(tmp_path_factory):
         objects = [folder / f"{name}-{source.stem}.o" for source in sources]
         flags = SANITIZERS if "sanitized" in name else []
         subprocess.run(["g++", *flags, *objects, "-o", folder / name], check=True)
-    return folder
 
 
 def sanitized(programs, name):
