@@ -138,6 +138,7 @@ def check_similar(out, expected_out):
             assert error(tensor, expected_net[name]) < 1e-2, name
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_go_on(options, tmp_path, capsys):
     for more in (), ("--resume", "--iterations", "6"):
         two = start(options, tmp_path / "two", *more)

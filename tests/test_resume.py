@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -16,17 +17,31 @@ def options(photo_folder, vgg_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(options, tmp_path_factory):
-    """The folder of a run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    status, errors = finish(start(options, out))
-    assert status == 0, errors
-    return out
+def finished_on(options, tmp_path_factory):
+    """The folder of a run that nothing interrupted, by its number of threads."""
+
+    @cache
+    def finished_on(threads):
+        out = tmp_path_factory.mktemp("finished") / "run"
+        status, errors = finish(start(options, out, threads=threads))
+        assert status == 0, errors
+        return out
+
+    return finished_on
 
 
-def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(options, finished, tmp_path):
-    out = tmp_path / "run"
-    process = start(options, out)
+@pytest.fixture
+def finished(finished_on):
+    return finished_on(1)
+
+
+@pytest.mark.parametrize(
+    "threads", [pytest.param(1, id="one-thread"), pytest.param(2, id="two-threads", marks=pytest.mark.slow)]
+)
+def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(options, finished_on, tmp_path, threads):
+    """On the CPU, on the same number of threads, with no table of ``fastperc tune`` or the same."""
+    finished, out = finished_on(threads), tmp_path / "run"
+    process = start(options, out, threads=threads)
     deadline = time.monotonic() + 120
     while not (out / "previews" / "000006.png").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -36,7 +51,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(options, finishe
     stopped_at = training_metadata(out / "checkpoint.safetensors")["step"]
     assert 6 <= stopped_at < 12
 
-    status, errors = finish(start(options, out, "--resume", "--workers", "0"))
+    status, errors = finish(start(options, out, "--resume", "--workers", "0", threads=threads))
     assert status == 0, errors
     assert f"from iteration {stopped_at}" in errors
     for file in ("model.safetensors", "checkpoint.safetensors"):

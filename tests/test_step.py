@@ -56,7 +56,7 @@ def trained(count, device="cpu", amp=False, degrade=None, prepare=None, make=Non
 
 
 def equal(a, b):
-    return all(torch.equal(one, other) for one, other in zip(a.state_dict().values(), b.state_dict().values()))
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
 @pytest.mark.parametrize("scale", [None, 2], ids=["style", "sr"])
@@ -76,14 +76,14 @@ def test_is_a_step_of_adam_on_photos_in_0_to_1(scale):
 
 def test_fused_adam_is_adam():
     net, other = build(), build()
-    optimizers = adam(net.parameters(), 1e-3, torch.device("cpu")), torch.optim.Adam(other.parameters(), 1e-3)
+    fused, plain = adam(net.parameters(), 1e-3, torch.device("cpu")), torch.optim.Adam(other.parameters(), 1e-3)
     photos = batches(1)[0].to(memory_format=torch.channels_last).float() / 255
-    for one, optimizer in zip((net, other), optimizers):
+    for trained_net, optimizer in ((net, fused), (other, plain)):
         for _ in range(4):
-            train_step(one, objective, optimizer, photos, photos, amp=False)
-    assert optimizers[0].defaults["fused"] and not optimizers[1].defaults["fused"]
-    for mine, theirs in zip(net.parameters(), other.parameters()):  # a bias before a norm moves by rounding alone
-        assert (mine - theirs).abs().max() < 1e-5 or mine.dim() == 1
+            train_step(trained_net, objective, optimizer, photos, photos, amp=False)
+    assert fused.defaults["fused"] and not plain.defaults["fused"]
+    for actual, expected in zip(net.parameters(), other.parameters()):  # rounding alone moves a bias before a norm
+        assert (actual - expected).abs().max() < 1e-5 or actual.dim() == 1
 
 
 @pytest.mark.parametrize("before", ["fused", "not fused"])
@@ -99,8 +99,8 @@ def test_a_checkpoints_state_fits_any_optimizer(tmp_path, device, before):
     checkpoints.save(net, tmp_path / "c.safetensors", optimizer=optimizer)
 
     again = build(device)
-    for one in again.parameters():
-        nn.init.zeros_(one)
+    for parameter in again.parameters():
+        nn.init.zeros_(parameter)
     fresh = adam(again.parameters(), 1.0, torch.device(device))
     checkpoints.load_training(tmp_path / "c.safetensors", again, fresh)
     go_on = TrainStep(again, objective, fresh)
@@ -112,12 +112,12 @@ def test_a_checkpoints_state_fits_any_optimizer(tmp_path, device, before):
     state = adam(twin.parameters(), 1.0, torch.device("cpu"))
     checkpoints.load_training(tmp_path / "d.safetensors", twin, state)
     TrainStep(twin, objective, state)(batches(1)[0], 1e-3)
-    assert {float(one["step"]) for one in state.state_dict()["state"].values()} == {6.0}
+    assert {float(moments["step"]) for moments in state.state_dict()["state"].values()} == {6.0}
 
 
 def similar(net, other, tolerance=2e-3):
     pairs = zip(net.state_dict().items(), other.state_dict().values())
-    return all(error(mine.cpu(), theirs.cpu()) < tolerance for (name, mine), theirs in pairs if "weight" in name)
+    return all(error(a.cpu(), b.cpu()) < tolerance for (name, a), b in pairs if "weight" in name)
 
 
 class FixedAddress:
@@ -213,7 +213,7 @@ def test_cuda_graphs_follow_the_step_size():
         run(photos, 1e-3)
     before = copy.deepcopy(dict(net.named_parameters()))
     run(photos, 0.0)
-    assert all(torch.equal(one, before[name]) for name, one in net.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in net.named_parameters())
     run(photos, 1e-3)
     assert not torch.equal(net.stem.conv.weight, before["stem.conv.weight"])
 

@@ -73,8 +73,8 @@ def load_initial_weights(net: nn.Module, path: str) -> None:
     """
     trained = checkpoints.load(path)
     if type(trained) is not type(net) or trained.config != net.config:
-        saved, wanted = (f"{type(network).__name__} of {network.config}" for network in (trained, net))
-        raise InputError(f"{path}: holds a {saved}, which cannot start a {wanted}")
+        saved, given = (f"{type(network).__name__} of {network.config}" for network in (trained, net))
+        raise InputError(f"{path}: holds a {saved}, which cannot start a {given}")
     net.load_state_dict(trained.state_dict())
 
 
