@@ -28,6 +28,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU, Triton's kernels run in its slow interpreter, and no user's calls run on them. Of each test of them
+    the first case is for everyone, the others are slow."""
+    if torch.cuda.is_available():
+        return
+    seen = set()
+    for item in items:
+        if "triton" in item.name:
+            test = item.nodeid.partition("[")[0]
+            if test in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(test)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
