@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a GPU, Triton's kernels run in its slow interpreter, and no user's calls run on them. Of each test of them
-    the first case is for everyone, the others are slow."""
+    """Marks tests of Triton's kernels slow where there is no GPU, all but the first case of each: there they run in
+    Triton's slow interpreter, and no user's call uses them."""
     if torch.cuda.is_available():
         return
     seen = set()
