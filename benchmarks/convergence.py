@@ -3,9 +3,9 @@
     python benchmarks/convergence.py --style IMG --data DIR --vgg FILE --out docs/convergence.json
 
 Two runs of plain PyTorch from one seed differ too: sums added in another order are rounded differently, and training
-amplifies that. On a GPU, where atomics add in any order, plain PyTorch trains three times in the same way. A CPU repeats
-a run bit for bit on the same number of threads, so there the three runs use different numbers, over which sums are
-split. The fused run agrees if it is no farther from the mean of the three than they are from each other.
+amplifies that. On a GPU, where atomics add in any order, plain PyTorch trains three times in the same way. A CPU
+repeats a run bit for bit on the same number of threads, so there the three runs use different numbers, over which sums
+are split. The fused run agrees if it is no farther from the mean of the three than they are from each other.
 
 Writes FILE.json with every loss, and FILE.png beside it. The exit status is 1 if a fused run does not agree.
 """
