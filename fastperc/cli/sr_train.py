@@ -31,7 +31,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         epilog="examples:\n"
         "  fastperc sr train --data photos/ --out runs/pixel --device cuda --amp\n"
         "  fastperc sr train --data photos/ --out runs/feature --loss feature --init runs/pixel/model.safetensors\n"
-        "  fastperc sr train ... --resume                 continue after a stop, bit for bit on one CPU thread\n\n"
+        "  fastperc sr train ... --resume                 continue after a stop; on a CPU, bit for bit\n\n"
         + SEVERAL_GPUS.format(command="sr train")
         + f"{RESULTS}\n{STOPPING}",
     )

@@ -20,7 +20,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  fastperc train --style painting.jpg --data photos/ --out runs/mine --device cuda --amp\n"
-        "  fastperc train ... --resume                    continue after a stop, bit for bit on one CPU thread\n\n"
+        "  fastperc train ... --resume                    continue after a stop; on a CPU, bit for bit\n\n"
         + SEVERAL_GPUS.format(command="train")
         + f"{RESULTS}\n{STOPPING}",
     )
