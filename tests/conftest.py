@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cases import SHALLOW_VGG
-from pictures import picture, pixels  # noqa: F401
+from pictures import picture
 
 if not torch.cuda.is_available():  # set before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"

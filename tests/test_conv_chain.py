@@ -127,6 +127,7 @@ if GPU:  # in the interpreter they take minutes
     NETWORKS |= {"plain": lambda: TransformNet("paper", False), "x4": lambda: SuperResolutionNet(4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_on_triton_match_the_formula(name):
     compare(varied(NETWORKS[name]()), torch.rand(1, 3, 18, 17, device=DEVICE), torch.float32)
