@@ -1,18 +1,16 @@
-"""Compiles every kernel as it ships, for every architecture, with no GPU, and reports what the compiler made of it.
+"""Compiles every kernel that real runs launch, for every architecture, with no GPU, and reports what came of it.
 
-    python -m fastperc.kernels.aot [--json FILE] [--arch 80,90,100] [--only NAME]
+    python -m fastperc.kernels.aot [--json FILE] [--arch 80,90,100] [--only NAME]…
 
-Fails on a kernel that does not compile, that spills registers, that asks for more shared memory than a block may have,
-or whose products missed the tensor cores.
+``fastperc.kernels.runs`` lists the runs. Fails on a kernel that does not compile, that spills registers, that asks for
+more shared memory than a block may have, or whose products in half precision missed the tensor cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import pkgutil
 import re
 import shutil
 import subprocess
@@ -22,21 +20,24 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import fastperc.kernels
 from fastperc.files import write_atomically
-from fastperc.kernels.configs import Variant
 from fastperc.progress import track
+
+if TYPE_CHECKING:
+    from fastperc.kernels.launches import Launch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"  # in a checkout
 NVCC_NAMES = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that a block may have
 RESERVED = {80: 0, 90: 1024, 100: 1024}  # of which the system takes so much, beyond the limit
 TENSOR_MEMORY_COLUMNS = 512
+HALF_PRODUCT = re.compile(r"tt\.dot\b.*xb?f16\b")  # in Triton's own intermediate code
 MATRIX_INSTRUCTION = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA|HMMA"}
 
 # One instruction of a listing: its address, a predicate perhaps, and the mnemonic up to its first dot.
@@ -53,7 +54,7 @@ class Row(NamedTuple):
     registers: int  # a thread
     spill_bytes: int  # of local memory a thread
     shared_bytes: int  # a block
-    instructions: dict[str, int]  # tensor-core instructions and asynchronous copies in the machine code
+    instructions: dict[str, int]  # tensor-core instructions and asynchronous copies in the machine code, where listed
 
     @property
     def name(self) -> str:
@@ -72,16 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastperc.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--arch", type=architectures, default="80,90,100", metavar="A,B", help="default: %(default)s")
-    parser.add_argument("--only", default="", metavar="NAME", help="operations and kernels with NAME in their name")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="NAME",
+        help="only rows with NAME in module, kernel or config; may be repeated",
+    )
     arguments = parser.parse_args(argv)
 
     if find_spec("triton") is None:
         parser.error("Triton is not installed, nor are the tools in its wheel")
     warnings.filterwarnings("ignore", module="triton")
     os.environ.pop("TRITON_INTERPRET", None)  # under it, @triton.jit makes functions that no compiler takes
-    jobs = triton_jobs(arguments.arch, arguments.only) + cuda_jobs(arguments.arch, arguments.only)
+    only = arguments.only or [""]
+    jobs = triton_jobs(arguments.arch, only) + cuda_jobs(arguments.arch, only)
     if not jobs:
-        parser.error(f"no kernel has {arguments.only!r} in its name")
+        parser.error(f"no kernel has {' or '.join(map(repr, only))} in its name")
     rows, faults = run(jobs)
     print_table(rows)
     if arguments.json:
@@ -123,70 +130,53 @@ def _run(i: int) -> Compiled:
 # Triton
 
 
-def triton_jobs(archs: Iterable[int], only: str) -> list[Job]:
-    """A job for each variant of each operation's kernels, on each of ``archs``."""
+def triton_jobs(archs: Iterable[int], only: Sequence[str]) -> list[Job]:
+    """A job for each compilation of a Triton kernel that the table of runs needs, on each of ``archs``."""
+    from fastperc.kernels import launches, runs
+
     jobs: list[Job] = []
-    for module in pkgutil.iter_modules(fastperc.kernels.__path__):
-        if module.name == "aot":
-            continue
-        operation = importlib.import_module(f"fastperc.kernels.{module.name}")
-        for variant in operation.variants() if hasattr(operation, "variants") else ():
-            if only in f"{module.name} {variant.kernel.__name__}":
-                launched = [arch for arch in archs if arch >= variant.first_arch]
-                jobs += [lambda variant=variant, arch=arch: compile_variant(variant, arch) for arch in launched]
+    for arch in archs:
+        recorded = runs.recorded(arch, runs.runs())
+        configs = launches.names(recorded.values())
+        for key, launch in recorded.items():
+            text = f"{launch.kernel.__module__.rpartition('.')[2]} {launch.name} {configs[key]}"
+            if any(name in text for name in only):
+                jobs.append(partial(compile_launch, launch, configs[key], arch))
     return jobs
 
 
-def compile_variant(variant: Variant, arch: int) -> Compiled:
-    """Compiles one Triton kernel."""
+def compile_launch(launch: Launch, config: str, arch: int) -> Compiled:
+    """Compiles one Triton kernel as a launch on a GPU would."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
-    name = f"{variant.kernel.__name__} ({variant.config}) on sm_{arch}"
+    name = f"{launch.name} ({config}) on sm_{arch}"
     try:
-        options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-        kernel = triton.compile(source(variant), target=GPUTarget("cuda", arch, 32), options=options)
+        source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options.__dict__)
     except Exception as error:  # Triton, LLVM and ptxas raise what they like
         return Compiled([], [f"{name}: does not compile: {_last_line(str(error)) or type(error).__name__}"])
+    matrix = HALF_PRODUCT.search(kernel.asm["ttir"]) is not None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        (found,) = inspect(Path(file.name), arch)
+        (found,) = inspect(Path(file.name), arch, listing=matrix)
     row = found._replace(
-        kernel=variant.kernel.__name__,
-        config=variant.config,
+        kernel=launch.name,
+        config=config,
         shared_bytes=found.shared_bytes + kernel.metadata.shared,
     )
-    faults = faults_of(row, variant.matrix)
+    faults = faults_of(row, matrix)
     if (columns := getattr(kernel.metadata, "tmem_size", None) or 0) > TENSOR_MEMORY_COLUMNS:
         faults.append(f"{name}: {columns} columns of tensor memory, an SM has {TENSOR_MEMORY_COLUMNS}")
     return Compiled([row], faults)
 
 
-def source(variant: Variant) -> Any:
-    """``variant`` as Triton's compiler wants it.
-
-    Raises:
-        ValueError: the variant leaves a parameter of its kernel out, or has one that the kernel has not.
-    """
-    from triton.compiler import ASTSource
-
-    parameters = variant.kernel.arg_names
-    if wrong := set(parameters) ^ {*variant.signature, *variant.constants}:
-        raise ValueError(f"the variant and its kernel do not agree on {', '.join(sorted(wrong))}")
-    attributes = {}
-    for parameter in variant.aligned:
-        path, kind = (parameters.index(parameter),), variant.signature[parameter]
-        paths = [(*path, i) for i in range(len(kind))] if isinstance(kind, tuple) else [path]
-        attributes |= {path: [["tt.divisibility", 16]] for path in paths}
-    signature = {parameter: variant.signature.get(parameter, "constexpr") for parameter in parameters}
-    return ASTSource(variant.kernel, signature, variant.constants, attributes)
-
-
 # CUDA
 
 
-def cuda_jobs(archs: Iterable[int], only: str) -> list[Job]:
+def cuda_jobs(archs: Iterable[int], only: Sequence[str]) -> list[Job]:
     """A job for each CUDA source on each of ``archs``, where there are sources and nvcc; else says what is missing."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None or not CSRC.is_dir():
@@ -198,8 +188,8 @@ def cuda_jobs(archs: Iterable[int], only: str) -> list[Job]:
         if f"sm_{arch}" not in known:
             print(f"CUDA kernels left out on sm_{arch}: {nvcc} is too old for it", file=sys.stderr)
             continue
-        files = [file for file in sorted(CSRC.glob("*.cu")) if only in file.stem]
-        jobs += [lambda file=file, arch=arch: compile_cuda(nvcc, file, arch) for file in files]
+        files = [file for file in sorted(CSRC.glob("*.cu")) if any(name in file.stem for name in only)]
+        jobs += [partial(compile_cuda, nvcc, file, arch) for file in files]
     return jobs
 
 
@@ -207,8 +197,8 @@ def compile_cuda(nvcc: str, file: Path, arch: int) -> Compiled:
     """Compiles one CUDA source, a row for each of its kernels, as CMakeLists.txt does."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
-        command = [nvcc, "-cubin", "-O3", "-DNDEBUG", "-std=c++17", f"-arch={NVCC_NAMES[arch]}", file, "-o", cubin]
-        done = subprocess.run(command, capture_output=True, text=True)
+        flags = ["-cubin", "-O3", "-DNDEBUG", "-std=c++17", f"-arch={NVCC_NAMES[arch]}"]
+        done = subprocess.run([nvcc, *flags, file, "-o", cubin], capture_output=True, text=True)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), _last_line(done.stderr))
             return Compiled([], [f"{file.name} on sm_{arch}: does not compile: {said}"])
@@ -217,7 +207,8 @@ def compile_cuda(nvcc: str, file: Path, arch: int) -> Compiled:
     names = [row.kernel for row in found]
     if filt:
         names = subprocess.run([filt, *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    rows = [row._replace(**plain_name(name)) for row, name in zip(found, names)]
+    texts = map(plain_name, names)
+    rows = [row._replace(kernel=text["kernel"], config=text["config"]) for row, text in zip(found, texts)]
     return Compiled(rows, [fault for row in rows for fault in faults_of(row, matrix=False)])
 
 
@@ -233,18 +224,20 @@ def plain_name(function: str) -> dict[str, str]:
 # Machine code
 
 
-def inspect(cubin: Path, arch: int) -> list[Row]:
-    """What cuobjdump finds in a file of machine code: a row for each kernel, with its static shared memory only."""
+def inspect(cubin: Path, arch: int, listing: bool = True) -> list[Row]:
+    """What cuobjdump says of a file of machine code: a row for each kernel, with its static shared memory only.
+
+    Without ``listing`` the instructions are not looked at: to list them takes as long as many a compilation.
+    """
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _dump("-res-usage", cubin))
-    listing = re.split(r"Function : (\S+)", _dump("-sass", cubin))
-    code = dict(zip(listing[1::2], listing[2::2]))
+    parts = re.split(r"Function : (\S+)", _dump("-sass", cubin)) if listing else []
+    code = dict(zip(parts[1::2], parts[2::2]))
     rows = []
     for function, registers, stack, shared, local in usage:
-        seen = Counter(word for word in INSTRUCTION.findall(code[function]) if REPORTED.fullmatch(word))
+        words = Counter(word for word in INSTRUCTION.findall(code.get(function, "")) if REPORTED.fullmatch(word))
         shared_bytes = max(int(shared) - RESERVED[arch], 0)
-        rows.append(
-            Row(function, "", arch, int(registers), int(stack) + int(local), shared_bytes, dict(sorted(seen.items())))
-        )
+        spill_bytes = int(stack) + int(local)
+        rows.append(Row(function, "", arch, int(registers), spill_bytes, shared_bytes, dict(sorted(words.items()))))
     return rows
 
 

@@ -1,55 +1,41 @@
-"""What the Triton kernels are compiled as: one table that the launchers, `aot` and the lab all read."""
+"""The tiles of the convolutions: how large they are, and with how many warps and stages they are compiled."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-
-class Variant(NamedTuple):
-    """One compilation of a Triton kernel, as the package launches it."""
-
-    kernel: Any  # the @triton.jit function
-    config: str  # what tells it from its siblings, for people: "bf16 NHWC 64x64"
-    signature: dict[str, str | tuple[str, ...]]  # run-time parameter → "*bf16", "*fp32", "i32", ("fp32", "fp32")
-    constants: dict[str, Any]  # constexpr parameter → value
-    num_warps: int
-    num_stages: int
-    aligned: tuple[str, ...] = ()  # run-time parameters that are multiples of 16 (bytes, for pointers)
-    matrix: bool = False  # whether its products belong on the tensor cores
-    first_arch: int = 80  # that it is launched on
+from typing import NamedTuple
 
 
 class ConvTile(NamedTuple):
-    """What a program of a convolution makes at a time, and what it is compiled with."""
+    """What a program of a convolution computes at a time, and how it is compiled."""
 
-    height: int  # pixels
+    height: int  # in pixels
     width: int
     channels_out: int
-    channels_in: int  # of one step of the sum
+    channels_in: int  # in one step of the sum
     num_warps: int
     num_stages: int
 
     @property
     def constants(self) -> dict[str, int]:
-        """As a kernel's constexpr parameters."""
+        """The kernel's constexpr parameters."""
         return dict(TILE_H=self.height, TILE_W=self.width, BLOCK_O=self.channels_out, BLOCK_I=self.channels_in)
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton's compiler is told beside."""
+        """The options of Triton's compiler."""
         return dict(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-PROGRAMS = 128  # that a convolution should have at least: GPUs have 108 to 148 multiprocessors
+PROGRAMS = 128  # a convolution should have no fewer: GPUs have 108 to 148 multiprocessors
 
 
 def channel_step(channels: int) -> int:
-    """How many channels a sum takes at a time: the least beyond them, and of those the most."""
+    """How many channels one step of the sum takes: with the least padding, and then in the fewest steps."""
     return min((64, 32, 16), key=lambda step: -(-channels // step) * step)
 
 
 def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -> ConvTile:
-    """The largest tile that leaves enough programs for the ``pixels`` of a batch; not measured yet."""
+    """The largest tile that still gives enough programs for the ``pixels`` of a batch. Not measured yet."""
     step = channel_step(channels_in)
     block = min(128, max(16, 1 << (channels_out - 1).bit_length()))
     programs = -(-pixels // 128) * -(-channels_out // block)  # of 128 pixels
@@ -65,7 +51,7 @@ def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -
 
 
 def deferred_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -> ConvTile:
-    """The same where what is loaded is still to be normalised, which takes registers; not measured yet."""
+    """The same for an input that is normalised as it is loaded, which takes registers. Not measured yet."""
     step = channel_step(channels_in)
     block = min(128, max(16, 1 << (channels_out - 1).bit_length()))
     programs = -(-pixels // 128) * -(-channels_out // block)

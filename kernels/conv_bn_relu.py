@@ -1,20 +1,20 @@
-"""Convolution as an implicit matrix product; bias, skip and ReLU, or statistics, before the one rounding and store.
+"""Convolution as an implicit GEMM. The epilogue adds bias and skip and applies ReLU, or takes statistics.
 
     out[pixel, o] = Σ over taps and input channels of x[pixel · stride + tap, i] · weight[o, tap, i]
 
-A program makes a tile of pixels × output channels, one tap and one block of input channels at a time. It takes the
-shifted tiles of x by tensor descriptors, whose zeros outside the image are the padding; and where those cannot go
-(strides, mirrored borders, rows of bytes that 16 does not divide, sm_80) by masked pointers; by those also what is
-still to be normalised (``fastperc.kernels.deferred``). Neighbouring programs take the channel blocks of one tile, then
-the next tile of its row.
+A program computes a tile of pixels × output channels, one tap and one block of input channels at a time. It loads the
+shifted tiles of x through tensor descriptors, which give zeros outside the image: that is the padding. Masked pointers
+serve where descriptors cannot: strides, reflected borders, rows whose bytes are no multiple of 16, sm_80, and
+activations that are normalised as they are loaded (``fastperc.kernels.deferred``). Neighbouring programs take the
+channel blocks of one tile, then the next tile of its row.
 
-In training the same kernel gives the gradient to the input: a convolution of the output's gradient, in whose place x
-stands, with the weights turned round.
+In training the same kernel computes the gradient of the input: a convolution of the output's gradient, passed as x,
+with the weights turned by 180°.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -22,14 +22,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastperc.kernels.configs import ConvTile, Variant, conv_tile, deferred_tile
+from fastperc.kernels.configs import ConvTile, conv_tile, deferred_tile
 from fastperc.kernels.deferred import load_deferred, store_gradient
 from fastperc.types import RELU, Deferred, Destination, Epilogue, Padding, stride_of
 
 
 @triton.jit
-def mirrored(i, size):
-    """The index inside ``size`` that a border of at most size - 1, reflected about the last pixel, shows at i."""
+def reflect_once(i, size):
+    """The pixel inside ``size`` that a reflected border of at most size - 1 pixels shows at i."""
     return size - 1 - tl.abs(size - 1 - tl.abs(i))
 
 
@@ -41,7 +41,7 @@ def store_partials(
     mask_p,
     CHANNELS: tl.constexpr,
 ):
-    """(count, mean, M2 about that mean) of each channel, over the pixels of ``mask_p``."""
+    """Stores (count, mean, M2 about that mean) of each channel, over the pixels of ``mask_p``."""
     mask_c = offs_c < CHANNELS
     count = tl.sum(mask_p.to(tl.float32))
     mean = tl.sum(tl.where(mask_p[None, :], y, 0.0), axis=1) / count
@@ -56,17 +56,17 @@ def store_output(
     y,  # [channels, pixels] fp32
     out_ptr,  # [N, H', W', CHANNELS] fp16|bf16|fp32
     bias_ptr,  # [CHANNELS] fp32; or None
-    saved_ptr,  # as out, and
-    saved_coefficients_ptr,  # [NORM_ROWS, CHANNELS] fp32, of the image: the activation whose gradient y is; or None
+    saved_ptr,  # as out: the deferred activation whose gradient y is; or None
+    saved_coefficients_ptr,  # [NORM_ROWS, CHANNELS] fp32: those of saved, of the image; or None
     partials_ptr,  # [tiles, 3, CHANNELS] fp32, of all images; of a gradient [tiles, 2, CHANNELS]; or None
     tile,
     pixels,  # of out, int64
     offs_c,
     mask_p,
     CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,  # last, or in the activation whose gradient y is
+    RELU: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation
 ):
-    """Stores relu(y + bias) and its statistics; or a gradient and its sums."""
+    """Stores relu(y + bias) and its statistics, or a gradient and its sums."""
     offs = pixels[None, :] * CHANNELS + offs_c[:, None]
     mask_c = offs_c < CHANNELS
     mask = mask_c[:, None] & mask_p[None, :]
@@ -84,20 +84,20 @@ def store_output(
             store_partials(partials_ptr + tile * 3 * CHANNELS, y.to(tl.float32), offs_c, mask_p, CHANNELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "left", "top"])
 def conv_bn_relu_kernel(
     x_desc,  # [N, H, W, I] fp16|bf16, blocks [1, TILE_H, TILE_W, BLOCK_I]; or None
     weight_desc,  # [O, KERNEL² · I], blocks [BLOCK_O, BLOCK_I]; or None
     x_ptr,  # [N, H, W, I] fp16|bf16|fp32
-    other_ptr,  # as x, and
-    coefficients_ptr,  # [N or 1, rows, I] fp32: what is to be made of x; or None
+    other_ptr,  # as x; or None
+    coefficients_ptr,  # [N or 1, rows, I] fp32: how x is normalised as it is loaded; or None
     weight_ptr,  # [O, KERNEL², I]
     bias_ptr,  # [O] fp32; or None
     skip_ptr,  # [N, H', W', O] with strides for all but O; or None
-    saved_ptr,  # as out, and
-    saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: the activation whose gradient out is; or None
+    saved_ptr,  # as out: the deferred activation whose gradient out is; or None
+    saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: those of saved; or None
     out_ptr,  # [N, H', W', O]
-    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of what is stored; of a gradient, [N, tiles, 2, O]; or None
+    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of out; of a gradient, [N, tiles, 2, O]; or None
     coefficients_stride,
     saved_coefficients_stride,
     height,
@@ -114,8 +114,8 @@ def conv_bn_relu_kernel(
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     REFLECT: tl.constexpr,
-    X_RELU: tl.constexpr,  # in what is to be made of x
-    RELU: tl.constexpr,  # last, or in the activation whose gradient out is
+    X_RELU: tl.constexpr,  # as x is loaded
+    RELU: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -139,9 +139,9 @@ def conv_bn_relu_kernel(
     rows = first_row + offs_p // TILE_W
     columns = first_column + offs_p % TILE_W
     offs_o = block + tl.arange(0, BLOCK_O)
-    # Channels × pixels where the tensor cores take that (64 rows or more): then both factors come from shared memory,
-    # where a reshaped x on the left would pass through registers; and a channel's statistics are sums along a row. An x
-    # still to be normalised is in registers anyway.
+    # Channels × pixels where the tensor cores can (64 rows or more): both factors then come from shared memory, where a
+    # reshaped x on the left would go through registers, and a channel's statistics are sums along a row. An x that is
+    # normalised as it is loaded is in registers anyway.
     CHANNELS_FIRST: tl.constexpr = BLOCK_O >= 64 and coefficients_ptr is None
     if CHANNELS_FIRST:
         acc = tl.zeros([BLOCK_O, TILE_H * TILE_W], dtype=tl.float32)
@@ -150,18 +150,18 @@ def conv_bn_relu_kernel(
     for step in tl.range(TAPS * BLOCKS_I):
         tap = step // BLOCKS_I
         first_i = step % BLOCKS_I * BLOCK_I
-        down = tap // KERNEL - top
-        right = tap % KERNEL - left
+        row_offset = tap // KERNEL - top
+        column_offset = tap % KERNEL - left
         if x_desc is not None:
-            x = x_desc.load([image, first_row + down, first_column + right, first_i])
+            x = x_desc.load([image, first_row + row_offset, first_column + column_offset, first_i])
             x = x.reshape(TILE_H * TILE_W, BLOCK_I)
             weight = weight_desc.load([block, tap * CHANNELS_IN + first_i])
         else:
-            row = rows * STRIDE + down
-            column = columns * STRIDE + right
+            row = rows * STRIDE + row_offset
+            column = columns * STRIDE + column_offset
             if REFLECT:
-                row = mirrored(row, height)
-                column = mirrored(column, width)
+                row = reflect_once(row, height)
+                column = reflect_once(column, width)
             mask_p = (row >= 0) & (row < height) & (column >= 0) & (column < width)
             offs_i = first_i + tl.arange(0, BLOCK_I)
             mask_i = offs_i < CHANNELS_IN
@@ -181,7 +181,7 @@ def conv_bn_relu_kernel(
     image = image.to(tl.int64)
     if skip_ptr is None and saved_ptr is None:
         parts = (acc,)
-    else:  # the upper half and the lower, lest a thread runs out of registers
+    else:  # the upper half, then the lower, so that a thread does not run out of registers
         parts = acc.reshape(BLOCK_O, 2, TILE_H * TILE_W // 2).permute(0, 2, 1).split()
     PART_H: tl.constexpr = TILE_H // len(parts)
     if saved_ptr is not None:
@@ -214,7 +214,7 @@ def conv_bn_relu_kernel(
 
 
 def conv_bn_relu_tiles(x: Deferred, out_shape: Sequence[int], gradient: bool = False) -> int:
-    """How many tiles an image of ``out_shape`` [N, O, H', W'] is made of: the second size of ``partials``."""
+    """How many tiles an image of ``out_shape`` [N, O, H', W'] has: the second size of ``partials``."""
     _, _, height, width = out_shape
     tile = _tile(x, out_shape)
     return triton.cdiv(height, tile.height) * triton.cdiv(width, tile.width) * (2 if gradient else 1)
@@ -322,92 +322,7 @@ def _launch(
 
 
 def descriptors_fit(*tensors: Tensor) -> bool:
-    """Whether the GPU has tensor descriptors, and takes these tensors, of channels innermost, by them."""
+    """Whether the GPU has tensor descriptors and can load ``tensors``, channels innermost, through them."""
     fit = all(x.element_size() == 2 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0 for x in tensors)
     device = tensors[0].device
     return fit and (device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0))  # cpu: interpreted
-
-
-def variants() -> Iterator[Variant]:
-    """The paper's networks: the trunks, of images of 256², 512² and 1920×1080, and the convolutions of stride 2; what
-    training makes of them, of four images of 256²."""
-    small, medium, large = 64 * 64, 128 * 128, 270 * 480
-    for dtype in ("bf16", "fp16"):
-        for end in ("relu", "skip", "partials"):
-            for pixels in (small, medium, large):
-                yield _variant(dtype, 128, 128, 1, pixels, end, "descriptors")
-            yield _variant(dtype, 64, 64, 1, large, end, "descriptors")
-            yield _variant(dtype, 128, 128, 1, large, end, "reflect")
-        for pixels in (small, medium, large):
-            yield _variant(dtype, 128, 128, 1, pixels, "relu", "pointers")
-        for channels_in, channels_out in ((16, 32), (32, 64), (64, 128)):
-            for end in ("relu", "partials"):
-                yield _variant(dtype, channels_in, channels_out, 2, large, end, "pointers")
-        for pixels in (small, large):
-            yield _variant(dtype, 128, 128, 1, pixels, "partials", "deferred")
-            yield _variant(dtype, 128, 128, 1, pixels, "gradient", "deferred gradient")
-            yield _variant(dtype, 128, 128, 1, pixels, "gradient", "deferred gradient", skip=True)
-        yield _variant(dtype, 64, 64, 1, large, "gradient", "deferred gradient", skip=True)
-        for channels_in, channels_out in ((32, 64), (64, 128)):
-            yield _variant(dtype, channels_in, channels_out, 2, large, "partials", "deferred")
-            yield _variant(dtype, channels_in, channels_out, 2, large, "gradient", "deferred gradient")
-    for end in ("relu", "skip", "partials"):
-        yield _variant("fp32", 128, 128, 1, large, end, "pointers")
-    yield _variant("fp32", 128, 128, 1, large, "partials", "deferred")
-    yield _variant("fp32", 128, 128, 1, large, "gradient", "deferred gradient", skip=True)
-    yield _variant("fp32", 32, 64, 2, large, "relu", "reflect")
-
-
-def _variant(
-    dtype: str,
-    channels_in: int,
-    channels_out: int,
-    stride: int,
-    pixels: int,
-    end: str,  # "relu", "skip", "partials" or "gradient"
-    path: str,  # "descriptors", "pointers", "reflect", "deferred" or "deferred gradient": how x is taken
-    skip: bool = False,
-) -> Variant:
-    descriptors = path == "descriptors"
-    skip = skip or end == "skip"
-    choose = deferred_tile if path.startswith("deferred") else conv_tile
-    tile = choose(4 if dtype == "fp32" else 2, channels_in, channels_out, pixels)
-    pointer = f"*{dtype}"
-    given = dict(
-        x_desc=f"tensordesc<{dtype}[1, {tile.height}, {tile.width}, {tile.channels_in}]>" if descriptors else None,
-        weight_desc=f"tensordesc<{dtype}[{tile.channels_out}, {tile.channels_in}]>" if descriptors else None,
-        x_ptr=None if descriptors else pointer,
-        other_ptr=pointer if path == "deferred gradient" else None,
-        coefficients_ptr="*fp32" if path.startswith("deferred") else None,
-        weight_ptr=None if descriptors else pointer,
-        bias_ptr=None if end == "gradient" else "*fp32",
-        skip_ptr=pointer if skip else None,
-        saved_ptr=pointer if end == "gradient" else None,
-        saved_coefficients_ptr="*fp32" if end == "gradient" else None,
-        out_ptr=pointer,
-        partials_ptr="*fp32" if end in ("partials", "gradient") else None,
-        **dict.fromkeys(("coefficients_stride", "saved_coefficients_stride"), "i32"),
-        **dict.fromkeys(("height", "width", "out_height", "out_width", "left", "top"), "i32"),
-        **dict.fromkeys(("skip_stride_image", "skip_stride_row", "skip_stride_column"), "i32"),
-    )
-    return Variant(
-        conv_bn_relu_kernel,
-        f"{dtype} {channels_in}-{channels_out} s{stride} {tile.height}x{tile.width} {end}"
-        f"{' skip' if skip and end != 'skip' else ''} {path}",
-        {name: kind for name, kind in given.items() if kind},
-        dict(
-            CHANNELS_IN=channels_in,
-            CHANNELS_OUT=channels_out,
-            KERNEL=3,
-            STRIDE=stride,
-            REFLECT=path == "reflect",
-            X_RELU=path == "deferred",
-            RELU=end in ("relu", "gradient"),
-            **tile.constants,
-            **{name: None for name, kind in given.items() if not kind},
-        ),
-        **tile.options,
-        aligned=tuple(name for name in given if given[name] and ("_ptr" in name or "stride" in name)),
-        matrix=dtype != "fp32",
-        first_arch=90 if descriptors else 80,
-    )

@@ -1,14 +1,14 @@
-"""What flows between the layers of a chain in training: a map that nobody has normalised yet.
+"""The activations and gradients between the layers of a chain in training: normalised only where they are loaded.
 
     forward     conv ── y ─────────────────────────────▶ next conv's load: relu(scale · y + shift), zero at the border
-                     └─ statistics by tiles ▶ scale, shift ┘
+                     └─ statistics by tile ▶ scale, shift ─┘
 
     backward    dy by the load of the layer's own gradients: a · g + b · y + c, g being the gradient after the norm
-                     ▲ sums by tiles ▶ a, b, c ┐
-                     └── g ── data gradient of the next conv, let through where that load's ReLU did ◀── …
+                     ▲ sums by tile ▶ a, b, c ─┐
+                     └── g ── data gradient of the next conv, where that load's ReLU let the value through ◀── …
 
-Either is x · row 0 + row 1 of a table of coefficients for each channel (of each image, for an instance norm), the
-backward's + ``other`` · row 2. The table of a norm holds what a backward wants too: see ``NORM_ROWS``.
+Both are x · row 0 + row 1 of a table of coefficients, one column a channel; the backward adds ``other`` · row 2. An
+instance norm has a table for each image. A norm's table also holds what its backward needs: see ``NORM_ROWS``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import triton.language as tl
 
 # Rows of a norm's coefficients: scale, shift, mean, 1 / standard deviation, and how many values were counted.
 NORM_ROWS = tl.constexpr(5)
-GRADIENT_ROWS = tl.constexpr(3)  # of a gradient's: what g, 1 and y are multiplied by
+GRADIENT_ROWS = tl.constexpr(3)  # of a gradient's coefficients: the factors of g, 1 and y
 
 
 @triton.jit
 def coefficient(coefficients_ptr, row: tl.constexpr, offs_c, CHANNELS: tl.constexpr):
-    """One row of an image's coefficients."""
+    """One row of an image's coefficients, [channels] fp32."""
     return tl.load(coefficients_ptr + row * CHANNELS + offs_c, mask=offs_c < CHANNELS, other=0.0)
 
 
@@ -32,13 +32,13 @@ def load_deferred(
     x_ptr,  # [N, H, W, C] fp16|bf16|fp32
     other_ptr,  # as x; or None
     coefficients_ptr,  # [rows, C] fp32, of the image; or None
-    offs,  # [pixels, channels]: of the elements in x
+    offs,  # [pixels, channels]: offsets in x, and in other
     offs_c,  # [channels]
     mask,  # [pixels, channels]
     CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """[pixels, channels] in the dtype of x; zero outside ``mask``, also after the norm."""
+    """The normalised tile [pixels, channels] in the dtype of x. Outside ``mask`` it is zero after the norm."""
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)
     if coefficients_ptr is not None:
         value = x.to(tl.float32) * coefficient(coefficients_ptr, 0, offs_c, CHANNELS)[None, :]
@@ -54,18 +54,18 @@ def load_deferred(
 
 @triton.jit
 def store_gradient(
-    grad,  # [channels, pixels] fp32: of a deferred activation; or of a plain one, if saved_ptr is None
+    grad,  # [channels, pixels] fp32: the gradient of the saved activation, or of a plain map without one
     out_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    offs,  # [channels, pixels]: of the elements in out, and in saved
+    offs,  # [channels, pixels]: offsets in out, and in saved
     offs_c,  # [channels]
     mask,  # [channels, pixels]
-    saved_ptr,  # [N, H, W, C]: the activation's x; or None
-    coefficients_ptr,  # [NORM_ROWS, C] fp32: its own, of the image
-    partials_ptr,  # [2, C] fp32: Σ g and Σ g · x̂ of what is stored, x̂ being the normalised x
+    saved_ptr,  # [N, H, W, C] as out: the deferred activation's x; or None
+    coefficients_ptr,  # [NORM_ROWS, C] fp32: those of saved, of the image
+    partials_ptr,  # [2, C] fp32: Σ g and Σ g · x̂ of the stored gradient g; x̂ is the normalised x
     CHANNELS: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """Stores the gradient where the activation's ReLU let it through, and what its norm's own gradient wants of it."""
+    """Stores the gradient, zero where the activation's ReLU was, and the two sums that its norm's backward needs."""
     if saved_ptr is not None:
         saved = tl.load(saved_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if RELU:

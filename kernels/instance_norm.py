@@ -1,16 +1,17 @@
-"""Instance norm from statistics by tiles: each (count, mean, M2 about that mean), as the convolutions leave them.
+"""Instance norm from statistics by tile: each is (count, mean, M2 about that mean), as the convolutions store them.
 
-    statistics      the tiles of a tensor that a library's convolution made; reads it once
-    coefficients    weight / σ, bias − μ · weight / σ and more, from an image's tiles by Chan's formula, in fixed order
-    instance_norm   x · scale + shift, the skip, ReLU; in one pass
+    statistics              those of a tensor that a library's convolution computed; reads it once
+    norm_coefficients       weight / σ, bias − μ · weight / σ and more, from an image's tiles by Chan's formula
+    gradient_coefficients   the same for the backward
+    instance_norm           x · scale + shift, the skip, ReLU; in one pass
 
-In training also batch norm: there all images are one. All tensors are NHWC; a skip may be a window of a larger map. No
-atomics: the result is the same bit for bit.
+In training they serve batch norm too, which treats all images as one. All tensors are NHWC; a skip may be a window of a
+larger map. The tiles are added up in a fixed order, without atomics: the result is the same bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -19,21 +20,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import Variant
 from fastperc.kernels.conv_bn_relu import store_partials
 from fastperc.kernels.deferred import GRADIENT_ROWS, NORM_ROWS, coefficient
 from fastperc.types import stride_of
 
-BLOCK = 8192  # elements to a program of the passes over memory
+BLOCK = 8192  # elements per program of the passes over memory
 MAX_BLOCK_CHANNELS = 64  # of them: 128 bytes in half precision
-BLOCK_TILES, BLOCK_CHANNELS = 512, 8  # of the coefficients: 32 bytes of a tile's line
+BLOCK_TILES, BLOCK_CHANNELS = 512, 8  # per program of the coefficients: 32 bytes of a tile's line
 PASS_OPTIONS = dict(num_warps=8, num_stages=1)
 COEFFICIENTS_OPTIONS = dict(num_warps=8, num_stages=1)
 
 
 @triton.jit
 def place(pid, pixels, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The image, the tile, and the tile's pixels and channels, of a program that takes [BLOCK_P, BLOCK_C] elements."""
+    """The image, the tile, and the tile's pixels and channels, of a program for [BLOCK_P, BLOCK_C] elements."""
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     tiles = tl.cdiv(pixels, BLOCK_P)
     tile = pid // BLOCKS % tiles
@@ -44,12 +44,12 @@ def place(pid, pixels, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: t
 
 @triton.jit
 def place_channels(pid, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The image, and the channels, of a program that takes BLOCK_C of them."""
+    """The image and the channels of a program for BLOCK_C channels."""
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     return (pid // BLOCKS).to(tl.int64), pid % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def statistics_kernel(
     x_ptr,  # [N, pixels, C] fp16|bf16|fp32
     partials_ptr,  # [N, tiles, 3, C] fp32
@@ -66,16 +66,16 @@ def statistics_kernel(
     store_partials(partials_ptr, x.T, offs_c, offs_p < pixels, CHANNELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def norm_coefficients_kernel(
     partials_ptr,  # [N, tiles, 3, C] fp32; or None: the running statistics are applied
     weight_ptr,  # [C] fp32
     bias_ptr,  # [C] fp32
-    mean_ptr,  # [C]: running statistics, updated with momentum, or
-    variance_ptr,  # [C]: applied; or None
-    batches_ptr,  # int64: how many batches were tracked, this one too, where that makes the momentum; or None
+    mean_ptr,  # [C] fp16|bf16|fp32: running mean, updated with momentum; without partials applied; or None
+    variance_ptr,  # [C]: running variance, as the mean
+    batches_ptr,  # [] int64: how many batches there were with this one: 1 / that is the momentum; or None
     coefficients_ptr,  # [N, NORM_ROWS, C] fp32
-    statistics_ptr,  # [N, 3, C] fp32: of the tiles together; or None
+    statistics_ptr,  # [N, 3, C] fp32: count, mean and M2 of an image's tiles together; or None
     tiles,
     eps,
     momentum,
@@ -101,13 +101,13 @@ def norm_coefficients_kernel(
             tile_count = tl.load(partial_ptrs, mask=mask, other=0.0)
             difference = tl.load(partial_ptrs + CHANNELS, mask=mask, other=0.0) - mean
             sum_count = count + tile_count
-            share = tile_count / tl.maximum(sum_count, 1.0)  # 0 beyond the tiles
+            share = tile_count / tl.maximum(sum_count, 1.0)  # 0 where there is no tile
             mean += difference * share
             tile_m2 = tl.load(partial_ptrs + 2 * CHANNELS, mask=mask, other=0.0)
             m2 += tile_m2 + difference * difference * count * share
             count = sum_count
         total = tl.sum(count, axis=0)
-        values = tl.maximum(total, 1.0)  # 0 beyond the channels
+        values = tl.maximum(total, 1.0)  # total is 0 where there is no channel
         center = tl.sum(count * mean, axis=0) / values
         difference = mean - center[None, :]
         squares = tl.sum(m2 + difference * difference * count, axis=0)
@@ -138,13 +138,13 @@ def norm_coefficients_kernel(
     tl.store(coefficient_ptrs + 4 * CHANNELS, total, mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def gradient_coefficients_kernel(
     partials_ptr,  # [N, tiles, 2, C] fp32: Σ g and Σ g · x̂
     weight_ptr,  # [C] fp32
     norm_ptr,  # [N, NORM_ROWS, C] fp32
     coefficients_ptr,  # [N, GRADIENT_ROWS, C] fp32
-    sums_ptr,  # [N, 2, C] fp32: of the tiles together, the gradients of bias and weight
+    sums_ptr,  # [N, 2, C] fp32: sums over the tiles, which are the gradients of bias and weight
     tiles,
     FROZEN: tl.constexpr,  # whether the statistics are constants
     CHANNELS: tl.constexpr,
@@ -184,7 +184,7 @@ def gradient_coefficients_kernel(
     tl.store(coefficient_ptrs + 2 * CHANNELS, of_x, mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def instance_norm_kernel(
     x_ptr,  # [N, H, W, C] fp16|bf16|fp32
     coefficients_ptr,  # [N or 1, NORM_ROWS, C] fp32
@@ -219,7 +219,7 @@ def instance_norm_kernel(
 
 
 def block_of(channels: int, elements: int = BLOCK) -> dict[str, int]:
-    """What a program of a pass takes, of so many elements."""
+    """BLOCK_P and BLOCK_C of a pass, for so many elements per program."""
     block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_CHANNELS)
     return dict(BLOCK_P=elements // block_c, BLOCK_C=block_c)
 
@@ -229,7 +229,7 @@ def _programs(shape: Sequence[int]) -> int:
 
 
 def statistics_tiles(x_shape: Sequence[int]) -> int:
-    """How many tiles an image of ``x_shape`` [N, C, H, W] is made of: the second size of ``partials``."""
+    """How many tiles an image of ``x_shape`` [N, C, H, W] has: the second size of ``partials``."""
     return triton.cdiv(prod(x_shape[2:]), block_of(x_shape[1])["BLOCK_P"])
 
 
@@ -242,12 +242,12 @@ def statistics_fwd(x: Tensor, partials: Tensor) -> None:
 
 
 class RunningStatistics(NamedTuple):
-    """What a batch norm remembers of its batches."""
+    """The running statistics of a batch norm."""
 
     mean: Tensor  # [C]
     variance: Tensor  # [C]
     momentum: float | None  # None: the mean over all batches
-    batches: Tensor  # int64: how many there were, this one too
+    batches: Tensor  # [] int64: how many batches there were with this one
 
 
 def norm_coefficients(
@@ -258,10 +258,10 @@ def norm_coefficients(
     running: RunningStatistics | None = None,
     statistics: Tensor | None = None,
 ) -> Tensor:
-    """The coefficients [N, NORM_ROWS, C] of a norm, given the ``partials`` [N, tiles, 3, C] of what it normalises; N
-    is 1 for a batch norm.
+    """The coefficients [N, NORM_ROWS, C] float32 of a norm, from the ``partials`` [N, tiles, 3, C] of its input.
 
-    Updates ``running``; without partials applies it. Fills ``statistics`` [N, 3, C] with count, mean and M2.
+    N is 1 for a batch norm. Updates ``running``; without ``partials`` applies it. Fills ``statistics`` [N, 3, C] with
+    count, mean and M2.
     """
     images, tiles = (1, 0) if partials is None else partials.shape[:2]
     channels = len(weight)
@@ -288,9 +288,12 @@ def norm_coefficients(
 
 
 def gradient_coefficients(partials: Tensor, weight: Tensor, norm: Tensor, frozen: bool) -> tuple[Tensor, Tensor]:
-    """What makes the gradient of a norm's input from that of its output: [N, GRADIENT_ROWS, C]; and the gradients of
-    its bias and weight, for each image: [N, 2, C]. Given the ``partials`` [N, tiles, 2, C] of the output's gradient and
-    the coefficients ``norm`` [N, NORM_ROWS, C]."""
+    """The coefficients [N, GRADIENT_ROWS, C] float32 that give the gradient of a norm's input from that of its output,
+    and for each image the gradients of its bias and weight, [N, 2, C] float32.
+
+    ``partials`` [N, tiles, 2, C] are those of the output's gradient; ``norm`` [N, NORM_ROWS, C] the norm's own
+    coefficients.
+    """
     images, tiles, _, channels = partials.shape
     coefficients = torch.empty(images, GRADIENT_ROWS.value, channels, device=weight.device)
     sums = torch.empty(images, 2, channels, device=weight.device)
@@ -327,66 +330,4 @@ def instance_norm_fwd(x: Tensor, coefficients: Tensor, skip: Tensor | None, relu
         RELU=relu,
         **block_of(channels),
         **PASS_OPTIONS,
-    )
-
-
-def variants() -> Iterator[Variant]:
-    """The channels of the paper's networks."""
-    strides = ("skip_stride_image", "skip_stride_row", "skip_stride_column")
-    for channels in (16, 32, 64, 128):
-        constants = dict(CHANNELS=channels, **block_of(channels))
-        for dtype in ("bf16", "fp16", "fp32"):
-            x = f"*{dtype}"
-            yield Variant(
-                statistics_kernel,
-                f"{dtype} C{channels}",
-                dict(x_ptr=x, partials_ptr="*fp32", pixels="i32"),
-                constants,
-                **PASS_OPTIONS,
-                aligned=("x_ptr", "partials_ptr", "pixels"),
-            )
-            for skip in (dict(skip_ptr=x), {}):
-                pointers = dict(x_ptr=x, coefficients_ptr="*fp32", out_ptr=x, **skip)
-                sizes = ("coefficients_stride", "height", "width", *strides)
-                yield Variant(
-                    instance_norm_kernel,
-                    f"{dtype} C{channels} {'skip' if skip else 'relu'}",
-                    dict(**pointers, **dict.fromkeys(sizes, "i32")),
-                    dict(RELU=not skip, **constants, **({} if skip else dict(skip_ptr=None))),
-                    **PASS_OPTIONS,
-                    aligned=(*pointers, *strides),
-                )
-        yield from _coefficients_variants(channels)
-
-
-def _coefficients_variants(channels: int) -> Iterator[Variant]:
-    constants = dict(CHANNELS=channels, BLOCK_T=BLOCK_TILES, BLOCK_C=BLOCK_CHANNELS)
-    given = dict.fromkeys(("weight_ptr", "bias_ptr", "coefficients_ptr"), "*fp32")
-    optional = dict(
-        partials_ptr="*fp32", mean_ptr="*fp32", variance_ptr="*fp32", batches_ptr="*i64", statistics_ptr="*fp32"
-    )
-    uses = {
-        "instance": ("partials_ptr",),
-        "running": ("partials_ptr", "mean_ptr", "variance_ptr"),
-        "frozen": ("mean_ptr", "variance_ptr"),
-        "all": tuple(optional),
-    }
-    for use, names in uses.items():
-        pointers = given | {name: optional[name] for name in names}
-        yield Variant(
-            norm_coefficients_kernel,
-            f"fp32 C{channels} {use}",
-            dict(tiles="i32", eps="fp32", momentum="fp32", **pointers),
-            constants | {name: None for name in optional if name not in names},
-            **COEFFICIENTS_OPTIONS,
-            aligned=tuple(pointers),
-        )
-    pointers = dict.fromkeys(("partials_ptr", "weight_ptr", "norm_ptr", "coefficients_ptr", "sums_ptr"), "*fp32")
-    yield Variant(
-        gradient_coefficients_kernel,
-        f"fp32 C{channels}",
-        dict(tiles="i32", **pointers),
-        dict(FROZEN=False, **constants),
-        **COEFFICIENTS_OPTIONS,
-        aligned=tuple(pointers),
     )

@@ -1,40 +1,39 @@
-"""The last convolution, wide, and the picture made of it.
+"""The last convolution, wide and to three channels, and the picture that it gives.
 
-Three filters are too few for a product; so their horizontal taps become columns too: P[pixel, dx·3 + o], summed over
-rows and channels, of which k shifted additions make a pixel. So do four rows of the picture: a row of x is loaded once,
-for all of them, and not k times for each.
+Three filters are too few columns for a matrix product. So the horizontal taps become columns too: P[pixel, dx·3 + o] is
+summed over rows and channels, and k shifted additions of P give a pixel. Four rows of the picture are columns as well:
+a row of x is loaded once for all four, instead of k times for each.
 
-Where a column has no tap its weight is zero: at k = 9 with 32 channels 1.7 products are made for one that counts. By
-count the kernel waits for what it reads and not for the products; that is not measured yet. A NaN or infinite number
-reaches the pixels that share its product too.
+Where a column has no tap, its weight is zero: at k = 9 with 32 channels the tensor cores compute 1.7 times the products
+needed. The kernel should be bound by its loads and not by the products; that is not measured yet. A NaN or infinite
+number also reaches the pixels that share its product.
 
-In training the gradient to the input of a network's first convolution is a last one of its output's gradient.
+In training, the same kernel gives the gradient of a network's input, from the gradient of its first convolution's
+output.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import Variant, channel_step
-from fastperc.kernels.conv_bn_relu import mirrored
+from fastperc.kernels.configs import channel_step
+from fastperc.kernels.conv_bn_relu import reflect_once
 from fastperc.kernels.deferred import load_deferred
 from fastperc.types import Deferred, Padding, stride_of
 
-ROWS = tl.constexpr(4)  # of the output that share a row of the product
-ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2²³: added and taken off, it rounds to the nearest, ties to even
+ROWS = tl.constexpr(4)  # rows of the output that share a row of the product
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and subtracting it rounds to the nearest, ties to even
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "left", "top"])
 def rgb_conv_head_kernel(
     x_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    other_ptr,  # as x, and
-    coefficients_ptr,  # [N or 1, rows, C] fp32: what is to be made of x; or None
-    weight_ptr,  # [COLUMNS, KERNEL + 2 * ROWS - 2, C]
+    other_ptr,  # as x; or None
+    coefficients_ptr,  # [N or 1, rows, C] fp32: how x is normalised as it is loaded; or None
+    weight_ptr,  # [COLUMNS, KERNEL + 2 * ROWS - 2, C] as x
     bias_ptr,  # [3] fp32; or None
     out_ptr,  # [N, 3, H', W'] uint8|fp16|bf16|fp32 of any strides
     coefficients_stride,
@@ -51,7 +50,7 @@ def rgb_conv_head_kernel(
     CHANNELS: tl.constexpr,
     KERNEL: tl.constexpr,
     REFLECT: tl.constexpr,
-    X_RELU: tl.constexpr,  # in what is to be made of x
+    X_RELU: tl.constexpr,  # as x is loaded
     OUTPUT: tl.constexpr,  # "tanh": 0.5 + 150/255 · tanh; "linear": over 255; or None: as it is
     COLUMNS: tl.constexpr,  # 3 * KERNEL or more
     BLOCK_P: tl.constexpr,
@@ -73,13 +72,13 @@ def rgb_conv_head_kernel(
     offs_n = tl.arange(0, ROWS * COLUMNS)
     column = first_column + offs_p - left
     if REFLECT:
-        column = mirrored(column, width)
+        column = reflect_once(column, width)
     acc = tl.zeros([BLOCK_P, ROWS * COLUMNS], dtype=tl.float32)
     for step in tl.range(LINES * BLOCKS_I):
         line = step // BLOCKS_I
         row = first_row + line - top
         if REFLECT:
-            row = mirrored(row, height)
+            row = reflect_once(row, height)
         offs_i = step % BLOCKS_I * BLOCK_I + tl.arange(0, BLOCK_I)
         mask_i = offs_i < CHANNELS
         offs_x = ((image * height + row) * width + column)[:, None] * CHANNELS + offs_i[None, :]
@@ -91,8 +90,8 @@ def rgb_conv_head_kernel(
         weight = tl.load(weight_ptrs, mask=mask_i[None, :], other=0.0)
         acc = tl.dot(x, weight.T, acc, input_precision="ieee")
 
-    # Of four warps each holds all taps of one of the ROWS, so that none waits for another below. Pixels that wrap
-    # around are not stored: % lets the compiler know which of a thread's registers a shifted pixel is in.
+    # Each of the four warps holds all taps of one of the ROWS, so that none waits for another below. The % tells the
+    # compiler which of a thread's registers a shifted pixel is in; the pixels that wrap around are not stored.
     shifted = (offs_p[:, None] + offs_n[None, :] // ROWS // 3) % BLOCK_P
     acc = tl.gather(acc, shifted, 0).reshape(BLOCK_P, COLUMNS, ROWS)
     offs_n = tl.arange(0, COLUMNS)
@@ -118,10 +117,10 @@ def rgb_conv_head_kernel(
 
 
 def pack(weight: Tensor) -> Tensor:
-    """[columns, k + 2·ROWS - 2, C] for the kernel, of ``weight`` [3, C, k, k]."""
-    kernel, beyond = weight.shape[2], ROWS.value - 1
+    """The kernel's weights [columns, k + 2·ROWS - 2, C] from ``weight`` [3, C, k, k]."""
+    kernel, empty_rows = weight.shape[2], ROWS.value - 1
     filters = weight.flip(2).permute(3, 0, 2, 1).flatten(0, 1)  # [3k, k, C]
-    return F.pad(filters, (0, 0, beyond, beyond, 0, _columns(kernel) - 3 * kernel)).contiguous()
+    return F.pad(filters, (0, 0, empty_rows, empty_rows, 0, _columns(kernel) - 3 * kernel)).contiguous()
 
 
 def _columns(kernel: int) -> int:
@@ -173,56 +172,8 @@ def rgb_conv_head_fwd(
 
 
 def _tile(itemsize: int, channels: int, deferred: bool) -> dict[str, int]:
-    """Not measured yet."""
+    """Block sizes and options; not measured yet."""
     if itemsize == 4:
         return dict(BLOCK_P=64, BLOCK_I=16, num_warps=8, num_stages=2)
     step = min(channel_step(channels), 16 if deferred else 64)  # normalising takes registers
     return dict(BLOCK_P=128, BLOCK_I=step, num_warps=4, num_stages=3)
-
-
-def variants() -> Iterator[Variant]:
-    """The paper's networks at full and half width, and wider ones."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        for channels in (16, 32, 64):
-            for picture in ("u8", "fp32"):
-                yield _variant(dtype, channels, picture, "tanh")
-            yield _variant(dtype, channels, dtype, None, "deferred")
-            yield _variant(dtype, channels, dtype, None, "deferred gradient")
-        yield _variant(dtype, 32, "u8", "linear")
-        yield _variant(dtype, 32, "u8", "tanh", "reflect")
-
-
-def _variant(dtype: str, channels: int, picture: str, output: str | None, path: str = "") -> Variant:
-    tile = _tile(4 if dtype == "fp32" else 2, channels, path.startswith("deferred"))
-    sizes = ("coefficients_stride", "height", "width", "out_height", "out_width", "left", "top")
-    strides = ("stride_image", "stride_channel", "stride_row", "stride_column")
-    gradient = path == "deferred gradient"
-    pointers = dict(
-        x_ptr=f"*{dtype}",
-        other_ptr=f"*{dtype}" if gradient else None,
-        coefficients_ptr="*fp32" if path.startswith("deferred") else None,
-        weight_ptr=f"*{dtype}",
-        bias_ptr=None if gradient else "*fp32",
-        out_ptr=f"*{picture}",
-    )
-    given = {name: pointer for name, pointer in pointers.items() if pointer}
-    return Variant(
-        rgb_conv_head_kernel,
-        f"{dtype} {channels} {picture} {output or 'plain'} {path}".rstrip(),
-        dict(**given, **dict.fromkeys((*sizes, *strides), "i32")),
-        dict(
-            CHANNELS=channels,
-            KERNEL=9,
-            REFLECT=path == "reflect",
-            X_RELU=path == "deferred",
-            OUTPUT=output,
-            COLUMNS=_columns(9),
-            BLOCK_P=tile["BLOCK_P"],
-            BLOCK_I=tile["BLOCK_I"],
-            **{name: None for name in pointers if name not in given},
-        ),
-        num_warps=tile["num_warps"],
-        num_stages=tile["num_stages"],
-        aligned=(*given, "coefficients_stride"),
-        matrix=dtype != "fp32",
-    )

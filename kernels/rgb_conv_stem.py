@@ -1,19 +1,19 @@
 """The first convolution, wide, from a picture of 3 channels.
 
-    rgb_prepare_kernel     the picture's window, mirrored, normalised, padded: [rows, columns, 3]
-    rgb_conv_stem_kernel   the convolution. Four pixels side by side share a row of the product: what they take of
-                           each of k rows lies together in memory, 3·(k+3) numbers, against 4·O columns
+    rgb_prepare_kernel     a window of the picture, reflected beyond the border, normalised, padded: [rows, columns, 3]
+    rgb_conv_stem_kernel   the convolution. Four neighbouring pixels share a row of the product: in each of the k rows
+                           their inputs are 3·(k+3) consecutive numbers in memory, multiplied by 4·O columns
 
-Where a column has no tap its weight is zero: at k = 9 with 32 channels 1.4 products are made for one that counts. By
-count the kernel waits for what it reads and not for the products; that is not measured yet. A NaN or infinite number
-reaches the pixels that share its product too.
+Where a column has no tap, its weight is zero: at k = 9 with 32 channels the tensor cores compute 1.4 times the products
+needed. The kernel should be bound by its loads and not by the products; that is not measured yet. A NaN or infinite
+number also reaches the pixels that share its product.
 
-In training the gradient to the input of a network's last convolution is a first one of the picture's gradient.
+In training, the same kernel gives the gradient of the last convolution's input: from the gradient of the picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +21,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import PROGRAMS, Variant
+from fastperc.kernels.configs import PROGRAMS
 from fastperc.kernels.conv_bn_relu import store_output
 from fastperc.types import Deferred, Destination, Padding
 
-PIXELS = tl.constexpr(4)  # that share a row of the product
-STEP, STAGES = 32, 4  # numbers of a sum at a time
-PREPARE_BLOCK = 1024  # elements to a program
+PIXELS = tl.constexpr(4)  # pixels that share a row of the product
+STEP, STAGES = 32, 4  # numbers that a step of the sum takes; steps in flight
+PREPARE_BLOCK = 1024  # elements per program
 PREPARE_OPTIONS = dict(num_warps=4, num_stages=1)
 
 
 @triton.jit
-def reflected(i, size):
-    """The index inside ``size`` that a border reflected any number of times over shows at i."""
+def reflect(i, size):
+    """The pixel inside ``size`` that a reflected border of any width shows at i."""
     period = tl.maximum(2 * (size - 1), 1)
     i = tl.abs(i) % period
     return tl.minimum(i, period - i)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "image_height",
+        "image_width",
+        "window_top",
+        "window_left",
+        "window_height",
+        "window_width",
+        "left",
+        "top",
+        "rows",
+    ]
+)
 def rgb_prepare_kernel(
     image_ptr,  # [N, 3, H, W] uint8|fp16|bf16|fp32 of any strides
     x_ptr,  # [N, rows, columns, 3] fp16|bf16|fp32
@@ -69,11 +81,11 @@ def rgb_prepare_kernel(
     row = line % rows - top
     column = offs // 3 - left
     if REFLECT:
-        row = reflected(row, window_height)
-        column = reflected(column, window_width)
+        row = reflect(row, window_height)
+        column = reflect(column, window_width)
     inside = (column >= 0) & (column < tl.where((row >= 0) & (row < window_height), window_width, 0))
-    row = reflected(window_top + row, image_height).to(tl.int64)
-    column = reflected(window_left + column, image_width).to(tl.int64)
+    row = reflect(window_top + row, image_height).to(tl.int64)
+    column = reflect(window_left + column, image_width).to(tl.int64)
     image_ptr += (line // rows).to(tl.int64) * stride_image + row * stride_row
     mask = offs < 3 * columns
     channel = (offs % 3).to(tl.int64)
@@ -82,15 +94,15 @@ def rgb_prepare_kernel(
     tl.store(x_ptr + line.to(tl.int64) * 3 * columns + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def rgb_conv_stem_kernel(
     x_ptr,  # [N, H' + KERNEL - 1, pitch] fp16|bf16|fp32
-    weight_ptr,  # [PIXELS, O, STEPS * BLOCK_K]
+    weight_ptr,  # [PIXELS, O, STEPS * BLOCK_K] as x
     bias_ptr,  # [O] fp32; or None
-    saved_ptr,  # as out, and
-    saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: the activation whose gradient out is; or None
+    saved_ptr,  # as out: the deferred activation whose gradient out is; or None
+    saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: those of saved; or None
     out_ptr,  # [N, H', W', O]
-    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of what is stored; of a gradient, [N, tiles, 2, O]; or None
+    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of out; of a gradient, [N, tiles, 2, O]; or None
     saved_coefficients_stride,
     height,  # of out
     width,
@@ -98,7 +110,7 @@ def rgb_conv_stem_kernel(
     KERNEL: tl.constexpr,
     CHANNELS_OUT: tl.constexpr,
     RELU: tl.constexpr,
-    RUN: tl.constexpr,  # elements of a row of x that a group of pixels takes, or a few more
+    RUN: tl.constexpr,  # elements of a row of x that a group of pixels takes, rounded up to a multiple of 4
     STEPS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -156,7 +168,7 @@ def _run(kernel: int) -> int:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """[PIXELS, O, k·run rounded up] for the kernel, of ``weight`` [O, 3, k, k]."""
+    """The kernel's weights [PIXELS, O, k·run rounded up to steps] from ``weight`` [O, 3, k, k]."""
     kernel, pixels = weight.shape[2], PIXELS.value
     run = _run(kernel)
     rows = weight.permute(0, 2, 3, 1).flatten(2)  # [O, k, 3k]
@@ -169,7 +181,7 @@ def _block(channels_out: int) -> int:
 
 
 def _tile(out: Tensor) -> tuple[int, int]:
-    """Groups of pixels to a program, and its warps; not measured yet."""
+    """Groups of pixels per program, and its warps; not measured yet."""
     if out.element_size() == 4:
         return 32, 8
     enough = out.numel() >= 128 * PIXELS.value * _block(out.shape[1]) * PROGRAMS
@@ -177,7 +189,7 @@ def _tile(out: Tensor) -> tuple[int, int]:
 
 
 def rgb_conv_stem_tiles(out: Tensor) -> int:
-    """How many tiles an image of ``out`` is made of: the second size of ``partials``."""
+    """How many tiles an image of ``out`` [N, O, H', W'] has: the second size of ``partials``."""
     _, _, height, width = out.shape
     return triton.cdiv(height * triton.cdiv(width, PIXELS.value), _tile(out)[0])
 
@@ -270,66 +282,4 @@ def _launch(
         BLOCK_K=STEP,
         num_warps=num_warps,
         num_stages=STAGES,
-    )
-
-
-def variants() -> Iterator[Variant]:
-    """The paper's networks at full and half width, and wider ones."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        for image in ("u8", "fp32"):
-            strides = ("stride_image", "stride_channel", "stride_row", "stride_column")
-            window = ("window_top", "window_left", "window_height", "window_width")
-            sizes = ("image_height", "image_width", *strides, *window, "left", "top", "rows", "columns")
-            yield Variant(
-                rgb_prepare_kernel,
-                f"{image} {dtype}",
-                dict(
-                    image_ptr=f"*{image}",
-                    x_ptr=f"*{dtype}",
-                    **dict.fromkeys(sizes, "i32"),
-                    scale="fp32",
-                    shift="fp32",
-                ),
-                dict(REFLECT=False, BLOCK=PREPARE_BLOCK),
-                **PREPARE_OPTIONS,
-                aligned=("image_ptr", "x_ptr", "columns"),
-            )
-        for channels in (16, 32, 64):
-            for groups in (64, 128) if dtype != "fp32" else (32,):
-                for end in ("relu", "partials", "gradient"):
-                    yield _variant(dtype, channels, groups, end)
-
-
-def _variant(dtype: str, channels: int, groups: int, end: str) -> Variant:
-    run = _run(9)
-    gradient = end == "gradient"
-    pointers = dict(
-        x_ptr=f"*{dtype}",
-        weight_ptr=f"*{dtype}",
-        bias_ptr=None if gradient else "*fp32",
-        saved_ptr=f"*{dtype}" if gradient else None,
-        saved_coefficients_ptr="*fp32" if gradient else None,
-        out_ptr=f"*{dtype}",
-        partials_ptr=None if end == "relu" else "*fp32",
-    )
-    given = {name: pointer for name, pointer in pointers.items() if pointer}
-    return Variant(
-        rgb_conv_stem_kernel,
-        f"{dtype} {channels} {groups} {end}",
-        dict(**given, saved_coefficients_stride="i32", height="i32", width="i32", pitch="i32"),
-        dict(
-            KERNEL=9,
-            CHANNELS_OUT=channels,
-            RELU=end != "partials",
-            RUN=run,
-            STEPS=triton.cdiv(9 * run, STEP),
-            BLOCK_G=groups,
-            BLOCK_O=_block(channels),
-            BLOCK_K=STEP,
-            **{name: None for name in pointers if name not in given},
-        ),
-        num_warps=4 if groups == 64 else 8,
-        num_stages=STAGES,
-        aligned=(*given, "saved_coefficients_stride", "pitch"),
-        matrix=dtype != "fp32",
     )

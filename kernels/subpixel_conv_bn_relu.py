@@ -1,24 +1,26 @@
-"""The convolutions that double a map: ½-stride, or nearest-neighbour upsampling and 3×3; bias and ReLU, or statistics.
+"""The convolutions that double the size of a map: ½-stride, or nearest-neighbour upsampling and 3×3.
 
-Either makes a 2×2 block of outputs, of four phases, from a 2×2 patch of the small map. Along each axis:
+Both compute a 2×2 block of outputs, the four phases, from a 2×2 patch of the small map. Along each axis:
 
                   patch          outputs      first phase                second phase
     transposed    x[i], x[i+1]   2i, 2i+1     w₁·x[i]                    w₂·x[i] + w₀·x[i+1]
     nearest       x[i-1], x[i]   2i-1, 2i     (w₀+w₁)·x[i-1] + w₂·x[i]   w₀·x[i-1] + (w₁+w₂)·x[i]
 
-So it is one convolution of 2×2 taps whose columns are phases × output channels: 16 products for a block of outputs
-where the upsampled map takes 36. A program makes a tile of patches × columns: all phases of few channels, or, of many,
-those of one row, which are neighbours in memory. Of the transposed kind's products 7 have no weight: the 4 of the
-patch's second row for the first row of outputs are left out where a program makes one row, the others are not. An
-accumulator for each phase would spare them all, and makes narrow products that wait for each other on sm_90.
+So both are a convolution with 2×2 taps and phases × output channels as columns: 16 products for a block of outputs,
+where a convolution of the upsampled map takes 36. A program computes a tile of patches × columns: all four phases where
+the channels are few; else the two phases of one row, which are neighbours in memory. The epilogue adds the bias and
+applies ReLU, or takes statistics.
 
-In training the transposed kind is the gradient to the input of a convolution of stride 2 as well; of one with mirrored
-borders on the padded map, a pixel further out.
+7 products of the transposed kind have a weight of zero. The 4 of the patch's second row for the first row of outputs
+are left out where a program computes one row; the other 3 are not. An accumulator for each phase would save all 7, but
+its narrow products wait for each other on sm_90.
+
+In training, the transposed kind also gives the gradient of the input of a convolution of stride 2. Where that
+convolution reflects its border, the gradient is of the padded map and begins a pixel further out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,20 +28,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import PROGRAMS, ConvTile, Variant, channel_step
+from fastperc.kernels.configs import PROGRAMS, ConvTile, channel_step
 from fastperc.kernels.conv_bn_relu import store_output
 from fastperc.kernels.deferred import load_deferred
 from fastperc.types import Deferred, Destination, stride_of
 
-TAPS = {  # how much of which weight [k] a pixel of the patch [2] has for a phase [2]
+TAPS = {  # for each phase [2] and pixel of the patch [2]: how often each weight [k] counts
     "transposed": [[[0, 1, 0], [0, 0, 1]], [[0, 0, 0], [1, 0, 0]]],
     "nearest": [[[1, 1, 0], [1, 0, 0]], [[0, 0, 1], [0, 1, 1]]],
 }
 
 
 def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> tuple[ConvTile, int]:
-    """The largest tile of patches that leaves enough programs for those of a batch, and how many of the four phases a
-    program makes; not measured yet."""
+    """The largest tile that still gives enough programs for the ``patches`` of a batch, and how many of the four phases
+    a program computes; not measured yet."""
     block = max(16, triton.next_power_of_2(channels_out))
     if itemsize == 4:
         return ConvTile(8 if block > 16 else 4, 8, min(block, 32), 16, 4, 2), 2
@@ -49,17 +51,17 @@ def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> t
     return tile, 4 if block <= 32 else 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
 def subpixel_conv_bn_relu_kernel(
     x_ptr,  # [N, H, W, I] fp16|bf16|fp32
-    other_ptr,  # as x, and
-    coefficients_ptr,  # [N or 1, rows, I] fp32: what is to be made of x; or None
-    weight_ptr,  # [2, 2, 4, O, I]: row and column in the patch, phase
+    other_ptr,  # as x; or None
+    coefficients_ptr,  # [N or 1, rows, I] fp32: how x is normalised as it is loaded; or None
+    weight_ptr,  # [2, 2, 4, O, I] as x: row and column in the patch, phase
     bias_ptr,  # [O] fp32; or None
-    saved_ptr,  # as out, and
-    saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: the activation whose gradient out is; or None
+    saved_ptr,  # as out: the deferred activation whose gradient out is; or None
+    saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: those of saved; or None
     out_ptr,  # [N, H', W', O]
-    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of what is stored; of a gradient, [N, tiles, 2, O]; or None
+    partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of out; of a gradient, [N, tiles, 2, O]; or None
     coefficients_stride,
     saved_coefficients_stride,
     height,
@@ -71,8 +73,8 @@ def subpixel_conv_bn_relu_kernel(
     NEAREST: tl.constexpr,
     BACK: tl.constexpr,  # pixels before the border where the first patch begins
     REFLECT: tl.constexpr,
-    X_RELU: tl.constexpr,  # in what is to be made of x
-    RELU: tl.constexpr,  # last, or in the activation whose gradient out is
+    X_RELU: tl.constexpr,  # as x is loaded
+    RELU: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     PHASES: tl.constexpr,
@@ -106,7 +108,7 @@ def subpixel_conv_bn_relu_kernel(
         tap = step // BLOCKS_I
         row = rows + tap // 2
         column = columns + tap % 2
-        if REFLECT:  # mirrored, the upsampled map repeats the pixel at the border
+        if REFLECT:  # reflected, the upsampled map repeats the pixel at the border
             row = tl.minimum(tl.maximum(row, 0), height - 1)
             column = tl.minimum(tl.maximum(column, 0), width - 1)
         mask_p = (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -148,8 +150,9 @@ def subpixel_conv_bn_relu_kernel(
 
 
 def pack(weight: Tensor, upsample: str) -> Tensor:
-    """[2, 2, 4, O, I] for the kernel, of ``weight``: ``"transposed"`` [I, O, 3, 3] or ``"nearest"`` [O, I, 3, 3]."""
-    taps = weight.new_tensor(TAPS[upsample], dtype=torch.float64)  # where no product is taken in TF32
+    """The kernel's weights [2, 2, 4, O, I], from a ``weight`` [I, O, 3, 3] (``"transposed"``) or [O, I, 3, 3]
+    (``"nearest"``)."""
+    taps = weight.new_tensor(TAPS[upsample], dtype=torch.float64)  # no product in TF32
     axes = "io" if upsample == "transposed" else "oi"
     packed = torch.einsum(f"rak,cbl,{axes}kl->rcaboi", taps, taps, weight.double())
     return packed.to(weight.dtype).flatten(2, 3).contiguous()
@@ -167,13 +170,13 @@ def _tiles(x: Deferred, out: Tensor, back: int) -> int:
 
 
 def subpixel_conv_bn_relu_tiles(x: Deferred, out: Tensor, upsample: str) -> int:
-    """How many tiles an image is made of: the second size of ``partials``."""
+    """How many tiles an image has: the second size of ``partials``."""
     return _tiles(x, out, int(upsample == "nearest"))
 
 
-def strided_conv_bwd_tiles(grad: Deferred, out: Tensor, beyond: int) -> int:
-    """How many tiles the gradient of an image is made of: the second size of ``partials``."""
-    return _tiles(grad, out, beyond)
+def strided_conv_bwd_tiles(grad: Deferred, out: Tensor, border: int) -> int:
+    """How many tiles the gradient of an image has: the second size of ``partials``."""
+    return _tiles(grad, out, border)
 
 
 def subpixel_conv_bn_relu_fwd(
@@ -188,7 +191,7 @@ def subpixel_conv_bn_relu_fwd(
 ) -> None:
     """Fills ``out`` [N, O, 2H, 2W] with relu(up(``x``) + ``bias``), and ``partials`` [N, tiles, 3, O].
 
-    ``x`` and ``out`` have their channels innermost; ``packed`` is what :func:`pack` makes, in their dtype.
+    ``x`` and ``out`` have their channels innermost; ``packed`` is what :func:`pack` returns, in their dtype.
     """
     nearest = upsample == "nearest"
     phases = Phases(nearest, int(nearest), padding_mode == "reflect")
@@ -254,65 +257,4 @@ def _launch(
         PHASES=at_once,
         **tile.constants,
         **tile.options,
-    )
-
-
-def variants() -> Iterator[Variant]:
-    """The paper's networks at full and half width, super-resolution's, of few pixels and of many."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        for channels_in, channels_out in ((128, 64), (64, 64), (64, 32), (32, 16)):
-            for patches in (64 * 64, 270 * 480)[dtype == "fp32" :]:
-                for upsample in TAPS:
-                    yield _variant(dtype, channels_in, channels_out, patches, upsample, "relu")
-                    yield _variant(dtype, channels_in, channels_out, patches, upsample, "partials")
-                    yield _variant(dtype, channels_in, channels_out, patches, upsample, "partials", deferred=True)
-                yield _variant(dtype, channels_in, channels_out, patches, "transposed", "gradient", deferred=True)
-        yield _variant(dtype, 64, 32, 270 * 480, "nearest", "relu", reflect=True)
-
-
-def _variant(
-    dtype: str,
-    channels_in: int,
-    channels_out: int,
-    patches: int,
-    upsample: str,
-    end: str,  # "relu", "partials" or "gradient"
-    reflect: bool = False,
-    deferred: bool = False,
-) -> Variant:
-    tile, phases = _tile(4 if dtype == "fp32" else 2, channels_in, channels_out, patches)
-    kind = f"{upsample}{' reflect' if reflect else ''}{' deferred' if deferred else ''}"
-    gradient = end == "gradient"
-    pointers = dict(
-        x_ptr=f"*{dtype}",
-        other_ptr=f"*{dtype}" if gradient else None,
-        coefficients_ptr="*fp32" if deferred else None,
-        weight_ptr=f"*{dtype}",
-        bias_ptr=None if gradient else "*fp32",
-        saved_ptr=f"*{dtype}" if gradient else None,
-        saved_coefficients_ptr="*fp32" if gradient else None,
-        out_ptr=f"*{dtype}",
-        partials_ptr=None if end == "relu" else "*fp32",
-    )
-    sizes = ("coefficients_stride", "saved_coefficients_stride", "height", "width", "out_height", "out_width")
-    given = {name: pointer for name, pointer in pointers.items() if pointer}
-    return Variant(
-        subpixel_conv_bn_relu_kernel,
-        f"{dtype} {channels_in}-{channels_out} {tile.height}x{tile.width} {kind} {end}",
-        dict(**given, **dict.fromkeys(sizes, "i32")),
-        dict(
-            CHANNELS_IN=channels_in,
-            CHANNELS_OUT=channels_out,
-            NEAREST=upsample == "nearest",
-            BACK=int(upsample == "nearest"),
-            REFLECT=reflect,
-            X_RELU=deferred and not gradient,
-            RELU=end != "partials",
-            PHASES=phases,
-            **tile.constants,
-            **{name: None for name in pointers if name not in given},
-        ),
-        **tile.options,
-        aligned=(*given, "coefficients_stride", "saved_coefficients_stride"),
-        matrix=dtype != "fp32",
     )

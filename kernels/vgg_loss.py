@@ -1,27 +1,26 @@
-"""A frozen network's ReLU and pooling in a bit and a byte, and the gradient at a layer whose features are kept.
+"""ReLU and pooling of a fixed loss network, kept as a bit and a byte, and the gradient at a layer with a loss term.
 
 All tensors are NHWC and dense. After ReLU a number is positive, zero or NaN; a gradient passes where it is not zero.
 
     relu_mask_fwd, relu_mask_bwd   1 bit an element                     instead of the activations
     relu_pool_fwd, relu_pool_bwd   1 byte a window: its winner, if any  instead of the activations and 8-byte indices
-    content_fwd                    Σ (F − T)² and Σ T², by pieces
-    tap_bwd                        the gradient from above (unpooled here), the style term F · Δ and the content term
-                                   F − T, added up and masked by F > 0 in one pass
+    content_fwd                    Σ (F − T)² and Σ T², a piece per program
+    tap_bwd                        the sum of the gradient from the layers above, unpooled, the style term F · Δ and the
+                                   content term F − T, masked by F > 0: in one pass
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import Variant
-from fastperc.kernels.gram_loss import times_delta
+from fastperc.kernels.gram_loss_backward import times_delta
 
-BLOCK = 4096  # elements to a program of the passes over memory
+BLOCK = 4096  # elements per program of the passes over memory
 BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_K = 128, 64, 64  # of tap_bwd
 PASS_OPTIONS = dict(num_warps=8, num_stages=1)
 TAP_OPTIONS = dict(num_warps=8, num_stages=2)
@@ -57,11 +56,11 @@ def relu_mask_bwd_kernel(
     tl.store(grad_ptr + offs, tl.where(passes != 0, grad, 0.0), mask=offs < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def relu_pool_fwd_kernel(
     x_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    pooled_ptr,  # [N, H/2, W/2, C]
-    winners_ptr,  # [n, H/2, W/2, C] uint8, for the first images
+    pooled_ptr,  # [N, H/2, W/2, C] as x
+    winners_ptr,  # [n, H/2, W/2, C] uint8, for the first n images
     count,  # elements of pooled
     count_winners,
     height,
@@ -89,7 +88,7 @@ def relu_pool_fwd_kernel(
 
 @triton.jit
 def unpooled(
-    grad_pooled_ptr,  # [H/2, W/2, C] of one image
+    grad_pooled_ptr,  # [H/2, W/2, C] fp16|bf16|fp32, of one image
     winners_ptr,  # [H/2, W/2, C] uint8
     row,
     column,
@@ -99,18 +98,18 @@ def unpooled(
     width,
     CHANNELS: tl.constexpr,
 ):
-    """The gradient that the pixels (row, column) of an image get through the pooling."""
+    """The gradient of the pixels (row, column) of an image through the pooling."""
     mask &= (row < height // 2 * 2) & (column < width // 2 * 2)  # no window covers an odd last row or column
     offs = (row // 2 * (width // 2) + column // 2) * CHANNELS + channel
     wins = tl.load(winners_ptr + offs, mask=mask, other=NO_WINNER).to(tl.int32) == row % 2 * 2 + column % 2
     return tl.where(wins, tl.load(grad_pooled_ptr + offs, mask=mask, other=0.0), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def relu_pool_bwd_kernel(
     grad_pooled_ptr,  # [N, H/2, W/2, C] fp16|bf16|fp32
     winners_ptr,  # [N, H/2, W/2, C] uint8
-    grad_ptr,  # [N, H, W, C]
+    grad_ptr,  # [N, H, W, C] as grad_pooled
     count,
     height,
     width,
@@ -138,7 +137,7 @@ def relu_pool_bwd_kernel(
 @triton.jit
 def content_fwd_kernel(
     x_ptr,  # [count] fp16|bf16|fp32: the features F
-    target_ptr,  # [count]: the content's own, T
+    target_ptr,  # [count] as x: the content's features T
     pieces_ptr,  # [2, programs] fp32: Σ (F − T)², Σ T²
     count,
     BLOCK: tl.constexpr,
@@ -151,17 +150,17 @@ def content_fwd_kernel(
     tl.store(pieces_ptr + tl.num_programs(0) + pid, tl.sum(target * target))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def tap_bwd_kernel(
     x_ptr,  # [N, H, W, C] fp16|bf16: the features F
-    above_ptr,  # the gradient from the layers above: [N, H, W, C], or [N, H/2, W/2, C] before the pooling, or None
+    above_ptr,  # as x: the gradient from the layers above, [N, H, W, C] or, with winners, [N, H/2, W/2, C]; or None
     winners_ptr,  # [N, H/2, W/2, C] uint8, or None
-    halves_ptr,  # [N, 2, C, C], the style term's Δ; or None
+    halves_ptr,  # [N, 2, C, C] as x: the style term's Δ; or None
     scale_ptr,  # [1] fp32, of the halves; or None
-    target_ptr,  # [N, H, W, C], the content term's T; or None
-    grad_ptr,  # [N, H, W, C]; may be above_ptr
-    grad_style_ptr,  # [1] fp32
-    grad_content_ptr,  # [1] fp32
+    target_ptr,  # [N, H, W, C] as x: the content term's T; or None
+    grad_ptr,  # [N, H, W, C] as x; may be above_ptr
+    grad_style_ptr,  # [1] fp32: the gradient of the style term; or None
+    grad_content_ptr,  # [1] fp32: the gradient of the content term; or None
     height,
     width,
     style_coefficient,  # 4 / NCHW
@@ -211,15 +210,21 @@ def tap_bwd_kernel(
 
 
 def relu_mask_fwd(x: Tensor, bits: Tensor) -> None:
-    """See ``fastperc._native``, whose functions these are on a GPU."""
+    """Fills ``bits`` [numel / 8 rounded up] uint8 with whether each element of ``x`` is not zero."""
     relu_mask_fwd_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK, **PASS_OPTIONS)
 
 
 def relu_mask_bwd(grad: Tensor, bits: Tensor) -> None:
+    """Sets ``grad`` to zero where ``bits``, from :func:`relu_mask_fwd`, has a zero."""
     relu_mask_bwd_kernel[(triton.cdiv(grad.numel(), BLOCK),)](grad, bits, grad.numel(), BLOCK=BLOCK, **PASS_OPTIONS)
 
 
 def relu_pool_fwd(x: Tensor, pooled: Tensor, winners: Tensor) -> None:
+    """Fills ``pooled`` [N, C, H/2, W/2] with the 2×2 max pooling of ``x`` [N, C, H, W], and ``winners``.
+
+    ``winners`` [n, C, H/2, W/2] uint8, for the first n images, has the position of each maximum, 0 to 3; 4 where the
+    maximum is 0.
+    """
     _, channels, height, width = x.shape
     relu_pool_fwd_kernel[(triton.cdiv(pooled.numel(), BLOCK),)](
         x,
@@ -236,6 +241,8 @@ def relu_pool_fwd(x: Tensor, pooled: Tensor, winners: Tensor) -> None:
 
 
 def relu_pool_bwd(grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None:
+    """Fills ``grad`` [N, C, H, W] with the gradient before pooling and ReLU; the other two are as in
+    :func:`relu_pool_fwd`, ``grad_pooled`` being the gradient of ``pooled``."""
     _, channels, height, width = grad.shape
     relu_pool_bwd_kernel[(triton.cdiv(grad.numel(), BLOCK),)](
         grad_pooled, winners, grad, grad.numel(), height, width, CHANNELS=channels, BLOCK=BLOCK, **PASS_OPTIONS
@@ -243,25 +250,35 @@ def relu_pool_bwd(grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None:
 
 
 def content_fwd(x: Tensor, target: Tensor) -> Tensor:
-    """[Σ (x − target)², Σ target²] in float32."""
+    """[Σ (x − target)², Σ target²] in float32, of two tensors of one shape and dtype."""
     programs = triton.cdiv(x.numel(), BLOCK)
     pieces = torch.empty(2, programs, device=x.device)
     content_fwd_kernel[(programs,)](x, target, pieces, x.numel(), BLOCK=BLOCK, **PASS_OPTIONS)
     return pieces.sum(dim=1)
 
 
+class StyleTerm(NamedTuple):
+    """What the gradient of a layer's style term needs."""
+
+    halves: Tensor  # [N, 2, C, C] fp16|bf16: Δ = (high + low) · scale
+    scale: Tensor  # [1] fp32
+    grad: Tensor  # [1] fp32: the gradient of the term
+
+
 def tap_bwd(
     x: Tensor,
     above: Tensor | None,
     winners: Tensor | None,
-    halves: Tensor | None,
-    scale: Tensor | None,
+    style: StyleTerm | None,
     target: Tensor | None,
-    grad_style: Tensor | None,
     grad_content: Tensor | None,
     grad: Tensor,
 ) -> None:
-    """Fills ``grad`` with the gradient before the ReLU that gave ``x`` [N, C, H, W]; the kernel says what each is."""
+    """Fills ``grad`` with the gradient before the ReLU that gave ``x`` [N, C, H, W].
+
+    ``tap_bwd_kernel`` lists the shapes and dtypes. Without ``style`` or ``target`` the layer has no such term.
+    """
+    halves, scale, grad_style = (None, None, None) if style is None else style
     images, channels, height, width = x.shape
     block = min(channels, BLOCK_CHANNELS)
     programs = images * (channels // block) * triton.cdiv(height * width, BLOCK_PIXELS)
@@ -285,84 +302,3 @@ def tap_bwd(
         BLOCK_K=min(channels, BLOCK_K),
         **TAP_OPTIONS,
     )
-
-
-def variants() -> Iterator[Variant]:
-    """VGG-16's channels in both half precisions: a kept layer before a pooling, before a convolution, and the last."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        x, size = f"*{dtype}", dict(height="i32", width="i32")
-        yield Variant(
-            relu_mask_fwd_kernel,
-            dtype,
-            dict(x_ptr=x, bits_ptr="*u8", count="i32"),
-            dict(BLOCK=BLOCK),
-            **PASS_OPTIONS,
-            aligned=("x_ptr", "bits_ptr", "count"),
-        )
-        yield Variant(
-            relu_mask_bwd_kernel,
-            dtype,
-            dict(grad_ptr=x, bits_ptr="*u8", count="i32"),
-            dict(BLOCK=BLOCK),
-            **PASS_OPTIONS,
-            aligned=("grad_ptr", "bits_ptr", "count"),
-        )
-        yield Variant(
-            content_fwd_kernel,
-            dtype,
-            dict(x_ptr=x, target_ptr=x, pieces_ptr="*fp32", count="i32"),
-            dict(BLOCK=BLOCK),
-            **PASS_OPTIONS,
-            aligned=("x_ptr", "target_ptr", "pieces_ptr", "count"),
-        )
-        for channels in (64, 512):
-            yield Variant(
-                relu_pool_fwd_kernel,
-                f"{dtype} C{channels}",
-                dict(x_ptr=x, pooled_ptr=x, winners_ptr="*u8", count="i32", count_winners="i32", **size),
-                dict(CHANNELS=channels, BLOCK=BLOCK),
-                **PASS_OPTIONS,
-                aligned=("x_ptr", "pooled_ptr", "winners_ptr", "count", "count_winners"),
-            )
-            yield Variant(
-                relu_pool_bwd_kernel,
-                f"{dtype} C{channels}",
-                dict(grad_pooled_ptr=x, winners_ptr="*u8", grad_ptr=x, count="i32", **size),
-                dict(CHANNELS=channels, BLOCK=BLOCK),
-                **PASS_OPTIONS,
-                aligned=("grad_pooled_ptr", "winners_ptr", "grad_ptr", "count"),
-            )
-            if dtype == "fp32":
-                continue
-            for above in ("pooled", "dense", "none"):
-                given = {
-                    "x_ptr": x,
-                    "above_ptr": x if above != "none" else None,
-                    "winners_ptr": "*u8" if above == "pooled" else None,
-                    "halves_ptr": x,
-                    "scale_ptr": "*fp32",
-                    "target_ptr": x if above == "dense" else None,
-                    "grad_ptr": x,
-                    "grad_style_ptr": "*fp32",
-                    "grad_content_ptr": "*fp32",
-                    "style_coefficient": "fp32",
-                    "content_coefficient": "fp32",
-                    **size,
-                }
-                absent = {name: None for name, kind in given.items() if kind is None}
-                present = {name: kind for name, kind in given.items() if kind is not None}
-                yield Variant(
-                    tap_bwd_kernel,
-                    f"{dtype} C{channels} {above}",
-                    present,
-                    dict(
-                        CHANNELS=channels,
-                        BLOCK_C=min(channels, BLOCK_CHANNELS),
-                        BLOCK_P=BLOCK_PIXELS,
-                        BLOCK_K=BLOCK_K,
-                        **absent,
-                    ),
-                    **TAP_OPTIONS,
-                    aligned=tuple(name for name in present if present[name] == x or name == "winners_ptr"),
-                    matrix=True,
-                )

@@ -1,17 +1,17 @@
-"""The gradient to a convolution's weight: for each tap a product over the pixels, of two maps a tap apart.
+"""The gradient of a convolution's weight: for each tap a product over the pixels, of two maps shifted by the tap.
 
     out[d, tap, g] = Σ over images and pixels of dense[pixel, d] · gathered[pixel · stride + tap, g]
 
-One of them is the layer's input, the other the gradient of its output: for a convolution the input is gathered, for a
-½-stride one the gradient. At the wide ends a row of taps by three colours lies together in memory: what is gathered
-there has 3·k channels, a pixel every third of them. Either may be still to be normalised.
+One of the maps is the layer's input, the other the gradient of its output. A convolution gathers the input, a ½-stride
+convolution the gradient. At a network's two ends the k taps of a row and their three colours are consecutive in memory:
+the gathered map has 3·k channels there, and a pixel begins at every third. Both maps may be normalised as they are
+loaded.
 
-A program takes a tap, a block of out and a part of an image's pixels; the parts are added up afterwards, in order.
+A program takes a tap, a block of out and a part of an image's pixels. The parts are added up afterwards, in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,31 +19,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import Variant
-from fastperc.kernels.conv_bn_relu import mirrored
+from fastperc.kernels.conv_bn_relu import reflect_once
 from fastperc.kernels.deferred import load_deferred
 from fastperc.types import Deferred, stride_of
 
-PROGRAMS = 264  # to aim at: two to each multiprocessor of the largest GPUs
-FEWEST_STEPS = 4  # of a program, lest the parts outweigh the products
+PROGRAMS = 264  # to aim at: two per multiprocessor of the largest GPUs
+FEWEST_STEPS = 4  # of a program, so that adding up the parts does not outweigh the products
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "dense_height",
+        "dense_width",
+        "height",
+        "width",
+        "border",
+        "gathered_height",
+        "gathered_width",
+        "left",
+        "top",
+        "parts",
+        "part_pixels",
+    ]
+)
 def weight_gradient_kernel(
     dense_ptr,  # [N, dense_height, dense_width, D] fp16|bf16|fp32
-    dense_other_ptr,  # as dense, and
-    dense_coefficients_ptr,  # [N or 1, rows, D] fp32: what is to be made of dense; or None
-    gathered_ptr,  # [N, gathered_height, gathered_width, G], with strides for all but G
-    gathered_other_ptr,
-    gathered_coefficients_ptr,
+    dense_other_ptr,  # as dense; or None
+    dense_coefficients_ptr,  # [N or 1, rows, D] fp32: how dense is normalised as it is loaded; or None
+    gathered_ptr,  # [N, gathered_height, gathered_width, G] as dense, with strides for all but G
+    gathered_other_ptr,  # as gathered; or None
+    gathered_coefficients_ptr,  # [N or 1, rows, G] fp32: how gathered is normalised; or None
     partials_ptr,  # [N, parts, D, TAPS, G] fp32
     dense_coefficients_stride,
     gathered_coefficients_stride,
     dense_height,
     dense_width,
-    height,  # of the pixels summed over: dense's, and `beyond` mirrored ones on each side
+    height,  # of the pixels summed over: those of dense, and a reflected border of `border` pixels on each side
     width,
-    beyond,
+    border,
     gathered_height,
     gathered_width,
     stride_image,  # of gathered
@@ -58,9 +71,9 @@ def weight_gradient_kernel(
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
     STRIDE: tl.constexpr,
-    UPSAMPLE: tl.constexpr,  # whether gathered is seen with each pixel four times over
-    REFLECT: tl.constexpr,  # whether gathered has a mirrored border
-    DENSE_RELU: tl.constexpr,  # in what is to be made of them
+    UPSAMPLE: tl.constexpr,  # whether gathered is upsampled by 2, each pixel repeated four times
+    REFLECT: tl.constexpr,  # whether gathered has a reflected border
+    DENSE_RELU: tl.constexpr,  # as dense is loaded
     GATHERED_RELU: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -75,8 +88,8 @@ def weight_gradient_kernel(
     tap = pid // BLOCKS_G // BLOCKS_D % TAPS
     part = pid // BLOCKS_G // BLOCKS_D // TAPS
     image = (part // parts).to(tl.int64)
-    down = tap // TAPS_W - top
-    right = tap % TAPS_W - left
+    row_offset = tap // TAPS_W - top
+    column_offset = tap % TAPS_W - left
     mask_d = offs_d < DENSE_CHANNELS
     mask_g = offs_g < CHANNELS
     if dense_coefficients_ptr is not None:
@@ -92,19 +105,19 @@ def weight_gradient_kernel(
         mask_p = offs_p < last
         row = offs_p // width
         column = offs_p % width
-        dense_row = mirrored(row - beyond, dense_height)
-        dense_column = mirrored(column - beyond, dense_width)
+        dense_row = reflect_once(row - border, dense_height)
+        dense_column = reflect_once(column - border, dense_width)
         pixels = (image * dense_height + dense_row) * dense_width + dense_column
         offs = pixels[:, None] * DENSE_CHANNELS + offs_d[None, :]
         mask = mask_p[:, None] & mask_d[None, :]
         dense = load_deferred(
             dense_ptr, dense_other_ptr, dense_coefficients_ptr, offs, offs_d, mask, DENSE_CHANNELS, DENSE_RELU
         )
-        row = row * STRIDE + down
-        column = column * STRIDE + right
+        row = row * STRIDE + row_offset
+        column = column * STRIDE + column_offset
         if REFLECT:
-            row = mirrored(row, gathered_height)
-            column = mirrored(column, gathered_width)
+            row = reflect_once(row, gathered_height)
+            column = reflect_once(column, gathered_width)
         mask_p = mask_p & (row >= 0) & (row < gathered_height) & (column >= 0) & (column < gathered_width)
         if UPSAMPLE:
             row = row // 2
@@ -121,19 +134,19 @@ def weight_gradient_kernel(
 
 
 class Geometry(NamedTuple):
-    """Which pixels of what is gathered meet those of what is dense."""
+    """Which pixels of the gathered map are multiplied with a pixel of the dense one."""
 
-    taps: tuple[int, int]  # rows and columns of them
-    top: int = 0  # padding of what is gathered
+    taps: tuple[int, int]  # rows and columns
+    top: int = 0  # padding of the gathered map
     left: int = 0
     stride: int = 1
-    upsample: bool = False  # what is gathered has each pixel four times over
-    reflect: bool = False  # what is gathered has a mirrored border
-    beyond: int = 0  # mirrored pixels on each side of what is dense
+    upsample: bool = False  # the gathered map is upsampled by 2, each pixel repeated four times
+    reflect: bool = False  # the gathered map has a reflected border
+    border: int = 0  # reflected pixels on each side of the dense map
 
 
 def _block(itemsize: int, dense_channels: int, channels: int) -> dict[str, int]:
-    """Not measured yet."""
+    """Block sizes and warps; not measured yet."""
     block_d, block_g = (max(triton.next_power_of_2(c), 16) for c in (dense_channels, channels))
     if itemsize == 4:
         return dict(BLOCK_D=min(block_d, 64), BLOCK_G=min(block_g, 32), BLOCK_P=16, num_warps=8)
@@ -142,15 +155,18 @@ def _block(itemsize: int, dense_channels: int, channels: int) -> dict[str, int]:
 
 
 def weight_gradient(dense: Deferred, gathered: Deferred, geometry: Geometry) -> Tensor:
-    """[D, rows, columns, G] float32, of two maps [N, C, H, W] with their channels innermost."""
+    """[D, rows, columns, G] float32 from two maps [N, C, H, W], channels innermost."""
     return _sum(dense, gathered, gathered.x.shape[1:], gathered.x.stride(), geometry)
 
 
-def rgb_weight_gradient(dense: Deferred, picture: Tensor, kernel: int, beyond: int = 0) -> Tensor:
-    """[D, k, k, 3] float32: each of the taps of a picture prepared for the stem's kernel, [N, rows, columns, 3]."""
+def rgb_weight_gradient(dense: Deferred, picture: Tensor, kernel: int, border: int = 0) -> Tensor:
+    """[D, k, k, 3] float32 from ``dense`` and a ``picture`` prepared for the stem's kernel, [N, rows, columns, 3].
+
+    ``border`` is how many reflected pixels ``dense`` has on each side.
+    """
     _, rows, columns, _ = picture.shape
     strides = (rows * columns * 3, 1, columns * 3, 3)
-    geometry = Geometry((kernel, 1), beyond=beyond)
+    geometry = Geometry((kernel, 1), border=border)
     total = _sum(dense, Deferred(picture), (3 * kernel, rows, columns), strides, geometry)
     return total.squeeze(2).unflatten(2, (kernel, 3))
 
@@ -160,7 +176,7 @@ def _sum(
 ) -> Tensor:
     images, dense_channels, dense_height, dense_width = dense.x.shape
     channels, gathered_height, gathered_width = shape
-    height, width = dense_height + 2 * geometry.beyond, dense_width + 2 * geometry.beyond
+    height, width = dense_height + 2 * geometry.border, dense_width + 2 * geometry.border
     doubled = 2 if geometry.upsample else 1
     block = _block(dense.x.element_size(), dense_channels, channels)
     taps_h, taps_w = geometry.taps
@@ -184,7 +200,7 @@ def _sum(
         dense_width,
         height,
         width,
-        geometry.beyond,
+        geometry.border,
         gathered_height * doubled,
         gathered_width * doubled,
         strides[0],
@@ -207,62 +223,3 @@ def _sum(
         num_stages=3,
     )
     return partials.sum(0)
-
-
-def variants() -> Iterator[Variant]:
-    """The paper's networks: the convolutions, the ½-stride ones, and their ends."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        for channels in ((128, 128), (64, 64), (128, 64), (64, 32)):
-            yield _variant(dtype, *channels, (3, 3), "gradient", "plain")
-            yield _variant(dtype, *channels, (3, 3), "gradient", "activation")
-            yield _variant(dtype, *channels, (3, 3), "activation", "gradient", 2)
-        for channel in (16, 32, 64):
-            yield _variant(dtype, channel, 27, (9, 1), "gradient", "plain")
-            yield _variant(dtype, channel, 27, (9, 1), "activation", "plain")
-
-
-def _variant(
-    dtype: str,
-    dense_channels: int,
-    channels: int,
-    taps: tuple[int, int],
-    dense: str,  # "activation" or "gradient", deferred; or "plain"
-    gathered: str,
-    stride: int = 1,
-) -> Variant:
-    pointers = dict(partials_ptr="*fp32")
-    absent = {}
-    for name, kind in (("dense", dense), ("gathered", gathered)):
-        pointers[f"{name}_ptr"] = f"*{dtype}"
-        wanted = {f"{name}_other_ptr": kind == "gradient", f"{name}_coefficients_ptr": kind != "plain"}
-        pointers |= {key: "*fp32" if "coefficients" in key else f"*{dtype}" for key, there in wanted.items() if there}
-        absent |= {key: None for key, there in wanted.items() if not there}
-    sizes = ("dense_height", "dense_width", "height", "width", "beyond", "gathered_height", "gathered_width")
-    strides = ("dense_coefficients_stride", "gathered_coefficients_stride", "stride_image", "stride_row")
-    block = _block(4 if dtype == "fp32" else 2, dense_channels, channels)
-    num_warps = block.pop("num_warps")
-    return Variant(
-        weight_gradient_kernel,
-        f"{dtype} {dense_channels}x{channels} s{stride} {dense} {gathered}",
-        dict(
-            **pointers,
-            **dict.fromkeys((*sizes, *strides, "stride_column", "left", "top", "parts", "part_pixels"), "i32"),
-        ),
-        dict(
-            DENSE_CHANNELS=dense_channels,
-            CHANNELS=channels,
-            TAPS_H=taps[0],
-            TAPS_W=taps[1],
-            STRIDE=stride,
-            UPSAMPLE=False,
-            REFLECT=False,
-            DENSE_RELU=dense == "activation",
-            GATHERED_RELU=gathered == "activation",
-            **block,
-            **absent,
-        ),
-        num_warps=num_warps,
-        num_stages=3,
-        aligned=(*pointers, *strides, *(("stride_column",) if taps[1] > 1 else ()), "part_pixels"),
-        matrix=dtype != "fp32",
-    )

@@ -73,8 +73,9 @@ class TritonPasses(NativePasses):
         if tap.style is not None and tap.style.backend != "triton":
             return super().tap_gradient(x, layer, above, tap)
         grad = torch.empty_like(x) if above is None or layer.winners is not None else above
-        delta, scale, grad_style = None, None, None
+        style = None
         if tap.style is not None:
-            delta, scale, grad_style = tap.style.delta, tap.style.scale, tap.grad_style
-        kernels.vgg_loss.tap_bwd(x, above, layer.winners, delta, scale, tap.target, grad_style, tap.grad_content, grad)
+            assert tap.grad_style is not None
+            style = kernels.vgg_loss.StyleTerm(tap.style.delta, tap.style.scale, tap.grad_style)
+        kernels.vgg_loss.tap_bwd(x, above, layer.winners, style, tap.target, tap.grad_content, grad)
         return grad
