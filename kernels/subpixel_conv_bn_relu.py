@@ -44,7 +44,7 @@ def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> t
     a program computes; not measured yet."""
     block = max(16, triton.next_power_of_2(channels_out))
     if itemsize == 4:
-        return ConvTile(8 if block > 16 else 4, 8, min(block, 32), 16, 4, 2), 2
+        return ConvTile(4, 8, min(block, 32), 16, 4, 2), 2
     height = 8 if patches * block * 4 >= 128 * 128 * PROGRAMS else 4
     num_warps = 8 if height == 8 and block > 16 else 4
     tile = ConvTile(height, 16, min(block, 64), channel_step(channels_in), num_warps, 3)
