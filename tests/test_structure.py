@@ -99,6 +99,7 @@ def imports_of(path: Path, modules: dict[str, Path]) -> Iterator[Import]:
                 yield Import(target, path, node.lineno)
 
 
+@cache
 def floors() -> dict[str, int]:
     """The line of CONTRIBUTING.md that each module or folder of the package stands on, 0 at the top."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -109,8 +110,9 @@ def floors() -> dict[str, int]:
 
 
 def floor_of(module: str) -> str:
-    """What stands for ``module`` on a floor: the name of its folder or file, right below ``fastperc``."""
-    return module.split(".")[1]
+    """What stands for ``module`` on a floor: its own name below ``fastperc``, or that of its folder or file there."""
+    name = module.partition(".")[2]
+    return name if name in floors() else name.partition(".")[0]
 
 
 def modules_on_floors() -> list[str]:
