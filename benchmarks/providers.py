@@ -92,7 +92,7 @@ class CudnnLayer(nn.Module):
         skipped = x  # the input of the step before
         for step, weight in zip(self.steps, self.weights):
             geometry = [step.stride] * 2, [step.padding] * 2, [1, 1], 1
-            if not step.relu:
+            if step.activation is None:
                 y = F.conv2d(x, weight, step.bias, *geometry[:2])
                 y = y + skipped if step.skip else y
             elif step.skip:

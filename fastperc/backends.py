@@ -25,7 +25,6 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 1), (10, 3))  # 160 KiB and more a block
 _forced: str | None = None
 _pinned: dict[str, str] = {}  # operation → the implementation that alone may run it
-_assumes_gpu = False
 _has_triton = find_spec("triton") is not None  # imported with the first kernel only: that takes a while
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -236,8 +235,6 @@ def why_not_triton(x: Tensor) -> str | None:
         return "Triton is not installed"
     if x.dtype not in TRITON_DTYPES:
         return f"no Triton kernel for {x.dtype}"
-    if _assumes_gpu:
-        return None
     if interpreted():
         return None if _forced == "triton" else "Triton runs interpreted, which is slow"
     if x.device.type != "cuda":
@@ -270,17 +267,6 @@ def why_not_triton_product(x: Tensor) -> str | None:
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
-
-
-@contextmanager
-def assume_gpu() -> Iterator[None]:
-    """Triton kernels count as serving tensors of any device in the block, where launches are recorded, not run."""
-    global _assumes_gpu
-    before, _assumes_gpu = _assumes_gpu, True
-    try:
-        yield
-    finally:
-        _assumes_gpu = before
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
