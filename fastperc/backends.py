@@ -84,6 +84,9 @@ class Operation:
     measured_by: Callable[..., Sequence[Tensor]] = first_argument
     """From the arguments: the tensors, [N, C, H, W] each, whose shapes, dtype and layout a measurement is of."""
     frozen: bool = False  # whether only frozen networks run it, without gradients
+    forcible: bool = (
+        True  # whether ``use_backend`` applies to it; else it has been applied to the operation that calls it
+    )
 
     def __call__(self, *call: Any) -> Any:
         """Runs the call by the implementation that :meth:`choose` gives."""
@@ -98,10 +101,16 @@ class Operation:
         Raises:
             CannotServe: ``use_backend`` asks for a backend that cannot.
         """
-        chosen = self._fastest(*call) if _forced is None and self.name not in _pinned else self._asked_for(*call)
+        free = self.name not in _pinned and not self._is_forced
+        chosen = self._fastest(*call) if free else self._asked_for(*call)
         if _record.choices is not None:
-            _record.choices.append(Choice(_record.layer, self.name, chosen.name, self.reason(chosen, *call)))
+            backend, reason = chosen.backend or "reference", self.reason(chosen, *call)
+            _record.choices.append(Choice(_record.layer, self.name, backend, reason, chosen.name))
         return chosen
+
+    @property
+    def _is_forced(self) -> bool:
+        return _forced is not None and self.forcible
 
     def _fastest(self, *call: Any) -> Implementation:
         for name in dispatch.ranking(self.name, self.measured_by(*call)):
@@ -128,9 +137,10 @@ class Operation:
         return next((one for one in able if one.why_slow(*call) is None), able[0])
 
     def reason(self, chosen: Implementation, *call: Any) -> str:
-        """Why ``chosen`` runs the call, in words."""
-        if _forced is not None:
-            return "use_backend asks for it"
+        """Why ``chosen`` runs the call, in words; after its label, if it has one."""
+        label = "" if chosen.name == chosen.backend else f"{chosen.name}: "
+        if self._is_forced:
+            return label + "use_backend asks for it"
         measured = chosen.name in dispatch.ranking(self.name, self.measured_by(*call))
         reasons = ["measured the fastest"] if measured else []
         for other in self.implementations:
@@ -138,7 +148,7 @@ class Operation:
                 break
             if reason := other.why_not(*call) or (None if measured else other.why_slow(*call)):
                 reasons.append(f"not {other.name}: {reason}")
-        return "; ".join(reasons) or "by rule of thumb the fastest that can"
+        return label + ("; ".join(reasons) or "by rule of thumb the fastest that can")
 
 
 OPERATIONS: dict[str, Operation] = {}  # every operation, by name; filled as ``fastperc.ops`` is imported
@@ -194,12 +204,13 @@ class CannotServe(RuntimeError):
 
 
 class Choice(NamedTuple):
-    """Which implementation ran a layer's operation, and why."""
+    """What ran a layer's operation, and why."""
 
     layer: str
     operation: str
-    implementation: str
+    backend: str
     reason: str
+    implementation: str
 
 
 class _Record(threading.local):
@@ -213,11 +224,12 @@ _record = _Record()
 @contextmanager
 def recorded() -> Iterator[list[Choice]]:
     """A list that receives every choice that this thread makes in the block."""
-    before, _record.choices = _record.choices, []
+    before = _record.choices, _record.layer
+    _record.choices, _record.layer = [], ""
     try:
         yield _record.choices
     finally:
-        _record.choices = before
+        _record.choices, _record.layer = before
 
 
 def at_layer(name: str) -> None:

@@ -40,7 +40,7 @@ def test_one_that_is_expected_to_be_slow_is_chosen_only_where_it_is_asked_for():
         assert Operation("op", "Op", (slow, plain))(X) == "slow"
     with backends.recorded() as choices:
         Operation("op", "Op", (slow, fast, plain))(X)
-    assert choices == [("", "op", "library", "not winograd: few pixels")]
+    assert choices == [("", "op", "native", "library: not winograd: few pixels", "library")]
 
 
 def test_a_forced_backend_serves_or_says_why_not():

@@ -357,7 +357,7 @@ def test_tune(run, hasty):
     by_backend = table.times[Key("tv_loss", "float32", "NCHW", False, ((1, 3, 16, 16),))]
     fastest = min(by_backend, key=by_backend.get)
     row = next(row for row in rows if row.startswith("tv_loss                float32   NCHW    fwd "))
-    assert row.split()[5] == fastest
+    assert row.split()[5] == fastest and row.endswith(f"  {fastest}")
     assert OPERATIONS["tv_loss"].choose(x, "l2", "sum").name == fastest
     assert ops.tv_loss(x) > 0
 

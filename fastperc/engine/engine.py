@@ -220,8 +220,8 @@ class Engine:
         """A line for each layer: what runs it, and why. Runs an image of that size to find out."""
         with backends.recorded() as choices, torch.no_grad():
             self._pass(torch.zeros(1, 3, height, width, device=self.device), torch.float32)
-        lines = [f"{'layer':<18}{'operation':<23}{'runs':<11}reason"]
-        lines += [f"{one.layer:<18}{one.operation:<23}{one.implementation:<11}{one.reason}" for one in choices]
+        lines = [f"{'layer':<18}{'operation':<23}{'backend':<11}reason"]
+        lines += [f"{one.layer:<18}{one.operation:<23}{one.backend:<11}{one.reason}" for one in choices]
         return "\n".join(lines)
 
     def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -142,8 +142,7 @@ def unpool(grad_pooled: Tensor, layer: SavedLayer, passes: Passes) -> Tensor:
     return grad
 
 
-# The convolution with its bias and ReLU or, without a bias, alone. Both operations that have it fix the backend
-# themselves, so its implementations belong to none.
+# The convolution with its bias and ReLU or, without a bias, alone.
 
 
 def _why_not_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -181,9 +180,9 @@ VGG_CONV = register(
         "vgg_conv",
         "Loss network's conv, ReLU",
         (
-            Implementation(None, _winograd, _why_not_winograd, _why_slow_winograd, "winograd"),
-            Implementation(None, _cudnn, _why_not_cudnn, label="cudnn"),
-            Implementation(None, _library, label="library"),
+            Implementation("native", _winograd, _why_not_winograd, _why_slow_winograd, "winograd"),
+            Implementation("native", _cudnn, _why_not_cudnn, label="cudnn"),
+            Implementation("reference", _library, label="library"),
         ),
         TuningCases(
             lambda batch, size: [((batch, 64, size, size), (64, 64, 3, 3))],
@@ -192,5 +191,6 @@ VGG_CONV = register(
         (*CONV3X3.sources, "fastperc/ops/vgg_chain.py"),
         first_two_arguments,
         frozen=True,
+        forcible=False,
     )
 )

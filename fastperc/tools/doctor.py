@@ -47,16 +47,16 @@ def report() -> str:
         tuned = f"{table.path}, {table.date}, {len(table.times)} entries" if table else "no; `fastperc tune` measures"
         lines.append(f"{f'tuned {device}':<13} {tuned}")
 
-    lines += ["", f"{'operation':<23}{'device':<9}{'runs':<11}reason"]
+    lines += ["", f"{'operation':<23}{'device':<9}{'backend':<11}reason"]
     for name, operation in OPERATIONS.items():
         for device in devices:
-            implementation, reason = _choice(operation, device)
-            lines.append(f"{name:<23}{device!s:<9}{implementation:<11}{reason}")
+            backend, reason = _choice(operation, device)
+            lines.append(f"{name:<23}{device!s:<9}{backend:<11}{reason}")
     return "\n".join(lines)
 
 
 def _choice(operation: Operation, device: torch.device) -> tuple[str, str]:
-    """The implementation that runs ``operation`` on ``device``, most often if that was measured, and why."""
+    """The backend that runs ``operation`` on ``device``, most often if that was measured, and why."""
     assert operation.tuning_cases is not None
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     key = next(key for key in cases(1, EXAMPLE_SIDE) if key.operation == operation.name and key.layout == "NHWC")
@@ -64,13 +64,14 @@ def _choice(operation: Operation, device: torch.device) -> tuple[str, str]:
     with torch.set_grad_enabled(key.grad):
         arguments = operation.tuning_cases.call(*tensors)
         chosen = operation.choose(*arguments)
-        name, reason = chosen.name, operation.reason(chosen, *arguments)
+        reason = operation.reason(chosen, *arguments)
     table = dispatch.table(device)
     times = [by_name for key, by_name in table.times.items() if key.operation == operation.name] if table else []
     if times:
         wins = Counter(min(by_name, key=by_name.__getitem__) for by_name in times).most_common()
-        name, reason = wins[0][0], "measured the fastest: " + ", ".join(f"{name} {count}x" for name, count in wins)
-    return name, reason
+        chosen = next(one for one in operation.implementations if one.name == wins[0][0])
+        reason = "measured the fastest: " + ", ".join(f"{name} {count}x" for name, count in wins)
+    return chosen.backend or "reference", reason
 
 
 def _version(package: str) -> str:

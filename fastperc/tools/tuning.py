@@ -120,13 +120,14 @@ def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) ->
 
 
 def report(times: Mapping[Key, Milliseconds]) -> str:
-    """A line for each measurement: the milliseconds of each implementation, the fastest first."""
-    lines = [f"{'operation':<23}{'dtype':<10}{'layout':<8}{'pass':<9}{'shape':<22}milliseconds, the fastest first"]
+    """A line for each measurement: the milliseconds of each implementation, and the fastest."""
+    lines = [f"{'operation':<23}{'dtype':<10}{'layout':<8}{'pass':<9}{'shape':<22}{'milliseconds':<45}  fastest"]
     for key, by_name in sorted(times.items()):
         shape = "x".join(map(str, key.shapes[0])) + (f" +{len(key.shapes) - 1}" if len(key.shapes) > 1 else "")
         ranked = sorted(by_name, key=by_name.__getitem__)
+        milliseconds = ", ".join(f"{name} {by_name[name]:.4g}" for name in ranked)
         lines.append(
             f"{key.operation:<23}{key.dtype:<10}{key.layout:<8}{'fwd+bwd' if key.grad else 'fwd':<9}{shape:<22}"
-            + ", ".join(f"{name} {by_name[name]:.4g}" for name in ranked)
+            + f"{milliseconds:<45}  {ranked[0]}"
         )
     return "\n".join(lines)
