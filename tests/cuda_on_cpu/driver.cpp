@@ -15,7 +15,7 @@ using fastperc::Norm;
 
 constexpr unsigned orders = 5;  // forwards, backwards, and three random ones
 
-// Memory between two guards that nobody may write to. AddressSanitizer also catches reads from the guards.
+// Memory between two guards that must not be written to. AddressSanitizer also catches reads from the guards.
 class Buffer {
  public:
   explicit Buffer(std::string contents) : initial(std::move(contents)), memory(initial.size() + 2 * guard + 64) {
