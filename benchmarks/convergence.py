@@ -70,7 +70,7 @@ def losses_of(recipe: StyleRecipe, threads: int | None, fused: bool) -> Losses:
         train(recipe, out)
         if not is_complete(recipe, out):
             raise KeyboardInterrupt
-        used = {choice.implementation for choice in choices} - {"composed"}
+        used = {choice.backend for choice in choices}
         if (used == {"reference"}) == fused:
             raise RuntimeError(f"the {'fused' if fused else 'plain'} run ran on {', '.join(sorted(used))}")
         return read_losses(out / LOSSES, recipe.iterations)

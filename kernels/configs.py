@@ -42,9 +42,9 @@ def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -
     if itemsize == 4:
         return ConvTile(8, 8, min(block, 64), 16, 4, 2)
     if programs < PROGRAMS:
-        return ConvTile(8, 8, min(block, 64), step, 4, 4)
+        return ConvTile(8, 8, min(block, 64), step, 8, 4)  # with 4 warps statistics spill on sm_100
     if block < 128:
-        return ConvTile(8, 16, block, step, 4, 3)
+        return ConvTile(8, 16, block, step, 8 if block == step == 64 else 4, 3)  # with 4 warps 64x64 spills on sm_80
     if programs < 6 * PROGRAMS:
         return ConvTile(8, 16, block, step, 8, 4)
     return ConvTile(16, 16, block, step, 8, 4)
@@ -59,4 +59,4 @@ def deferred_tile(itemsize: int, channels_in: int, channels_out: int, pixels: in
         return ConvTile(8, 8, min(block, 32), 16, 4, 2)
     if programs < PROGRAMS:
         return ConvTile(8, 8, min(block, 64), min(step, 32), 8, 3)
-    return ConvTile(8, 16, block, min(step, 32), 8, 3)
+    return ConvTile(8, 16, block, min(step, 32), 4 if block == 64 else 8, 3)  # with 8 warps a skip spills on sm_100

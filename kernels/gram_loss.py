@@ -26,6 +26,7 @@ BLOCK_FINISH = 512  # elements of a Gram matrix per program of gram_finish
 MAX_BLOCK_CHANNELS = 128
 OPTIONS = {
     "gram_partials_kernel": dict(num_warps=8, num_stages=4),
+    "gram_partials_kernel of NCHW": dict(num_warps=8, num_stages=2),  # more stages spill on sm_80
     "gram_deltas_kernel": dict(num_warps=4, num_stages=1),
     "gram_finish_kernel": dict(num_warps=4, num_stages=1),
     "gram_loss_bwd_kernel": dict(num_warps=8, num_stages=2),
@@ -98,6 +99,7 @@ def gram_loss_fwd(
     partial_ends = ends([layer.images * layer.pairs * layer.splits for layer in layers])
     channels, block = tuple(layer.channels for layer in layers), tuple(layer.block for layer in layers)
     splits = tuple(layer.splits for layer in layers)
+    nhwc = all(layer.channels_last for layer in layers)
     gram_partials_kernel[(partial_ends[-1],)](
         tuple(layer.x for layer in layers),
         tuple(partials),
@@ -111,7 +113,7 @@ def gram_loss_fwd(
         BLOCK_C=block,
         BLOCK_P=BLOCK_PIXELS_FWD,
         PIXELS_PER_PROGRAM=PIXELS_PER_PROGRAM,
-        **OPTIONS["gram_partials_kernel"],
+        **OPTIONS["gram_partials_kernel" if nhwc else "gram_partials_kernel of NCHW"],
     )
     piece_ends = ends([layer.images * layer.pairs * (layer.block // BLOCK_ROWS) for layer in layers])
     pieces = losses.new_empty(2, piece_ends[-1])
