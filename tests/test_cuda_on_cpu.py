@@ -28,16 +28,17 @@ FLAGS = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-include", HERE / "cuda_o
 SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def sanitizers_work(folder):
-    source = folder / "empty.cpp"
-    source.write_text("int main() {}")
-    command = ["g++", *SANITIZERS, source, "-o", source.with_suffix("")]
-    return subprocess.run(command, capture_output=True).returncode == 0
+# The sources of each program. The sanitized ones are compiled with SANITIZERS.
+PROGRAMS = {
+    "driver": [*SOURCES, HERE / "driver.cpp"],
+    "driver-sanitized": [*SOURCES, HERE / "driver.cpp"],
+    "faults-sanitized": [HERE / "faults.cu"],
+}
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """The folder of ``driver``, ``driver-sanitized`` and ``faults-sanitized``, compiled once for all workers."""
+def program(tmp_path_factory):
+    """A function that returns the path of a program, which is compiled once for all tests and workers."""
     if shutil.which("g++") is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux")
     import fcntl  # which Windows does not have
@@ -45,40 +46,38 @@ def programs(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_on_cpu"
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "compiled").exists():
-            compile_programs(folder)
-            (folder / "compiled").touch()
-    return folder
+
+    def program(name):
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / name).exists():
+                compile_program(folder, name)
+        return folder / name
+
+    return program
 
 
-def compile_programs(folder):
-    """Compiles the programs into ``folder``, in parallel."""
-    jobs = {"driver": [*SOURCES, HERE / "driver.cpp"]}
-    if sanitizers_work(folder):
-        jobs |= {"driver-sanitized": jobs["driver"], "faults-sanitized": [HERE / "faults.cu"]}
+def compile_program(folder, name):
+    """Compiles the program called ``name`` into ``folder``, its sources in parallel."""
+    sanitizers = SANITIZERS if name.endswith("sanitized") else []
+    if sanitizers and not sanitizers_work(folder / f"{name}-empty.cpp"):
+        pytest.skip("this g++ comes without AddressSanitizer or UBSan")
 
-    def compile_one(name, source):
-        flags = [*FLAGS, *SANITIZERS] if "sanitized" in name else FLAGS
-        command = ["g++", *flags, "-x", "c++", "-c", source, "-o", folder / f"{name}-{source.stem}.o"]
+    def compile_source(source):
+        command = ["g++", *FLAGS, *sanitizers, "-x", "c++", "-c", source, "-o", folder / f"{name}-{source.stem}.o"]
         return subprocess.run(command, capture_output=True, text=True)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        # The slow ones first.
-        pairs = [(name, source) for name, sources in reversed(jobs.items()) for source in sources]
-        for done in pool.map(compile_one, *zip(*pairs)):
+        for done in pool.map(compile_source, PROGRAMS[name]):
             assert done.returncode == 0, done.stderr
-    for name, sources in jobs.items():
-        objects = [folder / f"{name}-{source.stem}.o" for source in sources]
-        flags = SANITIZERS if "sanitized" in name else []
-        subprocess.run(["g++", *flags, *objects, "-o", folder / name], check=True)
+    objects = [folder / f"{name}-{source.stem}.o" for source in PROGRAMS[name]]
+    subprocess.run(["g++", *sanitizers, *objects, "-o", folder / name], check=True)
 
 
-def sanitized(programs, name):
-    if not (programs / name).exists():
-        pytest.skip("this g++ comes without AddressSanitizer or UBSan")
-    return programs / name
+def sanitizers_work(source):
+    source.write_text("int main() {}")
+    command = ["g++", *SANITIZERS, source, "-o", source.with_suffix("")]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 # What the kernels compute
@@ -190,8 +189,8 @@ def run_cases(program: Path, cases: Sequence[Case]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_matches_formula_in_every_order_of_threads(programs, case):
-    filled, loss = run_cases(programs / "driver", [case])
+def test_matches_formula_in_every_order_of_threads(program, case):
+    filled, loss = run_cases(program("driver"), [case])
     expected_loss, expected = by_formula(case.x, case.norm)
     loss = torch.frombuffer(bytearray(loss), dtype=torch.promote_types(case.dtype, torch.float32))
     assert error(loss[0], expected_loss) <= LOSS_ERROR[case.dtype]
@@ -210,8 +209,11 @@ def test_matches_formula_in_every_order_of_threads(programs, case):
     assert memory.isnan().all(), "the kernel wrote between the rows"
 
 
-def test_clean_under_sanitizers(programs):
-    assert run_cases(sanitized(programs, "driver-sanitized"), CASES) == run_cases(programs / "driver", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_clean_under_sanitizers(program, dtype):
+    cases = [case for case in CASES if case.dtype == dtype]
+    assert run_cases(program("driver-sanitized"), cases) == run_cases(program("driver"), cases)
 
 
 def test_every_cuda_launcher_is_run_here():
@@ -232,13 +234,13 @@ def test_compiles_with_nvcc(source, tmp_path):
 # Mistakes that the emulation finds
 
 
-def run_fault(programs, name):
-    return subprocess.run([sanitized(programs, "faults-sanitized"), name], capture_output=True, text=True)
+def run_fault(program, name):
+    return subprocess.run([program("faults-sanitized"), name], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", ["missing-barrier", "missing-second-barrier", "lockstep", "float-atomics"])
-def test_a_race_is_reported(programs, name):
-    assert "depends on the order" in run_fault(programs, name).stdout
+def test_a_race_is_reported(program, name):
+    assert "depends on the order" in run_fault(program, name).stdout
 
 
 @pytest.mark.parametrize(
@@ -258,8 +260,8 @@ def test_a_race_is_reported(programs, name):
     ],
     ids=lambda value: value if re.fullmatch(r"[\w-]+", value) else "",
 )
-def test_a_mistake_is_reported(programs, name, message):
-    done = run_fault(programs, name)
+def test_a_mistake_is_reported(program, name, message):
+    done = run_fault(program, name)
     assert done.returncode != 0
     assert re.search(message, done.stderr, re.DOTALL), done.stderr
 
@@ -273,7 +275,7 @@ def test_a_mistake_is_reported(programs, name, message):
     ],
     ids=["reverse", "sound", "stale-shared"],
 )
-def test_a_sound_kernel_passes(programs, name, expected):
-    done = run_fault(programs, name)
+def test_a_sound_kernel_passes(program, name, expected):
+    done = run_fault(program, name)
     assert done.returncode == 0, done.stderr
     assert [int(number) for number in done.stdout.split()] == expected
