@@ -25,7 +25,7 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "fl
 WINOGRAD_PANEL = 32  # winograd_panel in csrc/conv3x3.h
 
 
-def unsupported(x: Tensor) -> str | None:
+def why_not(x: Tensor) -> str | None:
     """Why no compiled kernel can serve ``x``, or ``None`` if one can."""
     if _missing:
         return _missing
@@ -181,7 +181,7 @@ def rgb_conv_head(products: Tensor, bias: Tensor, out: Tensor, left: int, reflec
     )
 
 
-def channel_statistics(x: Tensor) -> Tensor:
+def channel_mean_m2(x: Tensor) -> Tensor:
     """The mean and Σ (x - mean)² of each channel of each image of ``x``, channels-last: float64 [N, 2, C]."""
     statistics = torch.empty(len(x), 2, x.shape[1], dtype=torch.float64)
     pointers = x.data_ptr(), statistics.data_ptr()

@@ -56,7 +56,7 @@ def deferred_tile(itemsize: int, channels_in: int, channels_out: int, pixels: in
     block = min(128, max(16, 1 << (channels_out - 1).bit_length()))
     programs = -(-pixels // 128) * -(-channels_out // block)
     if itemsize == 4:
-        return ConvTile(8, 8, min(block, 32), 16, 4, 2)
+        return ConvTile(8, 8, min(block, 16), 16, 4, 2)  # more channels spill with Triton 3.6
     if programs < PROGRAMS:
         return ConvTile(8, 8, min(block, 64), min(step, 32), 8, 3)
-    return ConvTile(8, 16, block, min(step, 32), 4 if block == 64 else 8, 3)  # with 8 warps a skip spills on sm_100
+    return ConvTile(8, 16, block, min(step, 32), 4 if block == step == 64 else 8, 3)  # with 8 warps it spills on sm_100

@@ -116,7 +116,7 @@ def _pretend(arch: int, stack: ExitStack) -> None:
         device=lambda device: nullcontext(),
     )
     stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
-    stack.enter_context(mock.patch.object(_native, "unsupported", lambda x: "only launches of Triton are recorded"))
+    stack.enter_context(mock.patch.object(_native, "why_not", lambda x: "only launches of Triton are recorded"))
     stack.enter_context(_PretendGPU(torch.device("cuda", arch)))  # no machine has a GPU of that number
 
 

@@ -109,13 +109,13 @@ def test_unknown_backend_is_refused():
 
 
 def test_native_kernels_are_built_and_used_here():
-    assert _native.unsupported(torch.rand(1, 3, 8, 8)) is None
-    assert "meta" in str(_native.unsupported(torch.empty(1, 3, 8, 8, device="meta")))
+    assert _native.why_not(torch.rand(1, 3, 8, 8)) is None
+    assert "meta" in str(_native.why_not(torch.empty(1, 3, 8, 8, device="meta")))
 
 
 def test_an_unsupported_dtype_falls_back():
     x = torch.rand(1, 3, 8, 8).to(torch.float8_e4m3fn)
-    assert "float8" in str(_native.unsupported(x))
+    assert "float8" in str(_native.why_not(x))
 
 
 def test_triton_serves_gpu_tensors_of_its_dtypes(monkeypatch):

@@ -17,7 +17,7 @@ from fastperc import TVLoss, _native, ops, reference, use_backend
 @pytest.fixture(params=DEVICES)
 def device(request):
     """Where the native kernel runs: the CPU, and a GPU if there is one that it was built for."""
-    if obstacle := _native.unsupported(torch.empty(0, device=request.param)):
+    if obstacle := _native.why_not(torch.empty(0, device=request.param)):
         pytest.skip(obstacle)
     return request.param
 

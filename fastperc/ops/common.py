@@ -53,7 +53,7 @@ def why_not_cpp(x: Tensor) -> str | None:
     """Why no C++ kernel of a network's layers can take ``x``, or ``None``."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return f"no C++ kernel for {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
-    return _native.unsupported(x)
+    return _native.why_not(x)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

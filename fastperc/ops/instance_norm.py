@@ -35,7 +35,7 @@ def native_instance_norm(x: Tensor, epilogue: Epilogue, out: Tensor | None = Non
     assert norm is not None
     x = channels_last(x)
     out = torch.empty_like(x) if out is None else out
-    mean, m2 = _native.channel_statistics(x).unbind(1)
+    mean, m2 = _native.channel_mean_m2(x).unbind(1)
     scale = norm.weight / (m2 / x[0, 0].numel() + norm.eps).sqrt()
     shift = norm.bias - mean * scale
     relu, skip = epilogue.activation is not None, channels_adjacent(epilogue.skip)
@@ -86,7 +86,7 @@ def _triton_apply(x: Tensor, partials: Tensor, epilogue: Epilogue, out: Tensor) 
 def instance_statistics(x: Tensor) -> Tensor:
     """Mean and Σ (x - mean)² of each channel of each image of ``x`` [N, C, H, W]: float64 [N, 2, C]."""
     if why_not_cpp(x) is None and x.numel():
-        return _native.channel_statistics(channels_last(x))
+        return _native.channel_mean_m2(channels_last(x))
     variance, mean = torch.var_mean(x.double(), dim=(2, 3), correction=0)
     return torch.stack([mean, variance * x[0, 0].numel()], dim=1)
 

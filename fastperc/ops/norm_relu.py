@@ -168,7 +168,7 @@ class _NormReLU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The output, mean and Σ (x - mean)² of each channel, float64 [1 or N, 2, C], and of how many values, [C]."""
         out, images = torch.empty_like(x), _images(x, batch)
-        statistics = _native.channel_statistics(images)
+        statistics = _native.channel_mean_m2(images)
         count = statistics.new_full((x.shape[1],), images[0, 0].numel())
         if group is not None:
             combined = combine_over_processes(torch.cat([count[None], statistics[0]]), group)

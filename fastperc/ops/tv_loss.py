@@ -92,7 +92,7 @@ class _TVLoss(torch.autograd.Function):
 
 
 def _why_not_native(x: Tensor, norm: str, reduction: str) -> str | None:
-    return _native.unsupported(x)
+    return _native.why_not(x)
 
 
 def _native_tv_loss(x: Tensor, norm: str, reduction: str) -> Tensor:

@@ -105,7 +105,7 @@ def _why_not_triton(x: Tensor, convs: Sequence[FrozenConv]) -> str | None:
 
 
 def _why_not_native(x: Tensor, convs: Sequence[FrozenConv]) -> str | None:
-    return _native.unsupported(x) if x.device.type == "cpu" else f"no C++ kernel for {x.device.type} tensors"
+    return _native.why_not(x) if x.device.type == "cpu" else f"no C++ kernel for {x.device.type} tensors"
 
 
 WHY_NOT = {"triton": _why_not_triton, "native": _why_not_native}
