@@ -92,7 +92,7 @@ def sanitizer(tool: str) -> Stage:
 
 
 TRAINING_SPEED = str(ROOT / "benchmarks" / "training_speed.py")
-STAGES = (
+FIRST = (
     tests("tests_inference", 120, "tests on the GPU: the engine and its kernels", FROZEN),
     bench("inference", 150, "whole networks in eval mode, 4K and video", NOT_COMPILED),
     bench("rgb_conv", 60, "the 9×9 convolutions", NOT_COMPILED),
@@ -111,6 +111,9 @@ STAGES = (
     bench("conv3x3", 30, "3×3 convolutions in training", NOT_COMPILED),
     bench("layers_compiled", 600, "layers by torch.compile and max-autotune", COMPILED, LAYERS),
 )
+FILES = sorted(file.stem.removeprefix("bench_") for file in (ROOT / "benchmarks").glob("bench_*.py"))
+OTHERS = [name for name in FILES if name not in {stage.name for stage in FIRST}]
+STAGES = (*FIRST, *(bench(name, 60, operations.benchmark(name).title, NOT_COMPILED) for name in OTHERS))
 SANITIZERS = (sanitizer("memcheck"), sanitizer("racecheck"))
 
 
