@@ -131,9 +131,9 @@ class Operation:
             asked = [one for one in self.implementations if one.backend is None]
         able = [one for one in asked if one.why_not(*call) is None]
         if not able:
-            reason = asked[0].why_not(*call) if asked else "there is no such kernel"
-            backend = asked[0].name if asked else _forced
-            raise CannotServe(f"{self.name} cannot run on the {backend} backend: {reason}")
+            reasons = [f"{one.label and one.label + ': '}{one.why_not(*call)}" for one in asked]
+            reason = "; ".join(reasons) or "there is no such kernel"
+            raise CannotServe(f"{self.name} cannot run on the {_pinned.get(self.name, _forced)} backend: {reason}")
         return next((one for one in able if one.why_slow(*call) is None), able[0])
 
     def reason(self, chosen: Implementation, *call: Any) -> str:

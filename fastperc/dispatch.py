@@ -27,6 +27,7 @@ from fastperc.devices import device_name
 from fastperc.files import cache_folder, write_atomically
 
 SHIPPED = Path(__file__).parent / "tables"
+FORMAT = 2  # of the file; tables of another format are ignored
 NEAR = 2.0  # how far a measurement holds, in doublings: a factor of four in pixels, or two in pixels and channels each
 
 Milliseconds = Mapping[str, float]  # of a call, by implementation
@@ -143,7 +144,9 @@ def save(device: torch.device, times: Mapping[Key, Milliseconds]) -> Path:
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     rows = [{**key._asdict(), "milliseconds": entries[key]} for key in sorted(entries)]
     with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps({**_made_for(device), "date": date, "entries": rows}) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps({**_made_for(device), "format": FORMAT, "date": date, "entries": rows}) + "\n", encoding="utf-8"
+        )
     forget()
     return path
 
@@ -187,7 +190,7 @@ def _read(path: Path, device: torch.device) -> Table | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         made_for = _made_for(device)
-        if any(content[key] != made_for[key] for key in made_for):
+        if any(content[key] != made_for[key] for key in made_for) or content.get("format") != FORMAT:
             return None
         return Table(path, str(content["date"]), dict(_entry(entry) for entry in content["entries"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

@@ -57,7 +57,7 @@ def _no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """New tensors hold NaN until somebody writes to them."""
+    """New tensors hold NaN until they are written."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -265,6 +265,15 @@ def test_the_rest_is_not_triton_s(cause, monkeypatch):
     assert net(x).shape == (2, 8, 6, 7)
 
 
+def test_a_wide_layer_of_three_channels_reads_an_image_only():
+    first, wide = ConvBNReLU(16, 3, 3, padding=1), ConvBNReLU(3, 16, 5, padding=2)
+    layers = [*first.to(DEVICE).layers(), *wide.to(DEVICE).layers()]
+    with use_backend("triton"):
+        x = torch.randn(1, 16, 8, 9, device=DEVICE)
+        assert "reads an image only" in why_not_triton(x, layers)
+        assert why_not_triton(x[:, :3], layers[1:]) is None
+
+
 def test_hooks_between_modules_are_called():
     net, seen = TransformNet("paper", width=4).to(DEVICE), []
     net.blocks[2].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))

@@ -214,7 +214,7 @@ def test_a_damaged_table_is_told_once_and_not_used(damage):
     assert chosen(triton=None, native=None) == "native"
 
 
-@pytest.mark.parametrize("field", ["device", "torch", "fastperc"])
+@pytest.mark.parametrize("field", ["device", "torch", "fastperc", "format"])
 def test_a_table_of_another_version_is_not_used(field):
     path = dispatch.save(CPU, {key(): measured("reference", "native")})
     content = json.loads(path.read_text())
@@ -224,6 +224,20 @@ def test_a_table_of_another_version_is_not_used(field):
     path.write_text(json.dumps(content))
     dispatch.forget()
     assert chosen() == "reference"
+
+
+def test_doctor_ignores_names_that_it_does_not_know(run):
+    case = next(case for case in tuning.cases(1, 16) if case.operation == "conv_bn_relu")
+    dispatch.save(CPU, {case: measured("a kernel of long ago", "reference")})
+    assert run("doctor").status == 0
+
+
+def test_a_measured_batch_norm_says_nothing_of_an_instance_norm():
+    x = torch.rand(4, 32, 16, 16).contiguous(memory_format=torch.channels_last)
+    dispatch.save(CPU, {Key.of("norm_relu", x, (tuple(x.shape),)): measured("reference", "native")})
+    record = OPERATIONS["norm_relu"]
+    assert record.choose(x, torch.nn.BatchNorm2d(32), True, None).name == "reference"
+    assert record.choose(x, torch.nn.InstanceNorm2d(32, affine=True), True, None).name == "native"
 
 
 def test_versions_have_files_of_their_own(monkeypatch):

@@ -62,5 +62,7 @@ def test_refuses_what_does_not_fit():
     weight, bias = filters(4, 4, 3, 3, device="cpu", dtype=torch.float32)
     with pytest.raises(ValueError, match="'transposed' or 'nearest', got 'bilinear'"):
         ops.subpixel_conv_bn_relu(torch.rand(1, 4, 3, 3), weight, bias, "bilinear")
+    with pytest.raises(ValueError, match="has no skip"):
+        ops.subpixel_conv_bn_relu(torch.rand(1, 4, 3, 3), weight, bias, epilogue=Epilogue(skip=torch.rand(1, 4, 6, 6)))
     with pytest.raises(ValueError, match=r"got \[1, 3, 5, 6\]"):
         ops.subpixel_conv_bn_relu(torch.rand(1, 3, 5, 6), weight, bias)

@@ -220,7 +220,7 @@ class Engine:
         """A line for each layer: what runs it, and why. Runs an image of that size to find out."""
         with backends.recorded() as choices, torch.no_grad():
             self._pass(torch.zeros(1, 3, height, width, device=self.device), torch.float32)
-        lines = [f"{'layer':<18}{'operation':<23}{'backend':<11}reason"]
+        lines = [f"{'layer':<18}{'kernel':<23}{'backend':<11}reason"]
         lines += [f"{one.layer:<18}{one.operation:<23}{one.backend:<11}{one.reason}" for one in choices]
         return "\n".join(lines)
 

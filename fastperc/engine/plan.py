@@ -163,8 +163,8 @@ def steps_of(layer: nn.Module, name: str = "") -> Iterator[Step]:
                 weight, bias - norm.running_mean.double(), factor, isinstance(conv, nn.ConvTranspose2d)
             )
             bias = bias + norm.bias.detach().double()
-        made = Step(where, weight, bias, conv.stride[0], conv.padding[0], conv.padding_mode, norm=instance)
-        return made._replace(**changes)  # type: ignore[arg-type]
+        bare = Step(where, weight, bias, conv.stride[0], conv.padding[0], conv.padding_mode, norm=instance)
+        return bare._replace(**changes)  # type: ignore[arg-type]
 
     if isinstance(layer, nn.Sequential):
         for child, module in layer.named_children():

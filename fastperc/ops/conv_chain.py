@@ -77,7 +77,7 @@ def _blocks(x: Tensor, layers: Sequence[Layer]) -> Iterator[tuple[list[Layer], s
     channels, *size = x.shape[1:]
     block: list[Layer] = []
     for i, layer in enumerate(layers):
-        reason = why_not_layer(layer, channels, i == len(layers) - 1)
+        reason = why_not_layer(layer, channels, i == 0, i == len(layers) - 1)
         if reason is None and layer.skip and [one.kind for one in block] + [layer.kind] != [CONV, CONV]:
             reason = "a skip spans two convolutions"
         if reason is None and layer.reflect and min(size) <= layer.padding:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastperc import _native, backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
 from fastperc.ops.common import COMMON_CPP_SOURCES, channels_adjacent, channels_last, why_not_cpp, why_not_frozen
-from fastperc.types import Epilogue, InstanceNorm
+from fastperc.types import NO_EPILOGUE, Epilogue, InstanceNorm
 
 
 def instance_norm(x: Tensor, epilogue: Epilogue) -> Tensor:
@@ -66,7 +66,7 @@ def triton_finish(
             fill(epilogue, None)
             return out
         partials = torch.empty(len(out), tiles(), 3, out.shape[1], device=out.device)
-        fill(Epilogue(activation=None), partials)
+        fill(NO_EPILOGUE, partials)
     return _triton_apply(out, partials, epilogue, out)
 
 

@@ -360,8 +360,8 @@ def _gathered_weight_gradient(layer: Layer, x: Deferred, grad: Deferred, nearest
     return module.weight_gradient(grad, x, geometry).permute(0, 3, 1, 2)
 
 
-def why_not_layer(layer: Layer, channels: int, last: bool) -> str | None:
-    """Why no kernel can take a layer whose input has ``channels``, or ``None``; ``last``: whether it ends its chain."""
+def why_not_layer(layer: Layer, channels: int, first: bool, last: bool) -> str | None:
+    """Why no kernel can take a layer whose input has ``channels``, or ``None``; ``first`` and ``last`` of its chain."""
     conv, norm = layer.conv, layer.norm
     plain = isinstance(conv, nn.ConvTranspose2d if layer.upsample == "transposed" else nn.Conv2d)
     if not plain or has_hooks(conv) or conv.bias is None or torch.nn.utils.parametrize.is_parametrized(conv):
@@ -374,6 +374,8 @@ def why_not_layer(layer: Layer, channels: int, last: bool) -> str | None:
         return f"no kernel pads by {conv.padding_mode!r}"
     if reason := layer.kind.why_not_geometry(layer):
         return reason
+    if layer.kind is STEM and not first:
+        return "a wide convolution of 3 channels reads an image only"
     if layer.activation not in (None, RELU):
         return f"no kernel for the activation {layer.activation.name}"
     if norm is None:

@@ -272,5 +272,6 @@ NORM_RELU = register(
             lambda x: (x, nn.BatchNorm2d(x.shape[1]).to(x.device), True, None),
         ),
         (*COMMON_CPP_SOURCES, "csrc/norm_relu*", "fastperc/ops/norm_relu.py", "fastperc/collective.py"),
+        lambda x, norm, relu, skip: (x,) if type(norm) is nn.BatchNorm2d else (),  # others are faster natively
     )
 )

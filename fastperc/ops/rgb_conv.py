@@ -15,7 +15,7 @@ from torch import Tensor
 from fastperc import reference
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
 from fastperc.ops import onednn
-from fastperc.ops.common import COMMON_SOURCES, channels_last, empty_like, why_not_here
+from fastperc.ops.common import COMMON_SOURCES, channels_last, compute_dtype, empty_like, why_not_here
 from fastperc.types import Padding, same_sides
 
 
@@ -36,12 +36,6 @@ def taps_as_filters(weight: Tensor) -> Tensor:
     return weight.permute(3, 0, 1, 2).flatten(0, 1)[..., None]
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a convolution of ``x`` computes in: autocast's, or its own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding) -> str | None:
     if reason := why_not_here():
         return reason
@@ -49,11 +43,11 @@ def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding) -
         return "oneDNN does not compute in float64"
     if x.numel() == 0:
         return "the tensor is empty"
-    return onednn.why_not(x.new_empty(0, dtype=_product_dtype(x)))
+    return onednn.why_not(x.new_empty(0, dtype=compute_dtype(x)))
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding) -> Tensor:
-    dtype = _product_dtype(x)
+    dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     zeros = padding.sides[0]  # columns of zeros are no part of the product
     if padding.mode != "zeros":

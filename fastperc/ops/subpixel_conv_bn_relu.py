@@ -57,10 +57,12 @@ def subpixel_conv_bn_relu(
         [N, O, 2·(H + top + bottom - 2), 2·(W + left + right - 2)] in ``x``'s dtype.
 
     Raises:
-        ValueError: shapes that do not fit, or no such way to upsample.
+        ValueError: shapes that do not fit, no such way to upsample, or a skip.
     """
     if upsample not in UPSAMPLE:
         raise ValueError(f"upsample must be 'transposed' or 'nearest', got {upsample!r}")
+    if epilogue.skip is not None:
+        raise ValueError("an upsampling convolution has no skip; add it afterwards")
     check_shapes(x, weight, bias, weight.shape[0 if upsample == "transposed" else 1])
     return SUBPIXEL_CONV_BN_RELU(x, weight, bias, upsample, padding, epilogue)
 

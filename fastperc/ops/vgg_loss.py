@@ -12,7 +12,7 @@ from torch import Tensor
 from fastperc import _native, backends, reference
 from fastperc.backends import CannotServe, Implementation, Operation, TuningCases, register
 from fastperc.ops.common import COMMON_CPP_SOURCES, compute_dtype
-from fastperc.ops.gram_loss import GRAM_LOSS, KERNELS, gram_loss
+from fastperc.ops.gram_loss import GRAM_LOSS, gram_loss
 from fastperc.ops.vgg_chain import (
     VGG_CONV,
     PackedConv,
@@ -209,7 +209,7 @@ def run(
             style = {}
             if grams:
                 features = [kept[i] for i in grams]
-                gram_backend = _gram_backend(features, targets)
+                gram_backend = _gram_backend(features, targets, backend)
                 losses, scales, *deltas = torch.ops.fastperc.gram_loss_fwd(features, targets, gram_backend)
                 sums.style.add_(losses, alpha=share)
                 for position, (i, delta) in enumerate(zip(grams, deltas)):
@@ -218,13 +218,14 @@ def run(
     return sums, tapes
 
 
-def _gram_backend(features: Sequence[Tensor], targets: Sequence[Tensor]) -> str:
-    """The Gram loss's own choice, among the implementations that leave Δ for this backward."""
+def _gram_backend(features: Sequence[Tensor], targets: Sequence[Tensor], backend: str) -> str:
+    """The Gram loss's own choice, if it leaves Δ in a form that the passes of ``backend`` read."""
     try:
-        name = GRAM_LOSS.choose(features, targets).name
+        with torch.enable_grad():
+            name = GRAM_LOSS.choose([x.detach().requires_grad_() for x in features], targets).name
     except CannotServe:  # use_backend("triton") with float32 features
         return "native"
-    return name if name in KERNELS else "native"
+    return "triton" if name == backend == "triton" else "native"
 
 
 class _VGGLoss(torch.autograd.Function):

@@ -49,7 +49,7 @@ def report() -> str:
 
     lines += ["", f"{'operation':<23}{'device':<9}{'backend':<11}reason"]
     for name, operation in OPERATIONS.items():
-        for device in devices:
+        for device in devices if operation.tuning_cases else ():
             backend, reason = _choice(operation, device)
             lines.append(f"{name:<23}{device!s:<9}{backend:<11}{reason}")
     return "\n".join(lines)
@@ -69,7 +69,7 @@ def _choice(operation: Operation, device: torch.device) -> tuple[str, str]:
     times = [by_name for key, by_name in table.times.items() if key.operation == operation.name] if table else []
     if times:
         wins = Counter(min(by_name, key=by_name.__getitem__) for by_name in times).most_common()
-        chosen = next(one for one in operation.implementations if one.name == wins[0][0])
+        chosen = next((one for one in operation.implementations if one.name == wins[0][0]), chosen)
         reason = "measured the fastest: " + ", ".join(f"{name} {count}x" for name, count in wins)
     return chosen.backend or "reference", reason
 

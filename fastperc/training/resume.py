@@ -1,4 +1,4 @@
-"""Where a run starts: anew, from a trained network (``--init``), or from its own checkpoint (``--resume``).
+"""Where a run starts: random weights, a trained network (``--init``), or its own checkpoint (``--resume``).
 
 The checkpoints that a run writes and those that it resumes from are both here.
 """
