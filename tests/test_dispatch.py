@@ -1,4 +1,4 @@
-"""The fastest measured backend runs: the table's rules, its file, and `fastperc tune`, which writes it."""
+"""The fastest measured backend runs: the table's rules and its file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastperc import TVLoss, backends, dispatch, ops, use_backend
-from fastperc.backends import Implementation, Operation, TuningCases
+from fastperc import TVLoss, dispatch, ops, use_backend
+from fastperc.backends import Implementation, Operation
 from fastperc.dispatch import Key
 from fastperc.ops import OPERATIONS
 from fastperc.tools import tuning
@@ -303,107 +302,3 @@ def test_cache_folder(platform, variables, expected, monkeypatch):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
     assert dispatch.cache_folder() == Path(expected)
-
-
-# Measuring
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    monkeypatch.setattr(tuning, "ROUNDS", 1)
-    monkeypatch.setattr(tuning, "SECONDS_A_ROUND", 0)
-
-
-@pytest.fixture
-def fake_operation(monkeypatch):
-    """An operation whose native backend takes 3 ms and whose Triton kernel is for GPUs; returns the turns taken."""
-    turns = []
-
-    def implementation(backend, seconds, why_not=backends.never):
-        def run(x):
-            turns.append(backend)
-            time.sleep(seconds)
-            return x.sum()
-
-        return Implementation(backend, run, why_not)
-
-    implementations = (
-        implementation("triton", 0, backends.why_not_triton),
-        implementation("native", 0.003),
-        implementation("reference", 0),
-    )
-    cases = TuningCases(lambda batch, size: [((batch, 3, size, size),)], lambda x: (x,))
-    monkeypatch.setattr(tuning, "OPERATIONS", {"op": Operation("op", "Op", implementations, cases)})
-    return turns
-
-
-def test_measures_every_implementation_that_can_serve(fake_operation, monkeypatch):
-    monkeypatch.setattr(tuning, "SECONDS_A_ROUND", 0)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which runs on the CPU, and is no candidate
-    for grad in (False, True):
-        times = tuning.measure(key((1, 3, 16, 16), grad=grad), CPU)
-        assert set(times) == {"reference", "native"}
-        assert times["native"] >= 3 and times["native"] > times["reference"] > 0
-    turns = fake_operation[-2 * tuning.ROUNDS :]
-    assert turns[:4] == ["native", "reference", "reference", "native"], "in an order that alternates"
-
-
-def test_where_nothing_can_be_chosen_no_table_is_written(run, fake_operation, monkeypatch):
-    record = tuning.OPERATIONS["op"]
-    monkeypatch.setitem(tuning.OPERATIONS, "op", replace(record, implementations=record.implementations[-1:]))
-    status, out, _ = run("tune", "--device", "cpu", "--size", 16)
-    assert (status, out) == (0, "nothing to choose from: plain PyTorch alone runs on cpu\n")
-    assert not dispatch.path_of(CPU).exists()
-
-
-def test_tune(run, hasty):
-    assert run("tune", "--show", "--device", "cpu").out == f"there is no table, {dispatch.path_of(CPU)}\n"
-    status, out, err = run("tune", "--device", "cpu", "--size", 16, "--batch", 1)
-    assert status == 0 and f"tuning  {len(list(tuning.cases(1, 16)))}" in err
-    *rows, path = out.splitlines()
-    assert path == str(dispatch.path_of(CPU))
-    assert rows[0].split()[:5] == ["operation", "dtype", "layout", "pass", "shape"]
-    table = dispatch.table(CPU)
-    assert len(rows) == 1 + len(table.times)
-    assert {key.operation for key in table.times} <= set(OPERATIONS)
-
-    x = torch.rand(1, 3, 16, 16)
-    by_backend = table.times[Key("tv_loss", "float32", "NCHW", False, ((1, 3, 16, 16),))]
-    fastest = min(by_backend, key=by_backend.get)
-    row = next(row for row in rows if row.startswith("tv_loss                float32   NCHW    fwd "))
-    assert row.split()[5] == fastest and row.endswith(f"  {fastest}")
-    assert OPERATIONS["tv_loss"].choose(x, "l2", "sum").name == fastest
-    assert ops.tv_loss(x) > 0
-
-    assert run("tune", "--show", "--device", "cpu").out.splitlines() == [*rows, f"{path}, {table.date}"]
-    doctor = run("doctor").out
-    assert path in doctor and "measured the fastest: " in doctor
-    assert run("tune", "--clear", "--device", "cpu").out == f"removed {path}\n"
-    assert run("tune", "--clear", "--device", "cpu") == (0, f"there was no table, {path}\n", "")
-    assert "tuned cpu     no" in run("doctor").out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--size", 15], "--size must be at least 16, got 15"),
-        (["--size", "large"], "--size"),
-        (["--batch", 0], "0 is below 1"),
-        (["--device", "abacus"], "no device 'abacus' here"),
-        (["--show", "--clear"], "not allowed with"),
-        (["photo.png"], "photo.png"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_bad_arguments(run, arguments, told):
-    status, out, err = run("tune", "--device", "cpu", *arguments)
-    assert (status, out) == (2, "") and told in err and err.count("\n") == 1
-    assert not dispatch.path_of(CPU).exists()
-
-
-def test_a_cache_that_cannot_be_written_is_told_before_measuring(run, tmp_path, fake_operation, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    status, out, err = run("tune", "--device", "cpu")
-    assert (status, out) == (2, "") and err.startswith("fastperc tune: ") and "cannot be written" in err
-    assert not fake_operation
