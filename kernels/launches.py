@@ -116,6 +116,8 @@ def _pretend(arch: int, stack: ExitStack) -> None:
         device=lambda device: nullcontext(),
     )
     stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
+    # A build for CUDA has cuDNN's operators, which take no CPU tensors: the loss network then uses conv2d.
+    stack.enter_context(mock.patch.object(torch.backends.cudnn, "is_available", lambda: False))
     stack.enter_context(mock.patch.object(_native, "why_not", lambda x: "only launches of Triton are recorded"))
     stack.enter_context(_PretendGPU(torch.device("cuda", arch)))  # no machine has a GPU of that number
 
