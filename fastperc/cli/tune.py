@@ -13,7 +13,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "tune",
         help="measure which backend is fastest here, and use it from then on",
-        description="Measures every implementation of each operation on this machine, at the shapes of a training step, and "
+        description="Measures every implementation of each operation here, at the shapes of a training step, and "
         "writes a table. From then on the fastest backend is used. Other sizes and batches add to the table.",
     )
     parser.add_argument(
