@@ -84,9 +84,7 @@ class Operation:
     measured_by: Callable[..., Sequence[Tensor]] = first_argument
     """From the arguments: the tensors, [N, C, H, W] each, whose shapes, dtype and layout a measurement is of."""
     frozen: bool = False  # whether only frozen networks run it, without gradients
-    forcible: bool = (
-        True  # whether ``use_backend`` applies to it; else it has been applied to the operation that calls it
-    )
+    forcible: bool = True  # whether ``use_backend`` applies; else it applies to the operation that calls this one
 
     def __call__(self, *call: Any) -> Any:
         """Runs the call by the implementation that :meth:`choose` gives."""
