@@ -16,9 +16,9 @@ from fastperc.types import Window
 try:
     from fastperc import _C
 
-    _missing = None
+    _missing, _has_cuda = None, bool(_C.build_info()["cuda"])  # once: torch.compile cannot trace a call of _C
 except ImportError as error:  # never built, or built for another Python
-    _C = None  # type: ignore[assignment]
+    _C, _has_cuda = None, False  # type: ignore[assignment]
     _missing = f"the compiled module fastperc._C cannot be imported ({error}); run `pip install .`"
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -31,7 +31,7 @@ def why_not(x: Tensor) -> str | None:
         return _missing
     if x.dtype not in DTYPES:
         return f"no kernel for {x.dtype}"
-    if x.device.type == "cpu" or (x.device.type == "cuda" and _C.build_info()["cuda"] and not torch.version.hip):
+    if x.device.type == "cpu" or (x.device.type == "cuda" and _has_cuda and not torch.version.hip):
         return None
     return f"no compiled kernel for {x.device.type} tensors in this build"
 

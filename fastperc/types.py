@@ -74,18 +74,13 @@ class Window(NamedTuple):
 
 
 class Deferred(NamedTuple):
-    """relu?(coefficients[:, 0] · x + coefficients[:, 1] + coefficients[:, 2] · other), to be computed where it is
-    loaded; without coefficients ``x`` itself."""
+    """relu?(coefficients[:, 0] · x + coefficients[:, 1] + coefficients[:, 2] · other), computed when it is needed;
+    without coefficients ``x`` itself."""
 
     x: Tensor  # [N, C, H, W], channels innermost
     coefficients: Tensor | None = None  # [N or 1, rows, C] fp32
     relu: bool = False
     other: Tensor | None = None  # as x
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """``x_ptr``, ``other_ptr``, ``coefficients_ptr`` and ``coefficients_stride`` of a kernel."""
-        return self.x, self.other, self.coefficients, stride_of(self.coefficients)
 
 
 class Destination(NamedTuple):

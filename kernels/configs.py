@@ -48,15 +48,3 @@ def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -
     if programs < 6 * PROGRAMS:
         return ConvTile(8, 16, block, step, 8, 4)
     return ConvTile(16, 16, block, step, 8, 4)
-
-
-def deferred_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -> ConvTile:
-    """The same for an input that is normalised as it is loaded, which takes registers. Not measured yet."""
-    step = channel_step(channels_in)
-    block = min(128, max(16, 1 << (channels_out - 1).bit_length()))
-    programs = -(-pixels // 128) * -(-channels_out // block)
-    if itemsize == 4:
-        return ConvTile(8, 8, min(block, 16), 16, 4, 2)  # more channels spill with Triton 3.6
-    if programs < PROGRAMS:
-        return ConvTile(8, 8, min(block, 64), min(step, 32), 8, 3)
-    return ConvTile(8, 16, block, min(step, 32), 4 if block == step == 64 else 8, 3)  # with 8 warps it spills on sm_100

@@ -4,12 +4,11 @@
 
 A program computes a tile of pixels × output channels, one tap and one block of input channels at a time. It loads the
 shifted tiles of x through tensor descriptors, which give zeros outside the image: that is the padding. Masked pointers
-serve where descriptors cannot: strides, reflected borders, rows whose bytes are no multiple of 16, sm_80, and
-activations that are normalised as they are loaded (``fastperc.kernels.deferred``). Neighbouring programs take the
-channel blocks of one tile, then the next tile of its row.
+serve where descriptors cannot: strides, reflected borders, rows whose bytes are no multiple of 16, and sm_80.
+Neighbouring programs take the channel blocks of one tile, then the next tile of its row.
 
 In training the same kernel computes the gradient of the input: a convolution of the output's gradient, passed as x,
-with the weights turned by 180°.
+with the weights turned: read in the opposite order of taps, in and out exchanged.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastperc.kernels.configs import ConvTile, conv_tile, deferred_tile
-from fastperc.kernels.deferred import load_deferred, store_gradient
-from fastperc.types import RELU, Deferred, Destination, Epilogue, Padding, stride_of
+from fastperc.kernels.configs import ConvTile, conv_tile
+from fastperc.kernels.deferred import store_gradient
+from fastperc.types import RELU, Destination, Epilogue, Padding
 
 
 @triton.jit
@@ -87,18 +86,15 @@ def store_output(
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "left", "top"])
 def conv_bn_relu_kernel(
     x_desc,  # [N, H, W, I] fp16|bf16, blocks [1, TILE_H, TILE_W, BLOCK_I]; or None
-    weight_desc,  # [O, KERNEL² · I], blocks [BLOCK_O, BLOCK_I]; or None
-    x_ptr,  # [N, H, W, I] fp16|bf16|fp32
-    other_ptr,  # as x; or None
-    coefficients_ptr,  # [N or 1, rows, I] fp32: how x is normalised as it is loaded; or None
-    weight_ptr,  # [O, KERNEL², I]
+    weight_desc,  # [O, KERNEL² · I], blocks [BLOCK_O, BLOCK_I], or turned as weight; or None
+    x_ptr,  # [N, H, W, I] fp16|bf16|fp32; or None
+    weight_ptr,  # [O, KERNEL², I] or, with TURNED, [I, KERNEL², O]; or None
     bias_ptr,  # [O] fp32; or None
     skip_ptr,  # [N, H', W', O] with strides for all but O; or None
     saved_ptr,  # as out: the deferred activation whose gradient out is; or None
     saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: those of saved; or None
     out_ptr,  # [N, H', W', O]
     partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of out; of a gradient, [N, tiles, 2, O]; or None
-    coefficients_stride,
     saved_coefficients_stride,
     height,
     width,
@@ -114,7 +110,7 @@ def conv_bn_relu_kernel(
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     REFLECT: tl.constexpr,
-    X_RELU: tl.constexpr,  # as x is loaded
+    TURNED: tl.constexpr,
     RELU: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
@@ -130,8 +126,6 @@ def conv_bn_relu_kernel(
     block = pid % BLOCKS_O * BLOCK_O
     tile = pid // BLOCKS_O % tiles
     image = pid // BLOCKS_O // tiles
-    if coefficients_ptr is not None:
-        coefficients_ptr += image * coefficients_stride
     first_row = tile // tiles_w * TILE_H
     first_column = tile % tiles_w * TILE_W
 
@@ -140,13 +134,14 @@ def conv_bn_relu_kernel(
     columns = first_column + offs_p % TILE_W
     offs_o = block + tl.arange(0, BLOCK_O)
     # Channels × pixels where the tensor cores can (64 rows or more): both factors then come from shared memory, where a
-    # reshaped x on the left would go through registers, and a channel's statistics are sums along a row. An x that is
-    # normalised as it is loaded is in registers anyway.
-    CHANNELS_FIRST: tl.constexpr = BLOCK_O >= 64 and coefficients_ptr is None
+    # reshaped x on the left would go through registers, and a channel's statistics are sums along a row.
+    CHANNELS_FIRST: tl.constexpr = BLOCK_O >= 64
     if CHANNELS_FIRST:
         acc = tl.zeros([BLOCK_O, TILE_H * TILE_W], dtype=tl.float32)
     else:
         acc = tl.zeros([TILE_H * TILE_W, BLOCK_O], dtype=tl.float32)
+    if x_desc is None:  # 64 bits for the tile's first row only
+        x_ptr += (image.to(tl.int64) * height + first_row * STRIDE) * width * CHANNELS_IN
     for step in tl.range(TAPS * BLOCKS_I):
         tap = step // BLOCKS_I
         first_i = step % BLOCKS_I * BLOCK_I
@@ -155,7 +150,10 @@ def conv_bn_relu_kernel(
         if x_desc is not None:
             x = x_desc.load([image, first_row + row_offset, first_column + column_offset, first_i])
             x = x.reshape(TILE_H * TILE_W, BLOCK_I)
-            weight = weight_desc.load([block, tap * CHANNELS_IN + first_i])
+            if TURNED:
+                weight = weight_desc.load([first_i, (TAPS - 1 - tap) * CHANNELS_OUT + block]).T
+            else:
+                weight = weight_desc.load([block, tap * CHANNELS_IN + first_i])
         else:
             row = rows * STRIDE + row_offset
             column = columns * STRIDE + column_offset
@@ -165,12 +163,15 @@ def conv_bn_relu_kernel(
             mask_p = (row >= 0) & (row < height) & (column >= 0) & (column < width)
             offs_i = first_i + tl.arange(0, BLOCK_I)
             mask_i = offs_i < CHANNELS_IN
-            pixels = (image.to(tl.int64) * height + row) * width + column
-            offs_x = pixels[:, None] * CHANNELS_IN + offs_i[None, :]
-            mask_x = mask_p[:, None] & mask_i[None, :]
-            x = load_deferred(x_ptr, other_ptr, coefficients_ptr, offs_x, offs_i, mask_x, CHANNELS_IN, X_RELU)
-            weight_ptrs = weight_ptr + (offs_o[:, None] * TAPS + tap) * CHANNELS_IN + offs_i[None, :]
-            weight = tl.load(weight_ptrs, mask=(offs_o[:, None] < CHANNELS_OUT) & mask_i[None, :], other=0.0)
+            offs_x = ((row - first_row * STRIDE) * width + column)[:, None] * CHANNELS_IN + offs_i[None, :]
+            x = tl.load(x_ptr + offs_x, mask=mask_p[:, None] & mask_i[None, :], other=0.0)
+            mask_o = offs_o < CHANNELS_OUT
+            if TURNED:
+                weight_ptrs = weight_ptr + (offs_i[:, None] * TAPS + TAPS - 1 - tap) * CHANNELS_OUT + offs_o[None, :]
+                weight = tl.load(weight_ptrs, mask=mask_i[:, None] & mask_o[None, :], other=0.0).T
+            else:
+                weight_ptrs = weight_ptr + (offs_o[:, None] * TAPS + tap) * CHANNELS_IN + offs_i[None, :]
+                weight = tl.load(weight_ptrs, mask=mask_o[:, None] & mask_i[None, :], other=0.0)
         if CHANNELS_FIRST:
             acc = tl.dot(weight, x.T, acc, input_precision="ieee")
         else:
@@ -213,21 +214,20 @@ def conv_bn_relu_kernel(
         )
 
 
-def conv_bn_relu_tiles(x: Deferred, out_shape: Sequence[int], gradient: bool = False) -> int:
+def conv_bn_relu_tiles(x: Tensor, out_shape: Sequence[int], gradient: bool = False) -> int:
     """How many tiles an image of ``out_shape`` [N, O, H', W'] has: the second size of ``partials``."""
     _, _, height, width = out_shape
     tile = _tile(x, out_shape)
     return triton.cdiv(height, tile.height) * triton.cdiv(width, tile.width) * (2 if gradient else 1)
 
 
-def _tile(x: Deferred, out_shape: Sequence[int]) -> ConvTile:
+def _tile(x: Tensor, out_shape: Sequence[int]) -> ConvTile:
     images, channels_out, height, width = out_shape
-    choose = conv_tile if x.coefficients is None else deferred_tile
-    return choose(x.x.element_size(), x.x.shape[1], channels_out, images * height * width)
+    return conv_tile(x.element_size(), x.shape[1], channels_out, images * height * width)
 
 
 def conv_bn_relu_fwd(
-    x: Deferred,
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
@@ -241,31 +241,31 @@ def conv_bn_relu_fwd(
     All tensors but ``bias`` and ``partials`` have their channels innermost; the epilogue's skip may be a window of a
     larger map, its norm is None. The mode of ``padding`` is ``"zeros"`` or ``"reflect"``.
     """
-    _launch(x, weight, bias, Destination(out, partials), stride, padding, epilogue)
+    _launch(x, weight, False, bias, Destination(out, partials), stride, padding, epilogue)
 
 
 def conv_bn_relu_bwd(
-    grad: Deferred,
+    grad: Tensor,
     weight: Tensor,
+    turned: bool,
     skip: Tensor | None,
-    saved: Deferred | None,
-    out: Tensor,
+    destination: Destination,
     stride: int,
     padding: Padding,
-    partials: Tensor | None,
 ) -> None:
-    """Fills ``out`` with conv(``grad``) + ``skip``, the gradient of ``saved``, and ``partials`` [N, tiles, 2, O].
+    """Fills ``destination`` with conv(``grad``) + ``skip``, the gradient of its saved activation, and its sums.
 
-    ``weight`` is turned already. Without ``saved`` it is the gradient of a plain map. The padding is of zeros.
+    ``weight`` is [O, I, k, k], or [I, O, k, k] to be ``turned``; channels innermost. Without a saved activation it is
+    the gradient of a plain map. The padding is of zeros.
     """
-    destination = Destination(out, partials, saved)
     activation = RELU if destination.saved_relu else None
-    _launch(grad, weight, None, destination, stride, padding, Epilogue(None, activation, skip))
+    _launch(grad, weight, turned, None, destination, stride, padding, Epilogue(None, activation, skip))
 
 
 def _launch(
-    x: Deferred,
+    x: Tensor,
     weight: Tensor,
+    turned: bool,
     bias: Tensor | None,
     destination: Destination,
     stride: int,
@@ -273,34 +273,31 @@ def _launch(
     epilogue: Epilogue,
 ) -> None:
     out, skip = destination.out, epilogue.skip
-    images, channels_in, height, width = x.x.shape
+    images, channels_in, height, width = x.shape
     _, channels_out, out_height, out_width = out.shape
     kernel = weight.shape[-1]
     tile = _tile(x, out.shape)
     x_desc = weight_desc = None
-    if stride == 1 and not padding.reflects and x.coefficients is None and descriptors_fit(x.x, weight):
+    if stride == 1 and not padding.reflects and descriptors_fit(x, weight):
         strides = (height * width * channels_in, width * channels_in, channels_in, 1)
         block = [1, tile.height, tile.width, tile.channels_in]
-        x_desc = TensorDescriptor(x.x, [images, height, width, channels_in], strides, block)
-        elements = kernel * kernel * channels_in
-        block = [tile.channels_out, tile.channels_in]
-        weight_desc = TensorDescriptor(weight, [channels_out, elements], (elements, 1), block)
+        x_desc = TensorDescriptor(x, [images, height, width, channels_in], strides, block)
+        elements = weight[0].numel()
+        block = [tile.channels_in, tile.channels_out] if turned else [tile.channels_out, tile.channels_in]
+        weight_desc = TensorDescriptor(weight, [len(weight), elements], (elements, 1), block)
     programs = images * triton.cdiv(out_height, tile.height) * triton.cdiv(out_width, tile.width)
     programs *= triton.cdiv(channels_out, tile.channels_out)
     skip_strides = (0, 0, 0) if skip is None else (skip.stride(0), skip.stride(2), skip.stride(3))
     conv_bn_relu_kernel[(programs,)](
         x_desc,
         weight_desc,
-        None if x_desc else x.x,
-        x.other,
-        x.coefficients,
+        None if x_desc else x,
         None if x_desc else weight,
         bias,
         skip,
         *destination.saved_arguments,
         out,
         destination.partials,
-        stride_of(x.coefficients),
         destination.saved_stride,
         height,
         width,
@@ -314,7 +311,7 @@ def _launch(
         KERNEL=kernel,
         STRIDE=stride,
         REFLECT=padding.reflects,
-        X_RELU=x.relu,
+        TURNED=turned,
         RELU=epilogue.activation is not None,
         **tile.constants,
         **tile.options,

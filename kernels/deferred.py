@@ -1,14 +1,15 @@
-"""The activations and gradients between the layers of a chain in training: normalised only where they are loaded.
+"""How a chain of convolutions in training takes its norms: what the kernels store for them, and the gradient's.
 
-    forward     conv ── y ─────────────────────────────▶ next conv's load: relu(scale · y + shift), zero at the border
+    forward     conv ── y ────────────────────────────────▶ relu(scale · y + shift) ── next conv
                      └─ statistics by tile ▶ scale, shift ─┘
 
-    backward    dy by the load of the layer's own gradients: a · g + b · y + c, g being the gradient after the norm
-                     ▲ sums by tile ▶ a, b, c ─┐
-                     └── g ── data gradient of the next conv, where that load's ReLU let the value through ◀── …
+    backward    ◀── data gradient, weight gradient ── dy = a · g + b + c · y ◀── g ── next conv's data gradient
+                                             sums by tile ▶ a, b, c ─────────┘
 
-Both are x · row 0 + row 1 of a table of coefficients, one column a channel; the backward adds ``other`` · row 2. An
-instance norm has a table for each image. A norm's table also holds what its backward needs: see ``NORM_ROWS``.
+g is the gradient after the norm, zero where the ReLU stopped the value. Both passes over memory are
+``fastperc.kernels.instance_norm.instance_norm_fwd``: x · row 0 + row 1 + other · row 2 of a table of coefficients, one
+column a channel. An instance norm has a table for each image. A norm's table also holds what its backward needs: see
+``NORM_ROWS``.
 """
 
 from __future__ import annotations
@@ -25,31 +26,6 @@ GRADIENT_ROWS = tl.constexpr(3)  # of a gradient's coefficients: the factors of 
 def coefficient(coefficients_ptr, row: tl.constexpr, offs_c, CHANNELS: tl.constexpr):
     """One row of an image's coefficients, [channels] fp32."""
     return tl.load(coefficients_ptr + row * CHANNELS + offs_c, mask=offs_c < CHANNELS, other=0.0)
-
-
-@triton.jit
-def load_deferred(
-    x_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    other_ptr,  # as x; or None
-    coefficients_ptr,  # [rows, C] fp32, of the image; or None
-    offs,  # [pixels, channels]: offsets in x, and in other
-    offs_c,  # [channels]
-    mask,  # [pixels, channels]
-    CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,
-):
-    """The normalised tile [pixels, channels] in the dtype of x. Outside ``mask`` it is zero after the norm."""
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
-    if coefficients_ptr is not None:
-        value = x.to(tl.float32) * coefficient(coefficients_ptr, 0, offs_c, CHANNELS)[None, :]
-        value += coefficient(coefficients_ptr, 1, offs_c, CHANNELS)[None, :]
-        if other_ptr is not None:
-            other = tl.load(other_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            value += other * coefficient(coefficients_ptr, 2, offs_c, CHANNELS)[None, :]
-        if RELU:
-            value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        x = tl.where(mask, value, 0.0).to(x_ptr.dtype.element_ty)
-    return x
 
 
 @triton.jit

@@ -3,7 +3,7 @@
     statistics              those of a tensor that a library's convolution computed; reads it once
     norm_coefficients       weight / σ, bias − μ · weight / σ and more, from an image's tiles by Chan's formula
     gradient_coefficients   the same for the backward
-    instance_norm           x · scale + shift, the skip, ReLU; in one pass
+    instance_norm           x · scale + shift, the skip, ReLU, or the gradient before the norm; in one pass
 
 In training they serve batch norm too, which treats all images as one. All tensors are NHWC; a skip may be a window of a
 larger map. The tiles are added up in a fixed order, without atomics: the result is the same bit for bit.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastperc.kernels.conv_bn_relu import store_partials
 from fastperc.kernels.deferred import GRADIENT_ROWS, NORM_ROWS, coefficient
-from fastperc.types import stride_of
+from fastperc.types import Deferred, stride_of
 
 BLOCK = 8192  # elements per program of the passes over memory
 MAX_BLOCK_CHANNELS = 64  # of them: 128 bytes in half precision
@@ -187,7 +187,8 @@ def gradient_coefficients_kernel(
 @triton.jit(do_not_specialize=["height", "width"])
 def instance_norm_kernel(
     x_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    coefficients_ptr,  # [N or 1, NORM_ROWS, C] fp32
+    other_ptr,  # as x; or None
+    coefficients_ptr,  # [N or 1, rows, C] fp32
     skip_ptr,  # [N, H, W, C] with strides for all but C; or None
     out_ptr,  # [N, H, W, C]; may be x_ptr
     coefficients_stride,
@@ -209,6 +210,9 @@ def instance_norm_kernel(
     shift = coefficient(coefficients_ptr, 1, offs_c, CHANNELS)
     offs = (image * pixels + offs_p[:, None]) * CHANNELS + offs_c[None, :]
     y = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    if other_ptr is not None:
+        factor = coefficient(coefficients_ptr, 2, offs_c, CHANNELS)
+        y += tl.load(other_ptr + offs, mask=mask, other=0.0).to(tl.float32) * factor[None, :]
     if skip_ptr is not None:
         offs_skip = image * skip_stride_image + (offs_p // width).to(tl.int64) * skip_stride_row
         offs_skip += (offs_p % width).to(tl.int64) * skip_stride_column
@@ -313,21 +317,22 @@ def gradient_coefficients(partials: Tensor, weight: Tensor, norm: Tensor, frozen
     return coefficients, sums
 
 
-def instance_norm_fwd(x: Tensor, coefficients: Tensor, skip: Tensor | None, relu: bool, out: Tensor) -> None:
-    """Fills ``out``, which may be ``x`` [N, C, H, W], with relu(norm(``x``) + ``skip``)."""
-    _, channels, height, width = x.shape
+def instance_norm_fwd(x: Deferred, skip: Tensor | None, out: Tensor) -> None:
+    """Fills ``out`` [N, C, H, W], which may be ``x.x``, with the activation ``x`` + ``skip``; ReLU comes last."""
+    _, channels, height, width = x.x.shape
     skip_strides = (0, 0, 0) if skip is None else (skip.stride(0), skip.stride(2), skip.stride(3))
-    instance_norm_kernel[(_programs(x.shape),)](
-        x,
-        coefficients,
+    instance_norm_kernel[(_programs(x.x.shape),)](
+        x.x,
+        x.other,
+        x.coefficients,
         skip,
         out,
-        stride_of(coefficients),
+        stride_of(x.coefficients),
         height,
         width,
         *skip_strides,
         CHANNELS=channels,
-        RELU=relu,
+        RELU=x.relu,
         **block_of(channels),
         **PASS_OPTIONS,
     )

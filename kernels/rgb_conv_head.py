@@ -21,8 +21,7 @@ from torch import Tensor
 
 from fastperc.kernels.configs import channel_step
 from fastperc.kernels.conv_bn_relu import reflect_once
-from fastperc.kernels.deferred import load_deferred
-from fastperc.types import Deferred, Padding, stride_of
+from fastperc.types import Padding
 
 ROWS = tl.constexpr(4)  # rows of the output that share a row of the product
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and subtracting it rounds to the nearest, ties to even
@@ -31,12 +30,9 @@ ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and subtracting it r
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "left", "top"])
 def rgb_conv_head_kernel(
     x_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    other_ptr,  # as x; or None
-    coefficients_ptr,  # [N or 1, rows, C] fp32: how x is normalised as it is loaded; or None
     weight_ptr,  # [COLUMNS, KERNEL + 2 * ROWS - 2, C] as x
     bias_ptr,  # [3] fp32; or None
     out_ptr,  # [N, 3, H', W'] uint8|fp16|bf16|fp32 of any strides
-    coefficients_stride,
     height,
     width,
     out_height,
@@ -50,7 +46,6 @@ def rgb_conv_head_kernel(
     CHANNELS: tl.constexpr,
     KERNEL: tl.constexpr,
     REFLECT: tl.constexpr,
-    X_RELU: tl.constexpr,  # as x is loaded
     OUTPUT: tl.constexpr,  # "tanh": 0.5 + 150/255 · tanh; "linear": over 255; or None: as it is
     COLUMNS: tl.constexpr,  # 3 * KERNEL or more
     BLOCK_P: tl.constexpr,
@@ -66,8 +61,6 @@ def rgb_conv_head_kernel(
     first_row = pid % tiles // tiles_w * ROWS
     first_column = pid % tiles_w * WIDTH
 
-    if coefficients_ptr is not None:
-        coefficients_ptr += image * coefficients_stride
     offs_p = tl.arange(0, BLOCK_P)
     offs_n = tl.arange(0, ROWS * COLUMNS)
     column = first_column + offs_p - left
@@ -81,10 +74,10 @@ def rgb_conv_head_kernel(
             row = reflect_once(row, height)
         offs_i = step % BLOCKS_I * BLOCK_I + tl.arange(0, BLOCK_I)
         mask_i = offs_i < CHANNELS
-        offs_x = ((image * height + row) * width + column)[:, None] * CHANNELS + offs_i[None, :]
+        row_ptr = x_ptr + (image * height + row) * width * CHANNELS
         mask_p = (column >= 0) & (column < tl.where((row >= 0) & (row < height), width, 0))
-        mask_x = mask_p[:, None] & mask_i[None, :]
-        x = load_deferred(x_ptr, other_ptr, coefficients_ptr, offs_x, offs_i, mask_x, CHANNELS, X_RELU)
+        offs_x = column[:, None] * CHANNELS + offs_i[None, :]
+        x = tl.load(row_ptr + offs_x, mask=mask_p[:, None] & mask_i[None, :], other=0.0)
         filters = offs_n // ROWS * (LINES + ROWS - 1) + offs_n % ROWS + (LINES - 1 - line)
         weight_ptrs = weight_ptr + filters[:, None] * CHANNELS + offs_i[None, :]
         weight = tl.load(weight_ptrs, mask=mask_i[None, :], other=0.0)
@@ -128,7 +121,7 @@ def _columns(kernel: int) -> int:
 
 
 def rgb_conv_head_fwd(
-    x: Deferred,
+    x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
     out: Tensor,
@@ -140,20 +133,17 @@ def rgb_conv_head_fwd(
     ``x`` [N, C, H, W] has its channels innermost; ``packed`` is what :func:`pack` makes, in its dtype; ``padding``
     of zeros or reflected; ``output`` ``"tanh"``, ``"linear"`` or ``None``, for the convolution's own values.
     """
-    images, channels, height, width = x.x.shape
+    images, channels, height, width = x.shape
     _, _, out_height, out_width = out.shape
     left, _, top, bottom = padding.sides
     kernel = height + top + bottom - out_height + 1
-    tile = _tile(x.x.element_size(), channels, x.coefficients is not None)
+    tile = _tile(x.element_size(), channels)
     programs = triton.cdiv(out_height, ROWS.value) * triton.cdiv(out_width, tile["BLOCK_P"] - kernel + 1)
     rgb_conv_head_kernel[(images * programs,)](
-        x.x,
-        x.other,
-        x.coefficients,
+        x,
         packed,
         bias,
         out,
-        stride_of(x.coefficients),
         height,
         width,
         out_height,
@@ -164,16 +154,14 @@ def rgb_conv_head_fwd(
         CHANNELS=channels,
         KERNEL=kernel,
         REFLECT=padding.mode == "reflect",
-        X_RELU=x.relu,
         OUTPUT=output,
         COLUMNS=_columns(kernel),
         **tile,
     )
 
 
-def _tile(itemsize: int, channels: int, deferred: bool) -> dict[str, int]:
+def _tile(itemsize: int, channels: int) -> dict[str, int]:
     """Block sizes and options; not measured yet."""
     if itemsize == 4:
         return dict(BLOCK_P=64, BLOCK_I=16, num_warps=8, num_stages=2)
-    step = min(channel_step(channels), 16 if deferred else 64)  # normalising takes registers
-    return dict(BLOCK_P=128, BLOCK_I=step, num_warps=4, num_stages=3)
+    return dict(BLOCK_P=128, BLOCK_I=channel_step(channels), num_warps=4, num_stages=3)

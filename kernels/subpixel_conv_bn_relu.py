@@ -30,13 +30,7 @@ from torch import Tensor
 
 from fastperc.kernels.configs import PROGRAMS, ConvTile, channel_step
 from fastperc.kernels.conv_bn_relu import store_output
-from fastperc.kernels.deferred import load_deferred
-from fastperc.types import Deferred, Destination, stride_of
-
-TAPS = {  # for each phase [2] and pixel of the patch [2]: how often each weight [k] counts
-    "transposed": [[[0, 1, 0], [0, 0, 1]], [[0, 0, 0], [1, 0, 0]]],
-    "nearest": [[[1, 1, 0], [1, 0, 0]], [[0, 0, 1], [0, 1, 1]]],
-}
+from fastperc.types import Deferred, Destination
 
 
 def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> tuple[ConvTile, int]:
@@ -54,15 +48,12 @@ def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> t
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
 def subpixel_conv_bn_relu_kernel(
     x_ptr,  # [N, H, W, I] fp16|bf16|fp32
-    other_ptr,  # as x; or None
-    coefficients_ptr,  # [N or 1, rows, I] fp32: how x is normalised as it is loaded; or None
     weight_ptr,  # [2, 2, 4, O, I] as x: row and column in the patch, phase
     bias_ptr,  # [O] fp32; or None
     saved_ptr,  # as out: the deferred activation whose gradient out is; or None
     saved_coefficients_ptr,  # [N or 1, NORM_ROWS, O] fp32: those of saved; or None
     out_ptr,  # [N, H', W', O]
     partials_ptr,  # [N, tiles, 3, O] fp32: count, mean, M2 of out; of a gradient, [N, tiles, 2, O]; or None
-    coefficients_stride,
     saved_coefficients_stride,
     height,
     width,
@@ -73,7 +64,6 @@ def subpixel_conv_bn_relu_kernel(
     NEAREST: tl.constexpr,
     BACK: tl.constexpr,  # pixels before the border where the first patch begins
     REFLECT: tl.constexpr,
-    X_RELU: tl.constexpr,  # as x is loaded
     RELU: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
@@ -91,13 +81,13 @@ def subpixel_conv_bn_relu_kernel(
     first_o = pid // GROUPS % BLOCKS_O * BLOCK_O
     tile = pid // GROUPS // BLOCKS_O % tiles
     image = (pid // GROUPS // BLOCKS_O // tiles).to(tl.int64)
-    if coefficients_ptr is not None:
-        coefficients_ptr += image * coefficients_stride
 
     offs_p = tl.arange(0, TILE_H * TILE_W)
     up = BACK if PHASES == 4 else BACK * group  # the first row of outputs has none before the border
-    rows = tile // tiles_w * TILE_H + offs_p // TILE_W - up
+    first_row = tile // tiles_w * TILE_H
+    rows = first_row + offs_p // TILE_W - up
     columns = tile % tiles_w * TILE_W + offs_p % TILE_W - BACK
+    x_ptr += (image * height + first_row) * width * CHANNELS_IN  # 64 bits for the tile's first row only
     offs_n = tl.arange(0, PHASES * BLOCK_O)
     phases = group * PHASES + offs_n // BLOCK_O
     offs_o = first_o + offs_n % BLOCK_O
@@ -114,10 +104,8 @@ def subpixel_conv_bn_relu_kernel(
         mask_p = (row >= 0) & (row < height) & (column >= 0) & (column < width)
         offs_i = step % BLOCKS_I * BLOCK_I + tl.arange(0, BLOCK_I)
         mask_i = offs_i < CHANNELS_IN
-        pixels = (image * height + row) * width + column
-        offs_x = pixels[:, None] * CHANNELS_IN + offs_i[None, :]
-        mask_x = mask_p[:, None] & mask_i[None, :]
-        x = load_deferred(x_ptr, other_ptr, coefficients_ptr, offs_x, offs_i, mask_x, CHANNELS_IN, X_RELU)
+        offs_x = ((row - first_row) * width + column)[:, None] * CHANNELS_IN + offs_i[None, :]
+        x = tl.load(x_ptr + offs_x, mask=mask_p[:, None] & mask_i[None, :], other=0.0)
         filters = (tap * 4 + phases) * CHANNELS_OUT + offs_o
         weight_ptrs = weight_ptr + filters[:, None] * CHANNELS_IN + offs_i[None, :]
         weight = tl.load(weight_ptrs, mask=mask_o[:, None] & mask_i[None, :], other=0.0)
@@ -125,7 +113,7 @@ def subpixel_conv_bn_relu_kernel(
 
     offs_q = tl.arange(0, TILE_H * TILE_W * PHASES)  # pixels of the output
     phases = group * PHASES + offs_q % PHASES
-    rows = tile // tiles_w * TILE_H + offs_q // PHASES // TILE_W - up
+    rows = first_row + offs_q // PHASES // TILE_W - up
     columns = tile % tiles_w * TILE_W + offs_q // PHASES % TILE_W - BACK
     rows = 2 * rows + BACK + phases // 2
     columns = 2 * columns + BACK + phases % 2
@@ -152,35 +140,44 @@ def subpixel_conv_bn_relu_kernel(
 def pack(weight: Tensor, upsample: str) -> Tensor:
     """The kernel's weights [2, 2, 4, O, I], from a ``weight`` [I, O, 3, 3] (``"transposed"``) or [O, I, 3, 3]
     (``"nearest"``)."""
-    taps = weight.new_tensor(TAPS[upsample], dtype=torch.float64)  # no product in TF32
-    axes = "io" if upsample == "transposed" else "oi"
-    packed = torch.einsum(f"rak,cbl,{axes}kl->rcaboi", taps, taps, weight.double())
-    return packed.to(weight.dtype).flatten(2, 3).contiguous()
+    filters = weight.transpose(0, 1) if upsample == "transposed" else weight
+    packed = _phases(_phases(filters, 2, upsample), 3, upsample)  # [columns, rows, O, I], patch × phase each
+    packed = packed.unflatten(1, (2, 2)).unflatten(0, (2, 2))
+    return packed.permute(2, 0, 3, 1, 4, 5).flatten(2, 3).contiguous()
 
 
-def _tile_of(x: Deferred, out: Tensor) -> tuple[ConvTile, int]:
-    images, channels_in, height, width = x.x.shape
-    return _tile(x.x.element_size(), channels_in, out.shape[1], images * height * width)
+def _phases(weight: Tensor, axis: int, upsample: str) -> Tensor:
+    """The weights along one axis for each pixel of the patch × phase, in front. They are computed without constants
+    from memory, which a CUDA graph could not copy to the GPU."""
+    first, middle, last = weight.unbind(axis)
+    if upsample == "transposed":
+        return torch.stack((middle, last, torch.zeros_like(first), first))
+    return torch.stack((first + middle, first, last, middle + last))
 
 
-def _tiles(x: Deferred, out: Tensor, back: int) -> int:
+def _tile_of(x: Tensor, out: Tensor) -> tuple[ConvTile, int]:
+    images, channels_in, height, width = x.shape
+    return _tile(x.element_size(), channels_in, out.shape[1], images * height * width)
+
+
+def _tiles(x: Tensor, out: Tensor, back: int) -> int:
     tile, phases = _tile_of(x, out)
     groups, (height, width) = 4 // phases, out.shape[2:]
     return triton.cdiv(height + back // groups, 2 * tile.height) * triton.cdiv(width + back, 2 * tile.width) * groups
 
 
-def subpixel_conv_bn_relu_tiles(x: Deferred, out: Tensor, upsample: str) -> int:
+def subpixel_conv_bn_relu_tiles(x: Tensor, out: Tensor, upsample: str) -> int:
     """How many tiles an image has: the second size of ``partials``."""
     return _tiles(x, out, int(upsample == "nearest"))
 
 
-def strided_conv_bwd_tiles(grad: Deferred, out: Tensor, border: int) -> int:
+def strided_conv_bwd_tiles(grad: Tensor, out: Tensor, border: int) -> int:
     """How many tiles the gradient of an image has: the second size of ``partials``."""
     return _tiles(grad, out, border)
 
 
 def subpixel_conv_bn_relu_fwd(
-    x: Deferred,
+    x: Tensor,
     packed: Tensor,
     bias: Tensor,
     out: Tensor,
@@ -199,7 +196,7 @@ def subpixel_conv_bn_relu_fwd(
 
 
 def strided_conv_bwd(
-    grad: Deferred, packed: Tensor, saved: Deferred | None, out: Tensor, border: int, partials: Tensor | None
+    grad: Tensor, packed: Tensor, saved: Deferred | None, out: Tensor, border: int, partials: Tensor | None
 ) -> None:
     """Fills ``out`` [N, O, H', W'] with the gradient of ``saved``, and ``partials`` [N, tiles, 2, O].
 
@@ -220,7 +217,7 @@ class Phases(NamedTuple):
 
 
 def _launch(
-    x: Deferred,
+    x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
     destination: Destination,
@@ -228,20 +225,17 @@ def _launch(
     relu: bool,
 ) -> None:
     out = destination.out
-    images, channels_in, height, width = x.x.shape
+    images, channels_in, height, width = x.shape
     _, channels_out, out_height, out_width = out.shape
     tile, at_once = _tile_of(x, out)
     programs = images * _tiles(x, out, phases.back) * triton.cdiv(channels_out, tile.channels_out)
     subpixel_conv_bn_relu_kernel[(programs,)](
-        x.x,
-        x.other,
-        x.coefficients,
+        x,
         packed,
         bias,
         *destination.saved_arguments,
         out,
         destination.partials,
-        stride_of(x.coefficients),
         destination.saved_stride,
         height,
         width,
@@ -252,7 +246,6 @@ def _launch(
         NEAREST=phases.nearest,
         BACK=phases.back,
         REFLECT=phases.reflect,
-        X_RELU=x.relu,
         RELU=relu,
         PHASES=at_once,
         **tile.constants,

@@ -74,4 +74,5 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 def no_worse(ours: Tensor, stock: Tensor, exact: Tensor, floor: float = 4e-7) -> None:
     """Asserts that the error is at most 1.5 times that of stock PyTorch at the same dtype, plus ``floor``."""
-    assert error(ours, exact) <= 1.5 * error(stock, exact) + floor
+    own, peer = error(ours, exact), error(stock, exact)
+    assert own <= 1.5 * peer + floor, f"{own:.3g} > 1.5 · {peer:.3g} + {floor:.3g}"

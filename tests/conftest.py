@@ -49,6 +49,12 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in float32 are exact, also cuDNN's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def _no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests neither read nor write the tables of measured backends of the user."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -313,7 +313,17 @@ def test_graphs_are_kept_for_the_last_shapes_and_replayed():
     frozen = freeze(net, torch.bfloat16)
     images = [torch.rand(1, 3, 16 + 4 * i, 32, device="cuda") for i in range(cuda.GRAPHS + 3)]
     first = [frozen(x) for x in images]
+    assert not frozen._graphs._kept, "a shape that comes once is not recorded"
+    assert all(torch.equal(frozen(x), y) for x, y in zip(images, first))
     assert len(frozen._graphs._kept) == cuda.GRAPHS
     assert all(torch.equal(frozen(x), y) for x, y in zip(images, first))
     frames = [torch.randint(0, 256, (48, 64, 3), dtype=torch.uint8) for _ in range(7)]
     assert all(torch.equal(a, frozen(b)) for a, b in zip(frozen.stream(frames), frames))
+
+
+@pytest.mark.skipif(not GPU, reason="CUDA graphs are a GPU's")
+def test_graphs_recorded_in_inference_mode_serve_outside_of_it():
+    frozen, x = freeze(build("paper").cuda(), torch.bfloat16), torch.rand(1, 3, 32, 32, device="cuda")
+    with torch.inference_mode():
+        first = [frozen(x) for _ in range(3)]
+    assert all(torch.equal(frozen(x), y) for y in first)

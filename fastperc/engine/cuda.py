@@ -13,6 +13,7 @@ from torch import Tensor
 from fastperc.engine.frames import as_nchw
 
 GRAPHS = 8  # the shapes whose CUDA graphs are kept
+SHAPES = 64  # the shapes that are remembered
 
 
 class Graph(NamedTuple):
@@ -26,17 +27,20 @@ class Graph(NamedTuple):
 class Graphs:
     """The CUDA graphs of an engine's passes, one for each shape; the least recently used is dropped first.
 
-    Only one runs at a time, also with several streams and threads, so all share one pool of memory.
+    A shape's second call records its graph: for a single picture that would take longer than it saves. Only one runs at a time, also with several streams and threads, so all share one pool of memory.
     """
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None  # recorded after the last replay
         self._pool: Any = None
 
     def run(self, key: Hashable, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Tensor:
-        """``paint(image)`` by the graph called ``key``, recorded now if there is none."""
+        """``paint(image)``; from the second call with a ``key`` on by its graph."""
+        if self._is_new(key):
+            return paint(image)
         with self._lock, torch.cuda.device(image.device):
             stream = torch.cuda.current_stream()
             if self._done is not None:
@@ -52,9 +56,22 @@ class Graphs:
                 self._kept.popitem(last=False)
         return picture
 
+    def _is_new(self, key: Hashable) -> bool:
+        """Whether ``key`` is seen for the first time."""
+        with self._lock:
+            new = key not in self._seen
+            self._seen[key] = None
+            self._seen.move_to_end(key)
+            if len(self._seen) > SHAPES:
+                self._seen.popitem(last=False)
+        return new
+
+    @torch.inference_mode(False)  # tensors made in that mode could not be written outside of it
+    @torch.no_grad()
     def _record(self, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Graph:
         static = torch.empty_like(image).copy_(image)
-        stream = torch.cuda.Stream()
+        # Of the image's GPU: the stream that torch.cuda.graph takes by default belongs to the first one.
+        stream = torch.cuda.Stream(image.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles kernels, packs weights and lets libraries choose, before the recording
@@ -62,7 +79,7 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             picture = paint(static)
         return Graph(graph, static, picture)
 

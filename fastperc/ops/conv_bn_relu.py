@@ -26,7 +26,7 @@ from fastperc.ops.common import (
 )
 from fastperc.ops.conv3x3 import CONV3X3, WIDEST_PADDING, why_not_winograd, why_slow_winograd, winograd
 from fastperc.ops.instance_norm import INSTANCE_NORM, native_instance_norm, triton_finish
-from fastperc.types import Deferred, Epilogue, Padding, Sides, same_sides
+from fastperc.types import Epilogue, Padding, Sides, same_sides
 
 
 def conv_bn_relu(
@@ -91,12 +91,10 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Paddi
     out = empty_like(x, (n, channels, rows, columns))
 
     def fill(epilogue: Epilogue, partials: Tensor | None) -> None:
-        kernels.conv_bn_relu.conv_bn_relu_fwd(
-            Deferred(x), weight, bias.float(), out, stride, padding, epilogue, partials
-        )
+        kernels.conv_bn_relu.conv_bn_relu_fwd(x, weight, bias.float(), out, stride, padding, epilogue, partials)
 
     def tiles() -> int:
-        return kernels.conv_bn_relu.conv_bn_relu_tiles(Deferred(x), out.shape)
+        return kernels.conv_bn_relu.conv_bn_relu_tiles(x, out.shape)
 
     return triton_finish(out, tiles, fill, epilogue._replace(skip=channels_adjacent(epilogue.skip)))
 
@@ -204,7 +202,6 @@ CONV_BN_RELU = register(
             "fastperc/ops/onednn.py",
             "kernels/conv_bn_relu.py",
             "kernels/configs.py",
-            "kernels/deferred.py",
         ),
         first_two_arguments,
         frozen=True,

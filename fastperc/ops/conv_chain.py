@@ -1,21 +1,19 @@
-"""Convolutions in a row, in training, each with its norm, activation and skip. The activations between them are never
-normalised in memory, neither forward nor backward.
+"""Convolutions in a row, in training, each with its norm, activation and skip.
 
-    forward    each kernel normalises what it loads; it stores its raw output and that output's statistics by tiles
-    saved      the raw outputs, and a few numbers a channel
-    backward   each kernel computes the gradient before the norm from what it loads, passes its result through the
-               ReLU of the layer before, and stores the sums that its norm's gradient needs
+    forward    each convolution stores its raw output and that output's statistics by tiles; one pass normalises it
+    saved      the raw outputs, and a few numbers a channel; the normalised activations are computed again
+    backward   each convolution's gradient passes the ReLU of the layer before and is summed for its norm; one pass
+               gives the gradient before the norm
 
-``fastperc.kernels.deferred`` draws it; ``ops/kinds.py`` has the kernels of each kind of layer. Only what a skip adds is
-written out: the input of a residual block. Layers that Triton's kernels cannot serve run one by one.
+``fastperc.kernels.deferred`` draws it; ``ops/kinds.py`` has the kernels of each kind of layer. Layers that Triton's
+kernels cannot serve run one by one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +25,7 @@ from fastperc.collective import gathered
 from fastperc.ops.common import channels_last, compute_dtype, why_not_here
 from fastperc.ops.conv3x3 import CONV3X3
 from fastperc.ops.conv_bn_relu import CONV_BN_RELU
-from fastperc.ops.kinds import CONV, STEM, GradientTarget, Layer, partials_of, why_not_layer
+from fastperc.ops.kinds import CONV, STEM, GradientTarget, Layer, Weight, partials_of, why_not_layer
 from fastperc.ops.norm_relu import FEWEST_VALUES, NORM_RELU, group_of, norm_relu
 from fastperc.ops.subpixel_conv_bn_relu import SUBPIXEL_CONV_BN_RELU
 from fastperc.types import RELU, Deferred
@@ -171,27 +169,23 @@ def _by_layer(parameters: Sequence[Any]) -> Iterator[Sequence[Any]]:
     return (parameters[i : i + 4] for i in range(0, len(parameters), 4))
 
 
-Output = tuple[Tensor, Tensor | None]  # of a layer: its raw output, and the coefficients of its norm
-
-
 class _ConvChain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: tuple[Layer, ...], *parameters: Tensor | None) -> Tensor:
-        outputs: list[Output] = []
         counters = [layer.norm.num_batches_tracked for layer in layers if _updates_statistics(layer)]
         if counters:
             torch._foreach_add_(counters, 1)
-        weights = list(_by_layer(parameters))
-
-        def run(i: int, layer_input: Deferred) -> Output:
-            outputs.append(_forward(layers[i], layer_input, *weights[i]))
-            return outputs[-1]
-
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            *_, result = _layer_inputs(x, layers, run)
-        ctx.layers = layers
+            weights = _weights(parameters, x.dtype)
+            outputs: list[Output] = []
+            inputs = _Inputs(x, layers, outputs)
+            for i, (layer, others) in enumerate(zip(layers, _by_layer(parameters))):
+                outputs.append(_forward(layer, inputs[i], weights[i], *others[1:]))
+                inputs.forget_before(i)
+            result = inputs[len(layers)] if layers[-1].norm else outputs[-1].raw
+        ctx.layers, ctx.weights = layers, weights
         ctx.save_for_backward(x, *parameters, *(t for output in outputs for t in output))
-        return result.x
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -205,48 +199,65 @@ class _ConvChain(torch.autograd.Function):
             grads = iter(torch.autograd.grad(y, leaves, grad, create_graph=True, materialize_grads=True))
             grad_x, *others = (next(grads) if needs else None for needs in needed)
             return grad_x, None, *others
-        outputs = list(zip(saved[count::2], saved[count + 1 :: 2]))
+        outputs = [Output(*output) for output in zip(saved[count::2], saved[count + 1 :: 2])]
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            grad_x, *others = _Backward(x, layers, parameters, outputs, needed).run(grad)
+            grad_x, *others = _Backward(x, layers, parameters, ctx.weights, outputs, needed).run(grad)
         return grad_x, None, *others
+
+
+def _weights(parameters: Sequence[Any], dtype: torch.dtype) -> list[Weight]:
+    """The convolutions' weights, and copies in ``dtype``."""
+    masters = [weight.detach() for weight in parameters[::4]]
+    copies = [torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last) for weight in masters]
+    torch._foreach_copy_(copies, masters)  # one kernel for all
+    return [Weight(*pair) for pair in zip(masters, copies)]
 
 
 def _updates_statistics(layer: Layer) -> bool:
     return layer.batch and layer.norm.track_running_stats and layer.norm.training
 
 
-def _layer_inputs(x: Tensor, layers: Sequence[Layer], run: Callable[[int, Deferred], Output]) -> Iterator[Deferred]:
-    """What each layer loads and, last, the chain's result; ``run(i, input)`` gives layer i's output.
+class Output(NamedTuple):
+    """What is kept of a layer's forward."""
 
-    Activations that a skip adds, or is added to, are written out.
-    """
-    activation, layer_input, skip = Deferred(x if layers[0].kind is STEM else channels_last(x)), None, None
-    for i, layer in enumerate(layers):
-        if skip is not None or (activation.coefficients is not None and _with_skip(layers[i + 1 : i + 2])):
-            activation = Deferred(_written_out(activation, skip))
-        yield activation
-        y, coefficients = run(i, activation)
-        skip = cropped(layer_input.x, y) if layer.skip and layer_input is not None else None
-        relu = layer.activation is not None and coefficients is not None
-        activation, layer_input = Deferred(y, coefficients, relu), activation
-    yield activation if activation.coefficients is None else Deferred(_written_out(activation, skip))
+    raw: Tensor  # before the norm
+    coefficients: Tensor | None  # of its norm
 
 
-def _written_out(activation: Deferred, skip: Tensor | None) -> Tensor:
-    """``activation``, normalised, + ``skip``."""
-    assert activation.coefficients is not None
-    out = torch.empty_like(activation.x)
-    kernels.instance_norm.instance_norm_fwd(activation.x, activation.coefficients, skip, activation.relu, out)
-    return out
+class _Inputs:
+    """What each layer of a chain loads, and last the chain's result: normalised when it is asked for."""
+
+    def __init__(self, x: Tensor, layers: Sequence[Layer], outputs: Sequence[Output]) -> None:
+        self.layers, self.outputs = layers, outputs
+        self.kept = {0: x if layers[0].kind is STEM else channels_last(x)}  # this and those that a skip adds
+
+    def __getitem__(self, i: int) -> Tensor:
+        if i in self.kept:
+            return self.kept[i]
+        before, (raw, coefficients) = self.layers[i - 1], self.outputs[i - 1]
+        skip = None
+        if before.skip:
+            self.kept[i - 2] = self[i - 2]
+            skip = cropped(self.kept[i - 2], raw)
+        activation = Deferred(raw, coefficients, before.activation is not None)
+        layer_input = torch.empty_like(raw)
+        kernels.instance_norm.instance_norm_fwd(activation, skip, layer_input)
+        if i < len(self.layers) - 1 and self.layers[i + 1].skip:
+            self.kept[i] = layer_input
+        return layer_input
+
+    def forget_before(self, i: int) -> None:
+        """Drops those that no layer after layer ``i`` adds; the chain's own input is not computed here."""
+        for known in [*self.kept]:
+            if 0 < known < i - 1:
+                del self.kept[known]
 
 
-def _forward(
-    layer: Layer, layer_input: Deferred, weight: Tensor, bias: Tensor, norm_weight: Any, norm_bias: Any
-) -> Output:
-    out, partials = layer.kind.forward(layer, layer_input, weight.detach(), bias.float())
+def _forward(layer: Layer, x: Tensor, weight: Weight, bias: Tensor, norm_weight: Any, norm_bias: Any) -> Output:
+    raw, partials = layer.kind.forward(layer, x, weight, bias.float())
     if layer.norm is None:
-        return out, None
-    return out, _norm_coefficients(layer, partials, norm_weight.float(), norm_bias.float())
+        return Output(raw, None)
+    return Output(raw, _norm_coefficients(layer, partials, norm_weight.float(), norm_bias.float()))
 
 
 def _norm_coefficients(layer: Layer, partials: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
@@ -271,14 +282,16 @@ class _Backward:
         x: Tensor,
         layers: Sequence[Layer],
         parameters: Sequence[Any],
+        weights: Sequence[Weight],
         outputs: Sequence[Output],
         needed: Sequence[bool],
     ) -> None:
-        self.layers, self.needed, self.weights = layers, needed, list(_by_layer(parameters))
-        self.leaves = (x, *parameters)
-        self.inputs = list(islice(_layer_inputs(x, layers, lambda i, layer_input: outputs[i]), len(layers)))
+        self.layers, self.needed, self.weights = layers, needed, weights
+        self.leaves, self.norms = (x, *parameters), parameters[2::4]
+        self.inputs = _Inputs(x, layers, outputs)
         self.activations = [
-            Deferred(y, coefficients, layer.activation is not None) for layer, (y, coefficients) in zip(layers, outputs)
+            Deferred(raw, coefficients, layer.activation is not None)
+            for layer, (raw, coefficients) in zip(layers, outputs)
         ]
         self.grads: list[Tensor | None] = [None] * len(needed)  # of the input, then four for each layer
 
@@ -290,20 +303,23 @@ class _Backward:
         for i in reversed(range(len(self.layers))):
             layer, first = self.layers[i], 1 + 4 * i
             if layer.skip:
-                skips[i - 1] = _uncropped(grad_y, self.inputs[i - 1].x)
+                skips[i - 1] = _uncropped(grad_y, self._input_shape(i - 1))
             raw_grad = self._through_norm(i, grad_y, partials)
             if self.needed[first]:
                 self.grads[first] = layer.kind.weight_gradient(layer, self.inputs[i], raw_grad)
             if deepest >= first:
                 break
-            target = GradientTarget(self.inputs[i].x, self.activations[i - 1] if i else None, skips.pop(i, None))
-            grad_y, partials = layer.kind.data_gradient(layer, raw_grad, self.weights[i][0].detach(), target)
+            target = GradientTarget(self._input_shape(i), self.activations[i - 1] if i else None, skips.pop(i, None))
+            grad_y, partials = layer.kind.data_gradient(layer, raw_grad, self.weights[i], target)
             if i == 0:
                 self.grads[0] = grad_y
         return [
             grad.to(leaf.dtype) if needs and grad is not None else None
             for grad, leaf, needs in zip(self.grads, self.leaves, self.needed)
         ]
+
+    def _input_shape(self, i: int) -> torch.Size:
+        return self.activations[i - 1].x.shape if i else self.leaves[0].shape
 
     def _through_last_activation(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient after the last norm, and its sums by tiles; without a norm, that of the output."""
@@ -316,17 +332,17 @@ class _Backward:
         fold.fold_gradient(grad, None, activation, out, (0, 0, 0, 0), False, partials)
         return out, partials
 
-    def _through_norm(self, i: int, grad_y: Tensor, partials: Tensor | None) -> Deferred:
-        """The gradient of layer i's raw output, to be computed where it is loaded, from that after its norm.
+    def _through_norm(self, i: int, grad_y: Tensor, partials: Tensor | None) -> Tensor:
+        """The gradient of layer i's raw output, from that after its norm.
 
         Stores the gradients of the convolution's bias and of the norm's weight and bias.
         """
-        layer, (_, bias, norm_weight, _), first = self.layers[i], self.weights[i], 1 + 4 * i
+        layer, bias, scale, first = self.layers[i], self.leaves[2 + 4 * i], self.norms[i], 1 + 4 * i
         if layer.norm is None:
             if self.needed[first + 1]:
                 self.grads[first + 1] = grad_y.sum((0, 2, 3), dtype=torch.float32)
-            return Deferred(grad_y)
-        activation, module, scale = self.activations[i], kernels.instance_norm, norm_weight.float()
+            return grad_y
+        activation, module, scale = self.activations[i], kernels.instance_norm, scale.float()
         assert partials is not None and activation.coefficients is not None
         if layer.batch:
             partials = partials.flatten(0, 1)[None]
@@ -337,17 +353,20 @@ class _Backward:
         elif (group := group_of(layer.norm)) is not None:
             sums_of_all = gathered(sums[0], group)[None]
             coefficients, _ = module.gradient_coefficients(sums_of_all, scale, activation.coefficients, False)
-        grad_norm_bias, grad_norm_weight = sums.sum(0)
+        grad_norm_bias, grad_norm_weight = sums[0] if len(sums) == 1 else sums.sum(0)
         self.grads[first + 1 : first + 4] = grad_bias, grad_norm_weight, grad_norm_bias
-        return Deferred(grad_y, coefficients, other=None if layer.frozen else activation.x)
+        raw_grad = torch.empty_like(grad_y) if layer.skip else grad_y  # the skip's own gradient is used later
+        other = None if layer.frozen else activation.x
+        module.instance_norm_fwd(Deferred(grad_y, coefficients, other=other), None, raw_grad)
+        return raw_grad
 
 
-def _uncropped(grad: Tensor, like: Tensor) -> Tensor:
-    """The gradient of what :func:`cropped` cut ``grad``'s part from."""
-    left, top = (like.shape[3] - grad.shape[3]) // 2, (like.shape[2] - grad.shape[2]) // 2
+def _uncropped(grad: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of a map of ``shape`` that :func:`cropped` cut ``grad``'s part from."""
+    left, top = (shape[3] - grad.shape[3]) // 2, (shape[2] - grad.shape[2]) // 2
     if not left and not top:
         return grad
-    right, bottom = like.shape[3] - grad.shape[3] - left, like.shape[2] - grad.shape[2] - top
+    right, bottom = shape[3] - grad.shape[3] - left, shape[2] - grad.shape[2] - top
     return channels_last(F.pad(grad, (left, right, top, bottom)))
 
 
@@ -390,8 +409,10 @@ CONV_CHAIN = register(
             ),
             "fastperc/ops/conv_chain.py",
             "fastperc/ops/kinds.py",
+            "kernels/deferred.py",
             "kernels/fold_gradient.py",
             "kernels/weight_gradient.py",
+            "kernels/rgb_weight_gradient.py",
             "kernels/rgb_conv_stem.py",
             "kernels/rgb_conv_head.py",
         ),

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastperc import _native, backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
 from fastperc.ops.common import COMMON_CPP_SOURCES, channels_adjacent, channels_last, why_not_cpp, why_not_frozen
-from fastperc.types import NO_EPILOGUE, Epilogue, InstanceNorm
+from fastperc.types import NO_EPILOGUE, Deferred, Epilogue, InstanceNorm
 
 
 def instance_norm(x: Tensor, epilogue: Epilogue) -> Tensor:
@@ -78,8 +78,8 @@ def _triton_apply(x: Tensor, partials: Tensor, epilogue: Epilogue, out: Tensor) 
         coefficients = kernels.instance_norm.norm_coefficients(
             partials, norm.weight.float(), norm.bias.float(), norm.eps
         )
-        relu, skip = epilogue.activation is not None, channels_adjacent(epilogue.skip)
-        kernels.instance_norm.instance_norm_fwd(x, coefficients, skip, relu, out)
+        activation = Deferred(x, coefficients, epilogue.activation is not None)
+        kernels.instance_norm.instance_norm_fwd(activation, channels_adjacent(epilogue.skip), out)
     return out
 
 

@@ -6,7 +6,7 @@
     Nearest           nearest-neighbour upsampling ×2 and a 3×3 convolution
     Head              C channels → 3, a wide kernel, no norm
 
-Inputs and gradients are :class:`~fastperc.types.Deferred`; ``fastperc.kernels.deferred`` draws how they flow.
+``fastperc.kernels.deferred`` draws how their activations and gradients flow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastperc import kernels, reference
 from fastperc.ops.common import empty_like
 from fastperc.ops.norm_relu import BATCH_NORMS, NORMS, has_hooks
 from fastperc.ops.subpixel_conv_bn_relu import as_transposed
-from fastperc.types import NO_EPILOGUE, RELU, Activation, Deferred, Padding, Window, same_sides
+from fastperc.types import NO_EPILOGUE, RELU, Activation, Deferred, Destination, Padding, Window, same_sides
 
 WIDE = 5  # taps in a row: from here on a convolution of 3 channels, or to 3, has a kernel of its own
 
@@ -86,10 +86,17 @@ class Layer(NamedTuple):
         return self.conv.weight, self.conv.bias, *norm
 
 
+class Weight(NamedTuple):
+    """A convolution's weight in its own shape."""
+
+    master: Tensor
+    copy: Tensor  # in the dtype of the computation, channels-last
+
+
 class GradientTarget(NamedTuple):
     """What a data gradient becomes part of."""
 
-    x: Tensor  # the layer's input
+    shape: torch.Size  # of the layer's input
     saved: Deferred | None  # the activation that is the input, if the layer before it made one
     skip: Tensor | None  # the gradient that a skip adds
 
@@ -110,7 +117,7 @@ def prepared_rgb(x: Tensor, padding: Padding) -> Tensor:
 
 
 class Kind:
-    """What kernels do for a layer. All weights are in the convolution's own shape."""
+    """What kernels do for a layer."""
 
     def why_not_geometry(self, layer: Layer) -> str | None:
         """Why its kernels cannot take the layer's size, stride and padding, or ``None``."""
@@ -124,39 +131,37 @@ class Kind:
         """The convolution in plain PyTorch, which autograd can differentiate again."""
         return reference.convolve(x, weight, bias, layer.stride, layer.border)
 
-    def forward(self, layer: Layer, x: Deferred, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor) -> tuple[Tensor, Tensor | None]:
         """The raw output, and for the norm its statistics by tiles, unless the norm is frozen or missing."""
-        sizes = (self.output_size(layer, size) for size in x.x.shape[2:])
-        out = empty_like(x.x, (len(x.x), layer.conv.out_channels, *sizes))
+        sizes = (self.output_size(layer, size) for size in x.shape[2:])
+        out = empty_like(x, (len(x), layer.conv.out_channels, *sizes))
         measured = layer.norm is not None and not layer.frozen
         partials = partials_of(out, self.tiles(layer, x, out), 3) if measured else None
         self.fill(layer, x, weight, bias, out, partials)
         return out, partials
 
-    def tiles(self, layer: Layer, x: Deferred, out: Tensor) -> int:
+    def tiles(self, layer: Layer, x: Tensor, out: Tensor) -> int:
         """How many tiles an image of the output has."""
         raise NotImplementedError
 
-    def fill(
-        self, layer: Layer, x: Deferred, weight: Tensor, bias: Tensor, out: Tensor, partials: Tensor | None
-    ) -> None:
+    def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         """Fills the raw output, and its statistics by tiles."""
         raise NotImplementedError
 
     def data_gradient(
-        self, layer: Layer, grad: Deferred, weight: Tensor, target: GradientTarget
+        self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget
     ) -> tuple[Tensor, Tensor | None]:
         """The gradient of the layer's input, through the ReLU of ``target.saved``, and its sums by tiles.
 
         Where the padding is reflected, the kernel gives the gradient of the padded input, whose border is then folded
         back.
         """
-        x, border = target.x, self.reflected_border(layer)
-        out = empty_like(grad.x, (*x.shape[:2], x.shape[2] + 2 * border, x.shape[3] + 2 * border))
+        border, (n, c, height, width) = self.reflected_border(layer), target.shape
+        out = empty_like(grad, (n, c, height + 2 * border, width + 2 * border))
         if not border:
             return out, self.fill_gradient(layer, grad, weight, target, out, 0)
-        self.fill_gradient(layer, grad, weight, GradientTarget(x, None, None), out, border)
-        folded, fold = empty_like(out, x.shape), kernels.fold_gradient
+        self.fill_gradient(layer, grad, weight, GradientTarget(target.shape, None, None), out, border)
+        folded, fold = empty_like(out, target.shape), kernels.fold_gradient
         partials = None if target.saved is None else partials_of(folded, fold.fold_gradient_tiles(folded), 2)
         nearest = self is NEAREST
         fold.fold_gradient(out, target.skip, target.saved, folded, (border,) * 4, nearest, partials)
@@ -167,12 +172,12 @@ class Kind:
         return layer.padding if layer.reflect else 0
 
     def fill_gradient(
-        self, layer: Layer, grad: Deferred, weight: Tensor, target: GradientTarget, out: Tensor, border: int
+        self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
         """Fills ``out`` with the gradient of the input with its reflected ``border``; returns its sums by tiles."""
         raise NotImplementedError
 
-    def weight_gradient(self, layer: Layer, x: Deferred, grad: Deferred) -> Tensor:
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
         """The gradient of the weight, float32."""
         raise NotImplementedError
 
@@ -188,28 +193,23 @@ class Stem(Kind):
     def why_not_geometry(self, layer: Layer) -> str | None:
         return _why_not_stride_1(layer)
 
-    def tiles(self, layer: Layer, x: Deferred, out: Tensor) -> int:
+    def tiles(self, layer: Layer, x: Tensor, out: Tensor) -> int:
         return kernels.rgb_conv_stem.rgb_conv_stem_tiles(out)
 
-    def fill(
-        self, layer: Layer, x: Deferred, weight: Tensor, bias: Tensor, out: Tensor, partials: Tensor | None
-    ) -> None:
+    def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         stem = kernels.rgb_conv_stem
-        stem.rgb_conv_stem_fwd(
-            prepared_rgb(x.x, layer.border), stem.pack(weight).to(x.x.dtype), bias, out, False, partials
-        )
+        stem.rgb_conv_stem_fwd(prepared_rgb(x, layer.border), stem.pack(weight.copy), bias, out, False, partials)
 
     def fill_gradient(
-        self, layer: Layer, grad: Deferred, weight: Tensor, target: GradientTarget, out: Tensor, border: int
+        self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
         head, zeros = kernels.rgb_conv_head, layer.kernel - 1 - (0 if border else layer.padding)
-        packed = head.pack(turned(weight)).to(grad.x.dtype)
-        head.rgb_conv_head_fwd(grad, packed, None, out, same_sides(zeros), None)
+        head.rgb_conv_head_fwd(grad, head.pack(turned(weight.copy)), None, out, same_sides(zeros), None)
         return None
 
-    def weight_gradient(self, layer: Layer, x: Deferred, grad: Deferred) -> Tensor:
-        picture = prepared_rgb(x.x, layer.border)
-        return kernels.weight_gradient.rgb_weight_gradient(grad, picture, layer.kernel).permute(0, 3, 1, 2)
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
+        picture = prepared_rgb(x, layer.border)
+        return kernels.rgb_weight_gradient.rgb_weight_gradient(grad, picture, layer.kernel).permute(0, 3, 1, 2)
 
 
 class Head(Kind):
@@ -218,25 +218,23 @@ class Head(Kind):
     def why_not_geometry(self, layer: Layer) -> str | None:
         return _why_not_stride_1(layer)
 
-    def fill(
-        self, layer: Layer, x: Deferred, weight: Tensor, bias: Tensor, out: Tensor, partials: Tensor | None
-    ) -> None:
+    def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         head = kernels.rgb_conv_head
-        head.rgb_conv_head_fwd(x, head.pack(weight).to(x.x.dtype), bias, out, layer.border, None)
+        head.rgb_conv_head_fwd(x, head.pack(weight.copy), bias, out, layer.border, None)
 
     def fill_gradient(
-        self, layer: Layer, grad: Deferred, weight: Tensor, target: GradientTarget, out: Tensor, border: int
+        self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
         stem, zeros = kernels.rgb_conv_stem, layer.kernel - 1 - (0 if border else layer.padding)
         partials = sums_of(out, target, lambda: stem.rgb_conv_stem_tiles(out))
-        packed = stem.pack(turned(weight)).to(grad.x.dtype)
-        stem.rgb_conv_head_bwd(prepared_rgb(grad.x, same_sides(zeros)), packed, target.saved, out, partials)
+        picture, packed = prepared_rgb(grad, same_sides(zeros)), stem.pack(turned(weight.copy))
+        stem.rgb_conv_head_bwd(picture, packed, target.saved, out, partials)
         return partials
 
-    def weight_gradient(self, layer: Layer, x: Deferred, grad: Deferred) -> Tensor:
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
         border = layer.padding if layer.reflect else 0
-        picture = prepared_rgb(grad.x, same_sides(layer.kernel - 1 - layer.padding + border))
-        gradient = kernels.weight_gradient.rgb_weight_gradient(x, picture, layer.kernel, border)
+        picture = prepared_rgb(grad, same_sides(layer.kernel - 1 - layer.padding + border))
+        gradient = kernels.rgb_weight_gradient.rgb_weight_gradient(x, picture, layer.kernel, border)
         return gradient.flip(1, 2).permute(3, 0, 1, 2)
 
 
@@ -248,28 +246,26 @@ class Conv(Kind):
             return None
         return _why_not_stride_1(layer)
 
-    def tiles(self, layer: Layer, x: Deferred, out: Tensor) -> int:
+    def tiles(self, layer: Layer, x: Tensor, out: Tensor) -> int:
         return kernels.conv_bn_relu.conv_bn_relu_tiles(x, out.shape)
 
-    def fill(
-        self, layer: Layer, x: Deferred, weight: Tensor, bias: Tensor, out: Tensor, partials: Tensor | None
-    ) -> None:
-        packed = weight.to(x.x.dtype, memory_format=torch.channels_last)
-        kernels.conv_bn_relu.conv_bn_relu_fwd(x, packed, bias, out, layer.stride, layer.border, NO_EPILOGUE, partials)
+    def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
+        conv = kernels.conv_bn_relu
+        conv.conv_bn_relu_fwd(x, weight.copy, bias, out, layer.stride, layer.border, NO_EPILOGUE, partials)
 
     def fill_gradient(
-        self, layer: Layer, grad: Deferred, weight: Tensor, target: GradientTarget, out: Tensor, border: int
+        self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
         if layer.stride == 2:
             subpixel = kernels.subpixel_conv_bn_relu
             partials = sums_of(out, target, lambda: subpixel.strided_conv_bwd_tiles(grad, out, border))
-            packed = subpixel.pack(weight, "transposed").to(grad.x.dtype)
+            packed = subpixel.pack(weight.copy, "transposed")
             subpixel.strided_conv_bwd(grad, packed, target.saved, out, border, partials)
             return partials
         zeros = layer.kernel - 1 - (0 if border else layer.padding)
-        return _conv_gradient(grad, turned(weight), target, out, 1, zeros)
+        return _conv_gradient(grad, weight.copy, target, out, 1, zeros, turned=True)
 
-    def weight_gradient(self, layer: Layer, x: Deferred, grad: Deferred) -> Tensor:
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
         return _gathered_weight_gradient(layer, x, grad, nearest=False)
 
 
@@ -288,22 +284,20 @@ class Transposed(Kind):
     def equivalent(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv_transpose2d(x, weight.to(x.dtype), bias.to(x.dtype), 2, 1, 1)
 
-    def tiles(self, layer: Layer, x: Deferred, out: Tensor) -> int:
+    def tiles(self, layer: Layer, x: Tensor, out: Tensor) -> int:
         return kernels.subpixel_conv_bn_relu.subpixel_conv_bn_relu_tiles(x, out, self.upsample)
 
-    def fill(
-        self, layer: Layer, x: Deferred, weight: Tensor, bias: Tensor, out: Tensor, partials: Tensor | None
-    ) -> None:
+    def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         subpixel, mode = kernels.subpixel_conv_bn_relu, layer.border.mode
-        packed = subpixel.pack(weight, self.upsample).to(x.x.dtype)
+        packed = subpixel.pack(weight.master, self.upsample).to(x.dtype)  # sums of weights: rounded once
         subpixel.subpixel_conv_bn_relu_fwd(x, packed, bias, out, self.upsample, mode, False, partials)
 
     def fill_gradient(
-        self, layer: Layer, grad: Deferred, weight: Tensor, target: GradientTarget, out: Tensor, border: int
+        self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
-        return _conv_gradient(grad, weight, target, out, 2, 1)
+        return _conv_gradient(grad, weight.copy, target, out, 2, 1)
 
-    def weight_gradient(self, layer: Layer, x: Deferred, grad: Deferred) -> Tensor:
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
         module = kernels.weight_gradient
         geometry = module.Geometry((layer.kernel, layer.kernel), 1, 1, 2)
         return module.weight_gradient(x, grad, geometry).permute(0, 3, 1, 2)
@@ -326,11 +320,12 @@ class Nearest(Transposed):
         return 1 if layer.reflect else 0
 
     def fill_gradient(
-        self, layer: Layer, grad: Deferred, weight: Tensor, target: GradientTarget, out: Tensor, border: int
+        self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
-        return _conv_gradient(grad, as_transposed(weight), target, out, 2, 3 if border else 1)
+        packed = as_transposed(weight.master).to(grad.dtype, memory_format=torch.channels_last)
+        return _conv_gradient(grad, packed, target, out, 2, 3 if border else 1)
 
-    def weight_gradient(self, layer: Layer, x: Deferred, grad: Deferred) -> Tensor:
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
         return _gathered_weight_gradient(layer, x, grad, nearest=True)
 
 
@@ -343,20 +338,24 @@ def _why_not_stride_1(layer: Layer) -> str | None:
 
 
 def _conv_gradient(
-    grad: Deferred, weight: Tensor, target: GradientTarget, out: Tensor, stride: int, zeros: int
+    grad: Tensor, weight: Tensor, target: GradientTarget, out: Tensor, stride: int, zeros: int, turned: bool = False
 ) -> Tensor | None:
-    """Fills ``out`` with the convolution of ``grad`` with a border of ``zeros``; returns its sums by tiles."""
+    """Fills ``out`` with the convolution of ``grad`` with a border of ``zeros``; returns its sums by tiles.
+
+    ``weight`` is the convolution's or, ``turned``, what that is after a rotation by 180° and the exchange of in and
+    out.
+    """
     conv = kernels.conv_bn_relu
     gradient = target.saved is not None
     partials = sums_of(out, target, lambda: conv.conv_bn_relu_tiles(grad, out.shape, gradient))
-    packed = weight.to(grad.x.dtype, memory_format=torch.channels_last)
-    conv.conv_bn_relu_bwd(grad, packed, target.skip, target.saved, out, stride, same_sides(zeros), partials)
+    destination = Destination(out, partials, target.saved)
+    conv.conv_bn_relu_bwd(grad, weight, turned, target.skip, destination, stride, same_sides(zeros))
     return partials
 
 
-def _gathered_weight_gradient(layer: Layer, x: Deferred, grad: Deferred, nearest: bool) -> Tensor:
+def _gathered_weight_gradient(layer: Layer, x: Tensor, grad: Tensor, nearest: bool) -> Tensor:
     module, taps = kernels.weight_gradient, (layer.kernel, layer.kernel)
-    geometry = module.Geometry(taps, layer.padding, layer.padding, layer.stride, nearest, layer.reflect)
+    geometry = module.Geometry(taps, layer.padding, layer.padding, layer.stride, 2 if nearest else 1, layer.reflect)
     return module.weight_gradient(grad, x, geometry).permute(0, 3, 1, 2)
 
 

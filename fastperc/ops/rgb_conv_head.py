@@ -22,7 +22,7 @@ from fastperc.ops.common import (
 )
 from fastperc.ops.conv_bn_relu import padded
 from fastperc.ops.rgb_conv import RGB_CONV, taps_as_filters
-from fastperc.types import Deferred, Padding, same_sides
+from fastperc.types import Padding, same_sides
 
 OUTPUTS = ("tanh", "linear")
 PIXELS_AT_ONCE = 1 << 18  # of the products on the CPU: enough that the rows which two blocks share cost little
@@ -61,7 +61,7 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: s
     head, x = kernels.rgb_conv_head, channels_last(x)
     weights = packed(("head", x.dtype), lambda: head.pack(weight.detach().float()).to(x.dtype), weight)
     with backends.on_device(x):
-        head.rgb_conv_head_fwd(Deferred(x), weights, bias.float(), out, padding, output)
+        head.rgb_conv_head_fwd(x, weights, bias.float(), out, padding, output)
 
 
 def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> str | None:

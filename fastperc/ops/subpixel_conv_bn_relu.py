@@ -29,7 +29,7 @@ from fastperc.ops.common import (
 )
 from fastperc.ops.conv_bn_relu import CONV_BN_RELU
 from fastperc.ops.instance_norm import native_instance_norm, triton_finish, triton_instance_norm
-from fastperc.types import NO_EPILOGUE, Deferred, Epilogue, Padding, Sides, same_sides
+from fastperc.types import NO_EPILOGUE, Epilogue, Padding, Sides, same_sides
 
 UPSAMPLE = ("transposed", "nearest")
 
@@ -69,8 +69,10 @@ def subpixel_conv_bn_relu(
 
 def as_transposed(weight: Tensor) -> Tensor:
     """The ½-stride convolution [I, O, 4, 4] that equals nearest-neighbour upsampling and ``weight`` [O, I, 3, 3]."""
-    sums = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-    return torch.einsum("ak,bl,oikl->ioab", sums, sums, weight)
+    for axis in (2, 3):
+        first, middle, last = weight.unbind(axis)
+        weight = torch.stack((last, middle + last, first + middle, first), axis)
+    return weight.transpose(0, 1)
 
 
 def _without_border(y: Tensor, sides: Sides) -> Tensor:
@@ -97,12 +99,10 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Pad
 
     def fill(epilogue: Epilogue, partials: Tensor | None) -> None:
         relu = epilogue.activation is not None
-        subpixel.subpixel_conv_bn_relu_fwd(
-            Deferred(x), weights, bias.float(), out, upsample, padding.mode, relu, partials
-        )
+        subpixel.subpixel_conv_bn_relu_fwd(x, weights, bias.float(), out, upsample, padding.mode, relu, partials)
 
     def tiles() -> int:
-        return subpixel.subpixel_conv_bn_relu_tiles(Deferred(x), out, upsample)
+        return subpixel.subpixel_conv_bn_relu_tiles(x, out, upsample)
 
     if epilogue.norm is None or padding.sides == (1, 1, 1, 1):
         return _without_border(triton_finish(out, tiles, fill, epilogue), padding.sides)

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastperc import backends, kernels
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
 from fastperc.ops.common import channels_last, empty_like, packed
 from fastperc.ops.conv3x3 import CONV3X3, why_not_winograd, why_slow_winograd, winograd
-from fastperc.types import FrozenConv
+from fastperc.types import RELU, Epilogue, FrozenConv, Window, same_sides
 
 
 class PackedConv(NamedTuple):
@@ -145,6 +146,35 @@ def unpool(grad_pooled: Tensor, layer: SavedLayer, passes: Passes) -> Tensor:
 # The convolution with its bias and ReLU or, without a bias, alone.
 
 
+def _why_not_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "the activations are not in NHWC"
+    return backends.why_not_triton_product(x) or ("the tensor is empty" if x.numel() == 0 else None)
+
+
+def _why_slow_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    return None if 3 in weight.shape[:2] else "between many channels cuDNN is faster"
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The kernels of a network's two ends where there are three channels, else that of its convolutions between."""
+    out = empty_like(x, (len(x), len(weight), *x.shape[2:]))
+    bias = None if bias is None else packed("float32", bias.float, bias)
+    border, relu = same_sides(1), bias is not None
+    with backends.on_device(x):
+        if x.shape[1] == 3:
+            stem = kernels.rgb_conv_stem
+            picture = stem.rgb_prepare(x, Window(0, 0, *x.shape[2:]), border, (1.0, 0.0), x.dtype)
+            stem.rgb_conv_stem_fwd(picture, packed("stem", lambda: stem.pack(weight), weight), bias, out, relu)
+        elif len(weight) == 3 and not relu:
+            head = kernels.rgb_conv_head
+            head.rgb_conv_head_fwd(x, packed("head", lambda: head.pack(weight), weight), bias, out, border, None)
+        else:
+            epilogue = Epilogue(activation=RELU if relu else None)
+            kernels.conv_bn_relu.conv_bn_relu_fwd(x, weight, bias, out, 1, border, epilogue)
+    return out
+
+
 def _why_not_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the activations are not in NHWC"
@@ -180,6 +210,7 @@ VGG_CONV = register(
         "vgg_conv",
         "Loss network's conv, ReLU",
         (
+            Implementation("triton", _triton, _why_not_triton, _why_slow_triton),
             Implementation("native", _winograd, _why_not_winograd, _why_slow_winograd, "winograd"),
             Implementation("native", _cudnn, _why_not_cudnn, label="cudnn"),
             Implementation("reference", _library, label="library"),
@@ -188,7 +219,14 @@ VGG_CONV = register(
             lambda batch, size: [((batch, 64, size, size), (64, 64, 3, 3))],
             lambda x, weight: (x, weight, weight.new_zeros(weight.shape[0])),
         ),
-        (*CONV3X3.sources, "fastperc/ops/vgg_chain.py"),
+        (
+            *CONV3X3.sources,
+            "fastperc/ops/vgg_chain.py",
+            "kernels/configs.py",
+            "kernels/conv_bn_relu.py",
+            "kernels/rgb_conv_stem.py",
+            "kernels/rgb_conv_head.py",
+        ),
         first_two_arguments,
         frozen=True,
         forcible=False,
