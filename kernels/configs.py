@@ -35,7 +35,7 @@ def channel_step(channels: int) -> int:
 
 
 def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -> ConvTile:
-    """The largest tile that still gives enough programs for the ``pixels`` of a batch. Not measured yet."""
+    """A tile with enough programs for the ``pixels`` of a batch: the fastest of those measured on an H200."""
     step = channel_step(channels_in)
     block = min(128, max(16, 1 << (channels_out - 1).bit_length()))
     programs = -(-pixels // 128) * -(-channels_out // block)  # of 128 pixels
@@ -43,8 +43,4 @@ def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -
         return ConvTile(8, 8, min(block, 64), 16, 4, 2)
     if programs < PROGRAMS:
         return ConvTile(8, 8, min(block, 64), step, 8, 4)  # with 4 warps statistics spill on sm_100
-    if block < 128:
-        return ConvTile(8, 16, block, step, 8 if block == step == 64 else 4, 3)  # with 4 warps 64x64 spills on sm_80
-    if programs < 6 * PROGRAMS:
-        return ConvTile(8, 16, block, step, 8, 4)
-    return ConvTile(16, 16, block, step, 8, 4)
+    return ConvTile(8, 16, block, step, 8, 4 if programs < 6 * PROGRAMS or block < 128 else 3)

@@ -1,7 +1,7 @@
 """The kernels of the style loss, forward: see ``fastperc.kernels.gram_loss``.
 
-gram_partials   for each range of pixels Σ F_i F_jᵀ, for a pair of channel blocks i ≤ j; reads the features once
-gram_deltas     the sum over the ranges, in order, scaled, minus the target: Δ = G − A; pieces of ‖Δ‖² and max |Δ|
+gram_partials   for each range of pixels Σ F_i F_jᵀ / CHW, for a pair of channel blocks i ≤ j; reads the features once
+gram_deltas     the sum over the ranges, in order, minus the target: Δ = G − A; pieces of ‖Δ‖² and max |Δ|
 gram_finish     the sums over the pieces, in order: a loss per layer; Δ as two half-precision numbers
 """
 
@@ -50,6 +50,7 @@ def gram_partials_tile(
     splits,
     stride_image,
     stride,
+    scale,
     CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -70,8 +71,8 @@ def gram_partials_tile(
             left = right
         else:
             left = load_pixels(x_ptr, offs_p, i * BLOCK_C + offs_c, pixels, stride, CHANNELS, CHANNELS_LAST)
-        # Added here in float32: a tensor core's own long sum of like numbers was measured to lose 1e-5 of it on an H200.
-        acc += tl.dot(tl.trans(left), right, input_precision="ieee")
+        # Scaled and added here in float32: in a tensor core's own long sum of like numbers an H200 loses 1e-5 of it.
+        acc += scale * tl.dot(tl.trans(left), right, input_precision="ieee")
     offs = offs_c[:, None] * BLOCK_C + offs_c[None, :]
     tl.store(partials_ptr + pid.to(tl.int64) * BLOCK_C * BLOCK_C + offs, acc)
 
@@ -84,6 +85,7 @@ def gram_partials_kernel(
     splits,
     strides_image,
     strides,
+    scales,  # 1 / CHW
     ends,  # the first program of the next layer
     CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -103,6 +105,7 @@ def gram_partials_kernel(
                 splits[layer],
                 strides_image[layer],
                 strides[layer],
+                scales[layer],
                 CHANNELS[layer],
                 CHANNELS_LAST[layer],
                 BLOCK_C[layer],
@@ -122,7 +125,6 @@ def gram_deltas_tile(
     pid,
     splits,
     stride_target,
-    scale,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -150,7 +152,7 @@ def gram_deltas_tile(
     target_ptr += image * stride_target
     target = tl.load(target_ptr + offs, mask=mask, other=0.0)
     target_transposed = tl.load(target_ptr + offs_transposed, mask=mask, other=0.0)  # a target need not be symmetric
-    gram = tl.where(mask, acc * scale, 0.0)
+    gram = tl.where(mask, acc, 0.0)
     delta = gram - 0.5 * (target + target_transposed)
     squares = (gram - target) * (gram - target)
     delta_ptr += image * CHANNELS * CHANNELS
@@ -170,7 +172,6 @@ def gram_deltas_kernel(
     pieces_ptr,  # [2, programs] fp32: Σ Δ², max |Δ|
     splits,
     strides_target,  # 0 where one target serves all images
-    scales,  # 1 / CHW
     ends,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -189,7 +190,6 @@ def gram_deltas_kernel(
                 pid - start,
                 splits[layer],
                 strides_target[layer],
-                scales[layer],
                 CHANNELS[layer],
                 BLOCK_C[layer],
                 BLOCK_R,

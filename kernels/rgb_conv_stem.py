@@ -1,6 +1,6 @@
 """The first convolution, wide, from a picture of 3 channels.
 
-    rgb_prepare_kernel     a window of the picture, reflected beyond the border, normalised, padded: [rows, columns, 3]
+    rgb_prepare_kernel     a window of the picture, reflected beyond the border, normalised, padded: 3 numbers a pixel
     rgb_conv_stem_kernel   the convolution. Four neighbouring pixels share a row of the product: in each of the k rows
                            their inputs are 3·(k+3) consecutive numbers in memory, multiplied by 4·O columns
 
@@ -14,6 +14,7 @@ In training, the same kernel gives the gradient of the last convolution's input:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ def reflect(i, size):
 )
 def rgb_prepare_kernel(
     image_ptr,  # [N, 3, H, W] uint8|fp16|bf16|fp32 of any strides
-    x_ptr,  # [N, rows, columns, 3] fp16|bf16|fp32
+    x_ptr,  # [N, rows, numbers] fp16|bf16|fp32
     image_height,
     image_width,
     stride_image,
@@ -68,18 +69,21 @@ def rgb_prepare_kernel(
     left,  # padding
     top,
     rows,
-    columns,
+    numbers,
     scale,
     shift,
     REFLECT: tl.constexpr,
+    STEP: tl.constexpr,  # numbers from where a run begins to where the next one does
+    RUN: tl.constexpr,  # numbers in a run, which may overlap the next; or None: a row is one run
     BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(3 * columns, BLOCK)
+    blocks = tl.cdiv(numbers, BLOCK)
     pid = tl.program_id(0)
     line = pid // blocks
     offs = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    number = offs if RUN is None else offs // RUN * STEP + offs % RUN
     row = line % rows - top
-    column = offs // 3 - left
+    column = number // 3 - left
     if REFLECT:
         row = reflect(row, window_height)
         column = reflect(column, window_width)
@@ -87,11 +91,11 @@ def rgb_prepare_kernel(
     row = reflect(window_top + row, image_height).to(tl.int64)
     column = reflect(window_left + column, image_width).to(tl.int64)
     image_ptr += (line // rows).to(tl.int64) * stride_image + row * stride_row
-    mask = offs < 3 * columns
-    channel = (offs % 3).to(tl.int64)
+    mask = offs < numbers
+    channel = (number % 3).to(tl.int64)
     level = tl.load(image_ptr + column * stride_column + channel * stride_channel, mask=mask & inside, other=0)
     x = tl.where(inside, level.to(tl.float32) * scale + shift, 0.0)
-    tl.store(x_ptr + line.to(tl.int64) * 3 * columns + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(x_ptr + line.to(tl.int64) * numbers + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -200,17 +204,20 @@ def rgb_prepare(
     padding: Padding,
     input_range: tuple[float, float],
     dtype: torch.dtype,
+    runs: Runs | None = None,
 ) -> Tensor:
-    """The stem kernel's input [N, rows, columns, 3]: the ``window`` of ``image`` [N, 3, H, W], padded.
+    """The stem kernel's input [N, rows, numbers]: the ``window`` of ``image`` [N, 3, H, W], padded, 3 numbers a pixel.
 
     Pixels are multiplied by the first number of ``input_range``, plus the second. Zeros follow on the right, up to
-    whole groups of pixels and aligned rows.
+    whole groups of pixels and aligned rows. With ``runs`` a row is cut into those.
     """
     left, right, top, bottom = padding.sides
     rows = window[2] + top + bottom
-    columns = 16 * triton.cdiv(window[3] + left + right + PIXELS.value, 16)
-    x = torch.empty(len(image), rows, columns, 3, dtype=dtype, device=image.device)
-    rgb_prepare_kernel[(len(image) * rows * triton.cdiv(3 * columns, PREPARE_BLOCK),)](
+    numbers = (
+        48 * triton.cdiv(window[3] + left + right + PIXELS.value, 16) if runs is None else runs.count * runs.length
+    )
+    x = torch.empty(len(image), rows, numbers, dtype=dtype, device=image.device)
+    rgb_prepare_kernel[(len(image) * rows * triton.cdiv(numbers, PREPARE_BLOCK),)](
         image,
         x,
         *image.shape[2:],
@@ -219,13 +226,23 @@ def rgb_prepare(
         left,
         top,
         rows,
-        columns,
+        numbers,
         *input_range,
         REFLECT=padding.mode == "reflect",
+        STEP=None if runs is None else runs.step,
+        RUN=None if runs is None else runs.length,
         BLOCK=PREPARE_BLOCK,
         **PREPARE_OPTIONS,
     )
     return x
+
+
+class Runs(NamedTuple):
+    """Overlapping pieces of a picture's row, one after the other in memory, so that each begins at a whole vector."""
+
+    count: int
+    step: int  # numbers from where one begins to where the next one does
+    length: int  # numbers
 
 
 def rgb_conv_stem_fwd(
@@ -257,7 +274,7 @@ def _launch(
 ) -> None:
     out = destination.out
     images, channels_out, height, width = out.shape
-    _, rows, columns, _ = x.shape
+    _, rows, pitch = x.shape
     kernel = rows - height + 1
     block, (groups, num_warps) = _block(channels_out), _tile(out)
     programs = images * rgb_conv_stem_tiles(out) * triton.cdiv(channels_out, block)
@@ -271,7 +288,7 @@ def _launch(
         destination.saved_stride,
         height,
         width,
-        3 * columns,
+        pitch,
         KERNEL=kernel,
         CHANNELS_OUT=channels_out,
         RELU=relu,

@@ -3,9 +3,9 @@
     out[d, row, column, c] = Σ over images and pixels of dense[pixel, d] · picture[pixel + (row, column), c]
 
 In a row of the picture, the taps of a pixel and their colours are 3·k consecutive numbers. Two neighbouring pixels
-share 3·(k + 1) of them, which begin at a multiple of 4 bytes: that is a row of the product's right side, for four of
-the k rows at a time. The left side has the channels of both pixels. So the sum for a tap is at two places, one for
-each pixel, which are added up afterwards together with the parts, in order.
+share a run of 3·(k + 1) of them, which the prepared picture has in a piece: that is a row of the product's right side,
+for four of the k rows at a time. The left side has the channels of both pixels. So the sum for a tap is at two places,
+one for each pixel, which are added up afterwards together with the parts, in order.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastperc.kernels.conv_bn_relu import reflect_once
+from fastperc.kernels.rgb_conv_stem import Runs
 from fastperc.kernels.weight_gradient import parts_of
 
 PIXELS = tl.constexpr(2)  # that share a row of the product
@@ -25,18 +26,17 @@ ROWS = tl.constexpr(4)  # of taps that a program computes
 @triton.jit(do_not_specialize=["height", "width", "border", "rows", "parts", "part_pairs"])
 def rgb_weight_gradient_kernel(
     dense_ptr,  # [N, H, W, D] fp16|bf16|fp32
-    picture_ptr,  # [N, rows, pitch] as dense
+    picture_ptr,  # [N, rows, pairs of pixels, RUN] as dense
     partials_ptr,  # [N, parts, PIXELS, D, KERNEL, RUN] fp32
     height,  # of dense
     width,
     border,  # reflected pixels on each side of dense that count too
     rows,  # of the picture: H + 2 · border + KERNEL - 1
-    pitch,  # numbers in a row of the picture
     parts,
     part_pairs,  # pairs of pixels of a part
     CHANNELS: tl.constexpr,  # of dense
     KERNEL: tl.constexpr,
-    RUN: tl.constexpr,  # 3 · (KERNEL + PIXELS - 1) or more
+    RUN: tl.constexpr,  # numbers of a pair in a row of the picture: 3 · (KERNEL + PIXELS - 1) or more
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -50,13 +50,13 @@ def rgb_weight_gradient_kernel(
     padded_width = width + 2 * border
     pairs_w = tl.cdiv(padded_width, PIXELS)
     dense_ptr += image * height * width * CHANNELS
-    picture_ptr += image * rows * pitch
+    picture_ptr += image * rows * pairs_w * RUN
     offs_m = tl.arange(0, PIXELS * BLOCK_D)
     offs_d = first_d + offs_m % BLOCK_D
     offs_n = tl.arange(0, ROWS * RUN)
     tap_row = group * ROWS + offs_n // RUN
-    offs_tap = tap_row * pitch + offs_n % RUN
-    mask_n = (tap_row < KERNEL) & (offs_n % RUN < 3 * (KERNEL + PIXELS - 1))
+    picture_ptrs = picture_ptr + tap_row * pairs_w * RUN + offs_n % RUN
+    mask_n = tap_row < KERNEL
     first = part % parts * part_pairs
     last = tl.minimum(first + part_pairs, (height + 2 * border) * pairs_w)
 
@@ -69,36 +69,41 @@ def rgb_weight_gradient_kernel(
         mask = (offs_p < last)[:, None] & (column < padded_width) & (offs_d < CHANNELS)[None, :]
         pixel = reflect_once(row - border, height).to(tl.int64)[:, None] * width + reflect_once(column - border, width)
         dense = tl.load(dense_ptr + pixel * CHANNELS + offs_d[None, :], mask=mask, other=0.0)
-        offs = (row.to(tl.int64) * pitch + pair * (3 * PIXELS))[:, None] + offs_tap[None, :]
-        picture = tl.load(picture_ptr + offs, mask=(offs_p < last)[:, None] & mask_n[None, :], other=0.0)
+        offs = offs_p.to(tl.int64)[:, None] * RUN
+        picture = tl.load(picture_ptrs[None, :] + offs, mask=(offs_p < last)[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(dense.T, picture, acc, input_precision="ieee")
     offs_m = ((part.to(tl.int64) * PIXELS + offs_m // BLOCK_D) * CHANNELS + offs_d) * KERNEL * RUN
     offs = offs_m[:, None] + (tap_row * RUN + offs_n % RUN)[None, :]
     tl.store(partials_ptr + offs, acc, mask=(offs_d < CHANNELS)[:, None] & mask_n[None, :])
 
 
-def _block(itemsize: int, channels: int) -> dict[str, int]:
-    """Block sizes, warps and stages."""
-    block = min(max(triton.next_power_of_2(channels), 16), 32)
+BLOCK_CHANNELS = 32  # of dense: two pixels are the 64 rows that the tensor cores take
+
+
+def _block(itemsize: int) -> dict[str, int]:
+    """Block size, warps and stages."""
     if itemsize == 4:
-        return dict(BLOCK_D=block, BLOCK_P=16, num_warps=8, num_stages=2)
-    return dict(BLOCK_D=block, BLOCK_P=64, num_warps=4, num_stages=3)
+        return dict(BLOCK_P=16, num_warps=8, num_stages=2)
+    return dict(BLOCK_P=64, num_warps=4, num_stages=3)
+
+
+def picture_runs(width: int, kernel: int) -> Runs:
+    """How the picture is cut for a ``dense`` map of so many columns, its border included."""
+    pixels = PIXELS.value
+    return Runs(triton.cdiv(width, pixels), 3 * pixels, max(triton.next_power_of_2(3 * (kernel + pixels - 1)), 4))
 
 
 def rgb_weight_gradient(dense: Tensor, picture: Tensor, kernel: int, border: int = 0) -> Tensor:
-    """[D, k, k, 3] float32 from ``dense`` [N, D, H, W], dense in NHWC, and a ``picture`` prepared for the stem's
-    kernel, [N, rows, columns, 3].
+    """[D, k, k, 3] float32 from ``dense`` [N, D, H, W], dense in NHWC, and a ``picture`` prepared in
+    :func:`picture_runs`, [N, H + 2 · border + k - 1, numbers].
 
     ``border`` is how many reflected pixels ``dense`` has on each side.
     """
     images, channels, height, width = dense.shape
-    _, rows, columns, _ = picture.shape
-    pixels = PIXELS.value
-    run = max(triton.next_power_of_2(3 * (kernel + pixels - 1)), 16 // ROWS.value)
-    block = _block(dense.element_size(), channels)
-    blocks = triton.cdiv(channels, block["BLOCK_D"]) * triton.cdiv(kernel, ROWS.value)
-    pairs = (height + 2 * border) * triton.cdiv(width + 2 * border, pixels)
-    parts, part_pairs = parts_of(pairs, images, blocks, block["BLOCK_P"])
+    pixels, (pairs, _, run) = PIXELS.value, picture_runs(width + 2 * border, kernel)
+    block = _block(dense.element_size())
+    blocks = triton.cdiv(channels, BLOCK_CHANNELS) * triton.cdiv(kernel, ROWS.value)
+    parts, part_pairs = parts_of((height + 2 * border) * pairs, images, blocks, block["BLOCK_P"])
     partials = torch.empty(images * parts, pixels, channels, kernel, run, device=dense.device)
     rgb_weight_gradient_kernel[(images * parts * blocks,)](
         dense,
@@ -107,13 +112,13 @@ def rgb_weight_gradient(dense: Tensor, picture: Tensor, kernel: int, border: int
         height,
         width,
         border,
-        rows,
-        3 * columns,
+        picture.shape[1],
         parts,
         part_pairs,
         CHANNELS=channels,
         KERNEL=kernel,
         RUN=run,
+        BLOCK_D=BLOCK_CHANNELS,
         **block,
     )
     sums = partials.sum(0)  # [pixels, D, k, run]

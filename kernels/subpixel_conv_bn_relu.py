@@ -7,13 +7,12 @@ Both compute a 2×2 block of outputs, the four phases, from a 2×2 patch of the 
     nearest       x[i-1], x[i]   2i-1, 2i     (w₀+w₁)·x[i-1] + w₂·x[i]   w₀·x[i-1] + (w₁+w₂)·x[i]
 
 So both are a convolution with 2×2 taps and phases × output channels as columns: 16 products for a block of outputs,
-where a convolution of the upsampled map takes 36. A program computes a tile of patches × columns: all four phases where
-the channels are few; else the two phases of one row, which are neighbours in memory. The epilogue adds the bias and
-applies ReLU, or takes statistics.
+where a convolution of the upsampled map takes 36. A program computes a tile of patches × columns, for the two phases of
+one row of outputs, which are neighbours in memory. The epilogue adds the bias and applies ReLU, or takes statistics.
 
 7 products of the transposed kind have a weight of zero. The 4 of the patch's second row for the first row of outputs
-are left out where a program computes one row; the other 3 are not. An accumulator for each phase would save all 7, but
-its narrow products wait for each other on sm_90.
+are left out; the other 3 are not. An accumulator for each phase would save all 7, but its narrow products wait for each
+other on sm_90.
 
 In training, the transposed kind also gives the gradient of the input of a convolution of stride 2. Where that
 convolution reflects its border, the gradient is of the padded map and begins a pixel further out.
@@ -32,17 +31,18 @@ from fastperc.kernels.configs import PROGRAMS, ConvTile, channel_step
 from fastperc.kernels.conv_bn_relu import store_output
 from fastperc.types import Deferred, Destination
 
+PHASES = tl.constexpr(2)  # of the four, that a program computes
 
-def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> tuple[ConvTile, int]:
-    """The largest tile that still gives enough programs for the ``patches`` of a batch, and how many of the four phases
-    a program computes; not measured yet."""
+
+def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> ConvTile:
+    """The largest tile that still gives enough programs for the ``patches`` of a batch: the fastest of those measured
+    on an H200."""
     block = max(16, triton.next_power_of_2(channels_out))
     if itemsize == 4:
-        return ConvTile(4, 8, min(block, 32), 16, 4, 2), 2
+        return ConvTile(4, 8, min(block, 32), 16, 4, 2)
     height = 8 if patches * block * 4 >= 128 * 128 * PROGRAMS else 4
-    num_warps = 8 if height == 8 and block > 16 else 4
-    tile = ConvTile(height, 16, min(block, 64), channel_step(channels_in), num_warps, 3)
-    return tile, 4 if block <= 32 else 2
+    stages = 3 if channels_in > 64 else 2
+    return ConvTile(height, 16, min(block, 64), channel_step(channels_in), 4, stages)
 
 
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
@@ -67,32 +67,30 @@ def subpixel_conv_bn_relu_kernel(
     RELU: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
-    PHASES: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
     BLOCKS_O: tl.constexpr = (CHANNELS_OUT + BLOCK_O - 1) // BLOCK_O
     BLOCKS_I: tl.constexpr = (CHANNELS_IN + BLOCK_I - 1) // BLOCK_I
-    GROUPS: tl.constexpr = 4 // PHASES
     tiles_w = tl.cdiv(out_width + BACK, 2 * TILE_W)
-    tiles = tl.cdiv(out_height + BACK // GROUPS, 2 * TILE_H) * tiles_w
+    tiles = tl.cdiv(out_height + BACK // 2, 2 * TILE_H) * tiles_w
     pid = tl.program_id(0)
-    group = pid % GROUPS
-    first_o = pid // GROUPS % BLOCKS_O * BLOCK_O
-    tile = pid // GROUPS // BLOCKS_O % tiles
-    image = (pid // GROUPS // BLOCKS_O // tiles).to(tl.int64)
+    out_row = pid % 2  # of the block
+    first_o = pid // 2 % BLOCKS_O * BLOCK_O
+    tile = pid // 2 // BLOCKS_O % tiles
+    image = (pid // 2 // BLOCKS_O // tiles).to(tl.int64)
 
     offs_p = tl.arange(0, TILE_H * TILE_W)
-    up = BACK if PHASES == 4 else BACK * group  # the first row of outputs has none before the border
+    up = BACK * out_row  # the first row of outputs has none before the border
     first_row = tile // tiles_w * TILE_H
     rows = first_row + offs_p // TILE_W - up
     columns = tile % tiles_w * TILE_W + offs_p % TILE_W - BACK
     x_ptr += (image * height + first_row) * width * CHANNELS_IN  # 64 bits for the tile's first row only
     offs_n = tl.arange(0, PHASES * BLOCK_O)
-    phases = group * PHASES + offs_n // BLOCK_O
+    phases = out_row * PHASES + offs_n // BLOCK_O
     offs_o = first_o + offs_n % BLOCK_O
     mask_o = offs_o < CHANNELS_OUT
-    taps = 4 if NEAREST or PHASES == 4 else 2 + 2 * group  # the first row of outputs takes the first row of the patch
+    taps = 4 if NEAREST else 2 + 2 * out_row  # the first row of outputs takes the first row of the patch
     acc = tl.zeros([TILE_H * TILE_W, PHASES * BLOCK_O], dtype=tl.float32)
     for step in tl.range(taps * BLOCKS_I):
         tap = step // BLOCKS_I
@@ -112,7 +110,7 @@ def subpixel_conv_bn_relu_kernel(
         acc = tl.dot(x, weight.T, acc, input_precision="ieee")
 
     offs_q = tl.arange(0, TILE_H * TILE_W * PHASES)  # pixels of the output
-    phases = group * PHASES + offs_q % PHASES
+    phases = out_row * PHASES + offs_q % PHASES
     rows = first_row + offs_q // PHASES // TILE_W - up
     columns = tile % tiles_w * TILE_W + offs_q // PHASES % TILE_W - BACK
     rows = 2 * rows + BACK + phases // 2
@@ -128,7 +126,7 @@ def subpixel_conv_bn_relu_kernel(
         saved_ptr,
         saved_coefficients_ptr,
         partials_ptr,
-        (image * tiles + tile) * GROUPS + group,
+        (image * tiles + tile) * 2 + out_row,
         (image * out_height + rows) * out_width + columns,
         offs_o,
         mask_q,
@@ -155,15 +153,14 @@ def _phases(weight: Tensor, axis: int, upsample: str) -> Tensor:
     return torch.stack((first + middle, first, last, middle + last))
 
 
-def _tile_of(x: Tensor, out: Tensor) -> tuple[ConvTile, int]:
+def _tile_of(x: Tensor, out: Tensor) -> ConvTile:
     images, channels_in, height, width = x.shape
     return _tile(x.element_size(), channels_in, out.shape[1], images * height * width)
 
 
 def _tiles(x: Tensor, out: Tensor, back: int) -> int:
-    tile, phases = _tile_of(x, out)
-    groups, (height, width) = 4 // phases, out.shape[2:]
-    return triton.cdiv(height + back // groups, 2 * tile.height) * triton.cdiv(width + back, 2 * tile.width) * groups
+    tile, (height, width) = _tile_of(x, out), out.shape[2:]
+    return 2 * triton.cdiv(height + back // 2, 2 * tile.height) * triton.cdiv(width + back, 2 * tile.width)
 
 
 def subpixel_conv_bn_relu_tiles(x: Tensor, out: Tensor, upsample: str) -> int:
@@ -227,7 +224,7 @@ def _launch(
     out = destination.out
     images, channels_in, height, width = x.shape
     _, channels_out, out_height, out_width = out.shape
-    tile, at_once = _tile_of(x, out)
+    tile = _tile_of(x, out)
     programs = images * _tiles(x, out, phases.back) * triton.cdiv(channels_out, tile.channels_out)
     subpixel_conv_bn_relu_kernel[(programs,)](
         x,
@@ -247,7 +244,6 @@ def _launch(
         BACK=phases.back,
         REFLECT=phases.reflect,
         RELU=relu,
-        PHASES=at_once,
         **tile.constants,
         **tile.options,
     )

@@ -103,9 +103,8 @@ def _block(itemsize: int, dense_channels: int, channels: int) -> dict[str, int]:
     block_d, block_g = (max(triton.next_power_of_2(c), 16) for c in (dense_channels, channels))
     if itemsize == 4:
         return dict(BLOCK_D=min(block_d, 64), BLOCK_G=min(block_g, 32), BLOCK_P=16, num_warps=8, num_stages=3)
-    block_d, block_g = min(max(block_d, 64), 128), min(block_g, 128)  # 64 rows, as the tensor cores take them
-    num_warps = 8 if block_d * block_g > 64 * 64 else 4
-    return dict(BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_P=64, num_warps=num_warps, num_stages=3)
+    block_d, block_g = min(max(block_d, 64), 128), min(block_g, 64)  # 64 rows, as the tensor cores take them
+    return dict(BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_P=64, num_warps=4, num_stages=3)
 
 
 def parts_of(pixels: int, images: int, blocks: int, step: int) -> tuple[int, int]:

@@ -27,7 +27,8 @@ class Graph(NamedTuple):
 class Graphs:
     """The CUDA graphs of an engine's passes, one for each shape; the least recently used is dropped first.
 
-    A shape's second call records its graph: for a single picture that would take longer than it saves. Only one runs at a time, also with several streams and threads, so all share one pool of memory.
+    A shape's second call records its graph: for a single picture that would take longer than it saves. Only one runs
+    at a time, also with several streams and threads, so all share one pool of memory.
     """
 
     def __init__(self) -> None:

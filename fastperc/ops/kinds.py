@@ -111,9 +111,16 @@ def turned(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
-def prepared_rgb(x: Tensor, padding: Padding) -> Tensor:
+def prepared_rgb(x: Tensor, padding: Padding, runs: Any = None) -> Tensor:
     """An image or a gradient [N, 3, H, W] as the wide kernels load it."""
-    return kernels.rgb_conv_stem.rgb_prepare(x, Window(0, 0, *x.shape[2:]), padding, (1.0, 0.0), x.dtype)
+    return kernels.rgb_conv_stem.rgb_prepare(x, Window(0, 0, *x.shape[2:]), padding, (1.0, 0.0), x.dtype, runs)
+
+
+def rgb_weight_gradient(dense: Tensor, rgb: Tensor, padding: Padding, kernel: int, border: int = 0) -> Tensor:
+    """[D, k, k, 3] float32 from a map [N, D, H, W] with a reflected border, and the image or gradient ``rgb``."""
+    module = kernels.rgb_weight_gradient
+    picture = prepared_rgb(rgb, padding, module.picture_runs(dense.shape[3] + 2 * border, kernel))
+    return module.rgb_weight_gradient(dense, picture, kernel, border)
 
 
 class Kind:
@@ -208,8 +215,7 @@ class Stem(Kind):
         return None
 
     def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
-        picture = prepared_rgb(x, layer.border)
-        return kernels.rgb_weight_gradient.rgb_weight_gradient(grad, picture, layer.kernel).permute(0, 3, 1, 2)
+        return rgb_weight_gradient(grad, x, layer.border, layer.kernel).permute(0, 3, 1, 2)
 
 
 class Head(Kind):
@@ -233,9 +239,8 @@ class Head(Kind):
 
     def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
         border = layer.padding if layer.reflect else 0
-        picture = prepared_rgb(grad, same_sides(layer.kernel - 1 - layer.padding + border))
-        gradient = kernels.rgb_weight_gradient.rgb_weight_gradient(x, picture, layer.kernel, border)
-        return gradient.flip(1, 2).permute(3, 0, 1, 2)
+        zeros = same_sides(layer.kernel - 1 - layer.padding + border)
+        return rgb_weight_gradient(x, grad, zeros, layer.kernel, border).flip(1, 2).permute(3, 0, 1, 2)
 
 
 class Conv(Kind):
