@@ -29,7 +29,8 @@ import rows
 import torch
 
 from fastperc import backends
-from fastperc.cli.options import add_device, add_layers, natural, path, positive, recipe_fields
+from fastperc.cli.options import add_device, add_layers, natural, path, positive
+from fastperc.cli.training_options import recipe_fields
 from fastperc.devices import device_name
 from fastperc.errors import InputError
 from fastperc.files import check_writable, write_atomically

@@ -18,7 +18,8 @@ from fastperc.models import SRCNN, SuperResolutionNet, TransformNet
 from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 NETWORKS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (TransformNet, SuperResolutionNet, SRCNN)}
-OPTIMIZER = "optimizer."  # prefix of the names of the optimizer's tensors
+# Prefixes of the names of a training checkpoint's other tensors: the optimizer's, and the network of mean weights.
+OPTIMIZER, AVERAGE = "optimizer.", "average."
 
 
 def save(
@@ -28,6 +29,7 @@ def save(
     dtype: torch.dtype | None = None,
     training: Mapping[str, Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    average: nn.Module | None = None,
 ) -> None:
     """Writes ``net`` as a ``.safetensors`` file, atomically.
 
@@ -40,6 +42,7 @@ def save(
         dtype: dtype in which floating-point tensors are stored. Default: their own.
         training: any JSON-serialisable mapping.
         optimizer: its state is stored too, so that training can resume.
+        average: a network of the same shape, whose tensors are stored too: the mean of the weights so far.
 
     Raises:
         FloatingPointError: a weight is not finite. An existing file stays as it was.
@@ -54,6 +57,8 @@ def save(
     if optimizer is not None:
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in state.items()}
+    if average is not None:
+        tensors |= {f"{AVERAGE}{name}": tensor for name, tensor in average.state_dict().items()}
     metadata = dict(
         fastperc=__version__,
         network=type(net).__name__,
@@ -82,20 +87,24 @@ def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Modul
     tensors, metadata = read_tensors(path)
     if "network" in metadata:
         net = _build(path, metadata)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OPTIMIZER)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith((OPTIMIZER, AVERAGE))}
     else:
         net, tensors = _from_example(path, tensors)
     _load_weights(net, tensors, path)
     return net.eval().to(device)
 
 
-def load_training(path: PathLike, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Loads a training checkpoint's weights into ``net`` and its moments into ``optimizer``, bit for bit.
+def load_training(
+    path: PathLike, net: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
+) -> None:
+    """Loads a training checkpoint's weights into ``net``, its moments into ``optimizer``, and the mean of its weights
+    into ``average`` if one is given, bit for bit.
 
     Raises:
         InputError: the file cannot be read, or belongs to another network.
     """
     tensors, _ = read_tensors(path)
+    means = {name.removeprefix(AVERAGE): tensors.pop(name) for name in list(tensors) if name.startswith(AVERAGE)}
     parameters = dict(enumerate(net.parameters()))
     state: dict[int, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.startswith(OPTIMIZER)]:
@@ -108,6 +117,8 @@ def load_training(path: PathLike, net: nn.Module, optimizer: torch.optim.Optimiz
             value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(index), {})[key] = value
     _load_weights(net, tensors, path)
+    if average is not None:
+        _load_weights(average, means, path)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

@@ -46,6 +46,31 @@ def test_crops_of_the_photos_own_pixels(tmp_path):
     assert PhotoCrops(tmp_path, 64, resize=False)[0][0].shape == (3, 64, 64), "a small photo is made larger"
 
 
+@pytest.mark.parametrize("side", [60, 120, 300], ids=["enlarged", "own-size", "reduced"])
+def test_crops_at_several_scales(tmp_path, side):
+    """The steepness of a ramp in a crop tells the size that the crop's photo was resized to."""
+    ramp = np.broadcast_to(np.linspace(0, 255, 2 * side)[None, :, None], (side, 2 * side, 3))
+    Image.fromarray(ramp.round().astype(np.uint8)).save(tmp_path / "ramp.png")
+    crops, sides, lefts = PhotoCrops(tmp_path, 48, resize=(48, 120)), [], []
+    for i in range(200):
+        rows = crops[i][0].double().mean(dim=(0, 1)).numpy()
+        rows = rows[:: 1 if rows[-1] > rows[0] else -1]
+        sides.append(255 * 47 / (rows[-1] - rows[0]) / 2)
+        lefts.append(rows[0] / 255)
+    assert 46 < min(sides) < 54 and 114 < max(sides) < 125 and abs(np.mean(sides) - 84) < 5
+    assert min(lefts) < 0.05 and max(lefts) > 0.6
+    again = PhotoCrops(tmp_path, 48, resize=(48, 120))
+    assert torch.equal(again[77][0], crops[77][0])
+
+
+def test_the_smallest_of_several_scales_shows_the_whole_photo(tmp_path):
+    photo = picture(90, 90)
+    photo.save(tmp_path / "a.png")
+    expected = torch.from_numpy(np.array(photo.resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    crop, _ = PhotoCrops(tmp_path, 32, resize=(32, 32))[0]
+    assert torch.equal(crop, expected) or torch.equal(crop.flip(2), expected)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_begin_anywhere(photo_folder, workers):
     crops = PhotoCrops(photo_folder, 16)

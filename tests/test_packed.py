@@ -39,7 +39,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("size", [16, 35], ids=str)
-@pytest.mark.parametrize("resize", [True, False], ids=["resized", "own-pixels"])
+@pytest.mark.parametrize("resize", [True, False, (35, 50)], ids=["resized", "own-pixels", "several-scales"])
 def test_packed_photos_give_the_same_crops(photos, resize, size):
     decoded = PhotoCrops(photos, size, 5, resize)
     assert same(decoded, PhotoCrops(photos, size, 5, resize, cache=True))
@@ -59,6 +59,12 @@ def test_photos_are_packed_once(photos, capsys):
     assert same(crops, again) and f"using the photos packed in {folder} (0 MiB)" in capsys.readouterr().err
     entries = json.loads((folder / "index.json").read_text())["photos"]
     assert (folder / "photos.u8").stat().st_size == 3 * sum(entry[1] * entry[2] for entry in entries if entry)
+
+
+def test_photos_for_several_scales_are_packed_at_the_largest_and_never_enlarged(photos):
+    crops = PhotoCrops(photos, 16, resize=(20, 36), cache=True)
+    sides = {path.name: min(crops.packed[i].shape[:2]) for i, path in enumerate(crops.paths) if path.suffix == ".png"}
+    assert sides == {"0.png": 30, "1.png": 36, "2.png": 36, "3.png": 36, "4.png": 36}
 
 
 @pytest.mark.parametrize("change", ["another", "fewer", "touched"])

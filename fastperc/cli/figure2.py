@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastperc.cli.options import SEVERAL_GPUS, STOPPING, add_style_training
+from fastperc.cli.training_options import SEVERAL_GPUS, STOPPING, add_style_training
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:

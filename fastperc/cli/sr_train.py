@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from fastperc.cli.options import (
+from fastperc.cli.options import weight
+from fastperc.cli.training_options import (
     RESULTS,
     SEVERAL_GPUS,
     STOPPING,
@@ -13,7 +14,6 @@ from fastperc.cli.options import (
     add_loop,
     add_training,
     recipe_fields,
-    weight,
 )
 from fastperc.presets import ARCHITECTURES, SCALES
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from fastperc.cli.options import RESULTS, SEVERAL_GPUS, STOPPING, add_init, add_style_training, recipe_fields
+from fastperc.cli.training_options import RESULTS, SEVERAL_GPUS, STOPPING, add_init, add_style_training, recipe_fields
 
 if TYPE_CHECKING:
     from fastperc.training.style import StyleRecipe

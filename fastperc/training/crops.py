@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +21,7 @@ from fastperc.training.signals import ignore_signals
 Sample = tuple[Tensor, frozenset[str]]  # crops, and the files that could not be read
 
 BATCHES_AHEAD = 4  # cut before they are asked for
+RESIZING_THREADS = 4  # of crops that are resized, which takes 2 ms each
 
 
 class PhotoCrops(Dataset[Sample]):
@@ -27,8 +29,9 @@ class PhotoCrops(Dataset[Sample]):
 
     Each epoch shows every photo once, in a new order. A crop is at a random position of the photo, whose shorter side
     is first resized to ``size``, and half of the crops are flipped left to right. Without ``resize`` crops show the
-    photo's own pixels; only photos smaller than ``size`` are enlarged. Crop ``i`` depends on ``seed`` and ``i`` alone,
-    so a run resumed at crop ``i`` sees what it would have seen, with any number of workers.
+    photo's own pixels; only photos smaller than ``size`` are enlarged. With a range of pixels as ``resize`` each crop
+    is of a photo whose shorter side is resized to a side drawn from it, both ends included. Crop ``i`` depends on
+    ``seed`` and ``i`` alone, so a run resumed at crop ``i`` sees what it would have seen, with any number of workers.
 
     An item is a uint8 tensor [3, size, size] and the files found to be unreadable: the next readable photo of the
     epoch takes the place of one that is not. With ``cache`` photos are decoded and resized once, see
@@ -38,11 +41,25 @@ class PhotoCrops(Dataset[Sample]):
         InputError: there is no such folder, there are no images in it, or (from an item) none can be read.
     """
 
-    def __init__(self, folder: PathLike, size: int, seed: int = 0, resize: bool = True, *, cache: bool = False) -> None:
+    def __init__(
+        self,
+        folder: PathLike,
+        size: int,
+        seed: int = 0,
+        resize: bool | tuple[int, int] = True,
+        *,
+        cache: bool = False,
+    ) -> None:
         self.folder, self.size, self.seed, self.resize = folder, size, seed, resize
         self.paths = find_images(folder)
-        self.packed = open_or_pack(PhotoSource(folder, self.paths, size, resize)) if cache else None
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        # A photo for several scales is kept at the largest, but never enlarged: each crop is resized once more.
+        self.source = (
+            PhotoSource(folder, self.paths, resize[1], "at most")
+            if isinstance(resize, tuple)
+            else PhotoSource(folder, self.paths, size, "exactly" if resize else "at least")
+        )
+        self.packed = open_or_pack(self.source) if cache else None
+        self._latest_order = -1, np.empty(0, dtype=np.int64)  # an epoch and its order of photos
 
     def __getitem__(self, i: int) -> Sample:
         images, unreadable = self.__getitems__([i])
@@ -59,23 +76,39 @@ class PhotoCrops(Dataset[Sample]):
     def _cut(self, out: Tensor, i: int, unreadable: set[str]) -> None:
         """Fills ``out`` [size, size, 3] with crop ``i``."""
         photo = self._photo(i, unreadable)
-        height, width, _ = photo.shape
         rng = np.random.default_rng((self.seed, 1, i))
-        left, top = rng.integers(width - self.size + 1), rng.integers(height - self.size + 1)
-        out.numpy()[...] = photo[top : top + self.size, left : left + self.size]
+        if isinstance(self.resize, tuple):
+            out.numpy()[...] = self._resized_window(photo, rng, *self.resize)
+        else:
+            height, width, _ = photo.shape
+            left, top = rng.integers(width - self.size + 1), rng.integers(height - self.size + 1)
+            out.numpy()[...] = photo[top : top + self.size, left : left + self.size]
         if rng.random() < 0.5:
             out.copy_(out.flip(1))  # torch flips pixels of three bytes ten times as fast as NumPy
 
+    def _resized_window(
+        self, photo: np.ndarray[Any, Any], rng: np.random.Generator, low: int, high: int
+    ) -> np.ndarray[Any, Any]:
+        """What a crop of ``photo`` would be, [size, size, 3], if its shorter side had ``low`` to ``high`` pixels."""
+        height, width, _ = photo.shape
+        side = self.size * min(height, width) / rng.integers(low, high + 1)  # of the window, in pixels of `photo`
+        left, top = rng.random() * (width - side), rng.random() * (height - side)
+        box = (left, top, min(left + side, width), min(top + side, height))
+        size = (self.size, self.size)
+        return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC, box))
+
     def _photo(self, i: int, unreadable: set[str]) -> np.ndarray[Any, Any]:
         epoch, position = divmod(i, len(self.paths))
-        if epoch != self._epoch:
+        known_epoch, order = self._latest_order
+        if epoch != known_epoch:
             order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.paths))
-            self._epoch, self._order = epoch, order
+            self._latest_order = epoch, order  # one assignment: several threads may be here
         for k in range(len(self.paths)):
-            index = self._order[(position + k) % len(self.paths)]
+            index = order[(position + k) % len(self.paths)]
             path = self.paths[index]
             try:
-                return read_for_crops(path, self.size, self.resize) if self.packed is None else self.packed[index]
+                source = self.source
+                return read_for_crops(path, source.size, source.fit) if self.packed is None else self.packed[index]
             except InputError:
                 unreadable.add(str(path))
         raise InputError(f"{self.folder}: none of the {len(self.paths)} images can be read")
@@ -89,12 +122,13 @@ def batches(
     A batch is uint8 [batch / processes, 3, size, size] in channels-last memory, which is pinned where there is a GPU.
     Each of several ``processes`` gets the part of its ``rank``; the parts together are what one process would get.
 
-    A thread cuts the crops of packed photos; ``workers`` processes decode photos that are not packed (0: this process).
+    Threads cut the crops of packed photos; ``workers`` processes decode photos that are not packed (0: this process).
     """
     share = batch // processes
     shares = [range(first, first + share) for first in range(start * batch + rank * share, stop * batch, batch)]
     if crops.packed is not None:
-        return prefetch(lambda indices: _pin(crops.__getitems__(indices)), shares, 1, BATCHES_AHEAD)
+        threads = RESIZING_THREADS if isinstance(crops.resize, tuple) else 1
+        return prefetch(lambda indices: _pin(crops.__getitems__(indices)), shares, threads, BATCHES_AHEAD)
     loader: DataLoader[Sample] = DataLoader(
         crops,
         batch_sampler=shares,  # type: ignore[arg-type]

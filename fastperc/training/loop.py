@@ -13,13 +13,16 @@ from fastperc.errors import InputError
 from fastperc.files import check_writable
 from fastperc.progress import say, silent
 from fastperc.training import previews
+from fastperc.training.average import WeightAverage, first_averaged
 from fastperc.training.crops import PhotoCrops, batches
 from fastperc.training.log import LossLog
+from fastperc.training.perturb import seed_step
 from fastperc.training.processes import Processes, data_parallel, join_processes
 from fastperc.training.recipe import Recipe, Task, learning_rate
 from fastperc.training.resume import (
     CHECKPOINT,
     MODEL,
+    State,
     iterations_done,
     load_checkpoint,
     load_initial_weights,
@@ -36,7 +39,7 @@ class Run(NamedTuple):
     out: Path
     processes: Processes
     task: Task  # its network and loss are on the device
-    optimizer: torch.optim.Optimizer
+    state: State
     crops: PhotoCrops
     start: int  # iterations done before
 
@@ -82,12 +85,13 @@ def prepare(recipe: Recipe, out: Path, resume: bool, processes: Processes) -> Ru
     task.net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if isinstance(task.loss, nn.Module):
         task.loss.to(device)
-    optimizer = adam(task.net.parameters(), recipe.lr, device)
+    average = WeightAverage(task.net, first_averaged(recipe), start) if recipe.average else None
+    state = State(task.net, adam(task.net.parameters(), recipe.lr, device), average)
     if start:
-        load_checkpoint(out, task.net, optimizer)
+        load_checkpoint(out, state)
     with processes.first_before_others():  # the first may pack the photos
         crops = PhotoCrops(recipe.data, recipe.size, recipe.seed, recipe.resize, cache=recipe.cache == "auto")
-    return Run(recipe, out, processes, task, optimizer, crops, start)
+    return Run(recipe, out, processes, task, state, crops, start)
 
 
 def run_iterations(run: Run) -> int:
@@ -96,10 +100,10 @@ def run_iterations(run: Run) -> int:
     Raises:
         FloatingPointError: as :func:`train`.
     """
-    recipe, out, processes, task, optimizer, crops, start = run
+    recipe, out, processes, task, state, crops, start = run
     preview_photos = previews.preview_photos(crops, processes.device)
     net = data_parallel(task.net, processes, recipe.sync_bn)
-    train_step = TrainStep(net, task.loss, optimizer, recipe.amp, task.degrade)
+    train_step = TrainStep(net, task.loss, state.optimizer, recipe.amp, task.inputs)
     say_what_is_trained(run)
 
     unreadable: set[str] = set()
@@ -110,7 +114,10 @@ def run_iterations(run: Run) -> int:
         for photos, skipped in shares:
             step += 1
             unreadable |= skipped
+            seed_step(processes.device, recipe.seed, step, processes.rank)
             log.add(train_step(photos, learning_rate(recipe, step)))
+            if state.average is not None:
+                state.average.update(step)
             save_due = step % recipe.checkpoint_every == 0 or step == recipe.iterations
             log_due = save_due or step % log.interval == 0
             # Several processes must ask each other about signals at the same step; one alone can look at every step.
@@ -119,9 +126,9 @@ def run_iterations(run: Run) -> int:
                 log.write(saved)  # before saving: it raises if the loss is not finite
             if save_due or stopping:
                 if processes.is_first:
-                    save(recipe, step, task.net, optimizer, out)
+                    save(recipe, step, state, out)
                     preview = out / previews.FOLDER / f"{step:06d}.png"
-                    previews.write_preview(task.net, preview_photos, task.degrade, preview)
+                    previews.write_preview(state.result, preview_photos, task.degrade, preview)
                 saved = step
             if stopping:
                 break

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -61,13 +61,18 @@ class PackedPhotos:
         return self.pixels[offset : offset + height * width * 3].reshape(height, width, 3)
 
 
+# What a size in pixels means for a photo's shorter side: the photo is resized so that it has this size, is enlarged if
+# it has less, or is made smaller if it has more.
+Fit = Literal["exactly", "at least", "at most"]
+
+
 class PhotoSource(NamedTuple):
     """The photos to pack, and what for."""
 
     folder: PathLike
     paths: Sequence[Path]  # all under `folder`
-    size: int  # side of the crops, pixels
-    resize: bool  # whether each photo's shorter side is resized to `size`
+    size: int  # pixels
+    fit: Fit  # what `size` means for each photo's shorter side
 
 
 def open_or_pack(source: PhotoSource) -> PackedPhotos | None:
@@ -102,25 +107,23 @@ def open_or_pack(source: PhotoSource) -> PackedPhotos | None:
     return photos
 
 
-def read_for_crops(path: PathLike, size: int, resize: bool) -> np.ndarray[Any, Any]:
-    """The photo that crops of ``size`` pixels a side are cut from, uint8 [H, W, 3].
-
-    Its shorter side is resized to ``size``. Without ``resize`` only a photo whose shorter side is below ``size`` is.
+def read_for_crops(path: PathLike, size: int, fit: Fit) -> np.ndarray[Any, Any]:
+    """The photo that crops are cut from, uint8 [H, W, 3], its shorter side ``fit`` ``size`` pixels.
 
     Raises:
         InputError: it cannot be read, or is so long and thin that it would have more than ``MAX_PIXELS`` pixels.
     """
-    image = read_image(path, enough=size if resize else None).rgb
-    scale = _scale_of(image, size, resize)
-    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = read_image(path, enough=None if fit == "at least" else size).rgb
+    scale = _scale_of(image, size, fit)
+    width, height = (max(1 if fit == "at most" else size, round(side * scale)) for side in image.size)
     if width * height > MAX_PIXELS:
         raise InputError(f"{path}: {width}×{height} is larger than {MAX_PIXELS:,} pixels")
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _scale_of(image: Image.Image, size: int, resize: bool) -> float:
+def _scale_of(image: Image.Image, size: int, fit: Fit) -> float:
     scale = size / min(image.size)
-    return scale if resize else max(scale, 1.0)
+    return {"exactly": scale, "at least": max(scale, 1.0), "at most": min(scale, 1.0)}[fit]
 
 
 def _pack(source: PhotoSource, target: Path) -> PackedPhotos:
@@ -142,7 +145,7 @@ def _pack(source: PhotoSource, target: Path) -> PackedPhotos:
 def _write_files(source: PhotoSource, folder: Path) -> None:
     def decode(path: Path) -> np.ndarray[Any, Any] | None:
         try:
-            return read_for_crops(path, source.size, source.resize)
+            return read_for_crops(path, source.size, source.fit)
         except InputError:
             return None
 
@@ -165,7 +168,8 @@ def _write_files(source: PhotoSource, folder: Path) -> None:
 
 def _cached_folder(source: PhotoSource) -> Path:
     """Where the packed photos belong. The name is two hashes: of what they are packed for, and of the files' state."""
-    purpose = [FORMAT, os.path.realpath(source.folder), source.size, source.resize]
+    fit = {"exactly": True, "at least": False}.get(source.fit, source.fit)  # so that older packs are found
+    purpose = [FORMAT, os.path.realpath(source.folder), source.size, fit]
     files = []
     for path in source.paths:
         with suppress(OSError):  # a file that is gone counts as unreadable later
@@ -197,7 +201,7 @@ def _bytes_needed(source: PhotoSource) -> int:
         try:
             with Image.open(path) as image:
                 width, height = image.size
-                return width * height * _scale_of(image, source.size, source.resize) ** 2
+                return width * height * _scale_of(image, source.size, source.fit) ** 2
         except Exception:  # Pillow raises whatever the damage provokes
             return 0.0
 

@@ -21,6 +21,12 @@ class Task(NamedTuple):
     net: nn.Module
     loss: Callable[[Tensor, Tensor], Any]  # (output, photos) → terms, a NamedTuple of scalars, `total` the first
     degrade: Callable[[Tensor], Tensor] | None = None  # photos → what the network sees; None: the photos themselves
+    perturb: Callable[[Tensor], Tensor] | None = None  # changes what it sees at random, in training alone
+
+    def inputs(self, photos: Tensor) -> Tensor:
+        """What the network sees of ``photos`` [N, 3, H, W] in a training step; its batch may be a multiple of N."""
+        seen = photos if self.degrade is None else self.degrade(photos)
+        return seen if self.perturb is None else self.perturb(seen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +38,13 @@ class Recipe:
     init: str | None = None  # a network of the same shape to start from
     iterations: int = 40_000
     size: int = 256  # side of the training crops, pixels
-    resize: bool = True  # resize each photo's shorter side to `size`; False: crops show the photo's own pixels
+    # Each photo's shorter side is resized to `size`, or to a side drawn from a range of pixels, both ends included.
+    # False: crops show the photo's own pixels.
+    resize: bool | tuple[int, int] = True
     batch: int = 4  # of all processes together
     lr: float = 1e-3
     decay: bool = False  # lower lr along half a cosine to zero at `iterations`; the paper keeps it constant
+    average: bool = False  # the network is the mean of the weights over the last tenth of the iterations
     seed: int = 0
     amp: bool = False  # autocast to bfloat16
     checkpoint_every: int = 1000  # iterations

@@ -7,17 +7,36 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastperc import checkpoints
 from fastperc.errors import InputError
+from fastperc.training.average import WeightAverage, first_averaged
 from fastperc.training.recipe import FILES, FREE_TO_CHANGE, Recipe
 
 CHECKPOINT = "checkpoint.safetensors"  # the network and the optimizer: what --resume reads
 MODEL = "model.safetensors"  # the network alone: what the other commands read
+
+
+class State(NamedTuple):
+    """What changes while a network is trained."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None = None
+
+    @property
+    def averaged(self) -> nn.Module | None:
+        """The network of mean weights, once the mean has begun."""
+        return self.average.net if self.average is not None and self.average.begun else None
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that the run leaves."""
+        return self.averaged or self.net
 
 
 def iterations_done(recipe: Recipe, out: Path, resume: bool) -> int:
@@ -53,16 +72,21 @@ def check_same_recipe(recipe: Recipe, checkpoint: Path) -> int:
             raise InputError(
                 f"{checkpoint}: was trained with {name} {saved[name]}, not {given[name]}; give the same to resume"
             )
+    if recipe.average and step >= first_averaged(recipe) != first_averaged(saved_recipe):
+        raise InputError(
+            f"{checkpoint}: is of iteration {step}; with --iterations {recipe.iterations} the mean of the weights "
+            f"would have begun at {first_averaged(recipe)}; give {saved_recipe.iterations} as before, or many more"
+        )
     return step
 
 
-def load_checkpoint(out: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts the weights and the optimizer's state of the checkpoint in ``out`` into ``net`` and ``optimizer``.
+def load_checkpoint(out: Path, state: State) -> None:
+    """Puts what the checkpoint in ``out`` holds into ``state``.
 
     Raises:
         InputError: it cannot be read, or is of another network.
     """
-    checkpoints.load_training(out / CHECKPOINT, net, optimizer)
+    checkpoints.load_training(out / CHECKPOINT, state.net, state.optimizer, state.averaged)
 
 
 def load_initial_weights(net: nn.Module, path: str) -> None:
@@ -78,7 +102,7 @@ def load_initial_weights(net: nn.Module, path: str) -> None:
     net.load_state_dict(trained.state_dict())
 
 
-def save(recipe: Recipe, step: int, net: nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> None:
+def save(recipe: Recipe, step: int, state: State, out: Path) -> None:
     """Writes the network after iteration ``step`` to ``out``, then the checkpoint to resume from.
 
     In this order a run that is killed between the two repeats some iterations when it is resumed. In the other order
@@ -90,8 +114,8 @@ def save(recipe: Recipe, step: int, net: nn.Module, optimizer: torch.optim.Optim
     """
     training = asdict(recipe) | dict(step=step)
     names = {key: Path(training[key]).name for key in FILES if training.get(key)}
-    checkpoints.save(net, out / MODEL, training=training | names)
-    checkpoints.save(net, out / CHECKPOINT, training=training, optimizer=optimizer)
+    checkpoints.save(state.result, out / MODEL, training=training | names)
+    checkpoints.save(state.net, out / CHECKPOINT, training=training, optimizer=state.optimizer, average=state.averaged)
 
 
 def is_complete(recipe: Recipe, out: Path) -> bool:

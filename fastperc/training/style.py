@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastperc.errors import InputError
 from fastperc.models import TransformNet
 from fastperc.presets import MINIMUM_SIDE
 from fastperc.training.objective import build_loss
+from fastperc.training.perturb import StabilityLoss, add_noise
 from fastperc.training.recipe import Recipe, Task
 
 
@@ -26,10 +28,14 @@ class StyleRecipe(Recipe):
     style_weight: float | None = None
     tv_weight: float | None = None
     style_size: int | None = None  # the painting's shorter side in pixels; None: as `size`
+    noise: float = 0.0  # standard deviation of the noise on what the network sees, in RGB 0–1
+    stability: float = 0.0  # weight of the stability term; 0: none
 
     def task(self) -> Task:
         if self.size < MINIMUM_SIDE:
             raise InputError(f"training crops need a side of at least {MINIMUM_SIDE} pixels, not {self.size}")
+        if isinstance(self.resize, tuple) and self.resize[0] < self.size:
+            raise InputError(f"--resize {self.resize[0]} is too small for crops of {self.size} pixels")
         net = TransformNet(**self.network)
         loss = build_loss(
             self.style,
@@ -42,4 +48,8 @@ class StyleRecipe(Recipe):
             style_weight=self.style_weight,
             tv_weight=self.tv_weight,
         )
-        return Task(f"{Path(self.style).name} · {self.network['preset']} network", net, loss)
+        title = f"{Path(self.style).name} · {self.network['preset']} network"
+        if self.stability:
+            stable = StabilityLoss(loss, self.stability, self.noise)
+            return Task(title, net, stable, perturb=stable.perturb)
+        return Task(title, net, loss, perturb=partial(add_noise, deviation=self.noise) if self.noise else None)
