@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -173,11 +172,14 @@ def _run(kernel: int) -> int:
 
 def pack(weight: Tensor) -> Tensor:
     """The kernel's weights [PIXELS, O, k·run rounded up to steps] from ``weight`` [O, 3, k, k]."""
-    kernel, pixels = weight.shape[2], PIXELS.value
-    run = _run(kernel)
-    rows = weight.permute(0, 2, 3, 1).flatten(2)  # [O, k, 3k]
-    packed = torch.stack([F.pad(rows, (3 * p, run - 3 * (kernel + p))) for p in range(pixels)]).flatten(2)
-    return F.pad(packed, (0, -packed.shape[2] % STEP)).contiguous()
+    channels, _, kernel, _ = weight.shape
+    run, pixels = _run(kernel), PIXELS.value
+    numbers = STEP * triton.cdiv(kernel * run, STEP)
+    packed = weight.new_zeros(pixels, channels, numbers)
+    # Of each pixel the k rows of 3·k weights, which begin 3 numbers later than the pixel before's.
+    strides = (channels * numbers + 3, numbers, run, 1)
+    packed.as_strided((pixels, channels, kernel, 3 * kernel), strides).copy_(weight.permute(0, 2, 3, 1).flatten(2))
+    return packed
 
 
 def _block(channels_out: int) -> int:
