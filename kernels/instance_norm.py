@@ -144,7 +144,9 @@ def gradient_coefficients_kernel(
     weight_ptr,  # [C] fp32
     norm_ptr,  # [N, NORM_ROWS, C] fp32
     coefficients_ptr,  # [N, GRADIENT_ROWS, C] fp32
-    sums_ptr,  # [N, 2, C] fp32: sums over the tiles, which are the gradients of bias and weight
+    sums_ptr,  # [N, 2, C] fp32 with strides for all but C: sums over the tiles, the gradients of bias and weight
+    sums_stride_image,
+    sums_stride_row,
     tiles,
     FROZEN: tl.constexpr,  # whether the statistics are constants
     CHANNELS: tl.constexpr,
@@ -164,8 +166,9 @@ def gradient_coefficients_kernel(
         product += tl.load(partial_ptrs + CHANNELS, mask=mask, other=0.0)
     total = tl.sum(total, axis=0)
     product = tl.sum(product, axis=0)
-    tl.store(sums_ptr + image * 2 * CHANNELS + offs_c, total, mask=mask_c)
-    tl.store(sums_ptr + (image * 2 + 1) * CHANNELS + offs_c, product, mask=mask_c)
+    sums_ptrs = sums_ptr + image * sums_stride_image + offs_c
+    tl.store(sums_ptrs, total, mask=mask_c)
+    tl.store(sums_ptrs + sums_stride_row, product, mask=mask_c)
 
     norm_ptr += image * NORM_ROWS * CHANNELS
     mean = coefficient(norm_ptr, 2, offs_c, CHANNELS)
@@ -291,22 +294,22 @@ def norm_coefficients(
     return coefficients
 
 
-def gradient_coefficients(partials: Tensor, weight: Tensor, norm: Tensor, frozen: bool) -> tuple[Tensor, Tensor]:
-    """The coefficients [N, GRADIENT_ROWS, C] float32 that give the gradient of a norm's input from that of its output,
-    and for each image the gradients of its bias and weight, [N, 2, C] float32.
+def gradient_coefficients(partials: Tensor, weight: Tensor, norm: Tensor, frozen: bool, sums: Tensor) -> Tensor:
+    """The coefficients [N, GRADIENT_ROWS, C] float32 that give the gradient of a norm's input from that of its output.
 
+    Fills ``sums`` [N, 2, C] float32, C innermost, with the gradients of the norm's bias and weight for each image.
     ``partials`` [N, tiles, 2, C] are those of the output's gradient; ``norm`` [N, NORM_ROWS, C] the norm's own
     coefficients.
     """
     images, tiles, _, channels = partials.shape
     coefficients = torch.empty(images, GRADIENT_ROWS.value, channels, device=weight.device)
-    sums = torch.empty(images, 2, channels, device=weight.device)
     gradient_coefficients_kernel[(images * triton.cdiv(channels, BLOCK_CHANNELS),)](
         partials,
         weight,
         norm,
         coefficients,
         sums,
+        *sums.stride()[:2],
         tiles,
         FROZEN=frozen,
         CHANNELS=channels,
@@ -314,7 +317,7 @@ def gradient_coefficients(partials: Tensor, weight: Tensor, norm: Tensor, frozen
         BLOCK_C=BLOCK_CHANNELS,
         **COEFFICIENTS_OPTIONS,
     )
-    return coefficients, sums
+    return coefficients
 
 
 def instance_norm_fwd(x: Deferred, skip: Tensor | None, out: Tensor) -> None:

@@ -216,7 +216,7 @@ def rgb_prepare(
     left, right, top, bottom = padding.sides
     rows = window[2] + top + bottom
     numbers = (
-        48 * triton.cdiv(window[3] + left + right + PIXELS.value, 16) if runs is None else runs.count * runs.length
+        48 * triton.cdiv(window[3] + left + right + PIXELS.value, 16) if runs is None else runs.pieces * runs.length
     )
     x = torch.empty(len(image), rows, numbers, dtype=dtype, device=image.device)
     rgb_prepare_kernel[(len(image) * rows * triton.cdiv(numbers, PREPARE_BLOCK),)](
@@ -242,7 +242,7 @@ def rgb_prepare(
 class Runs(NamedTuple):
     """Overlapping pieces of a picture's row, one after the other in memory, so that each begins at a whole vector."""
 
-    count: int
+    pieces: int
     step: int  # numbers from where one begins to where the next one does
     length: int  # numbers
 

@@ -5,30 +5,30 @@
     backward   each convolution's gradient passes the ReLU of the layer before and is summed for its norm; one pass
                gives the gradient before the norm
 
-``fastperc.kernels.deferred`` draws it; ``ops/kinds.py`` has the kernels of each kind of layer. Layers that Triton's
-kernels cannot serve run one by one.
+``fastperc.kernels.deferred`` draws it; ``ops/fused_chain.py`` runs it, with the kernels of each kind of layer in
+``ops/kinds.py``. Layers that Triton's kernels cannot serve run one by one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastperc import backends, kernels, reference
+from fastperc import backends, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.collective import gathered
-from fastperc.ops.common import channels_last, compute_dtype, why_not_here
+from fastperc.ops.common import compute_dtype, why_not_here
 from fastperc.ops.conv3x3 import CONV3X3
 from fastperc.ops.conv_bn_relu import CONV_BN_RELU
-from fastperc.ops.kinds import CONV, STEM, GradientTarget, Layer, Weight, partials_of, why_not_layer
-from fastperc.ops.norm_relu import FEWEST_VALUES, NORM_RELU, group_of, norm_relu
+from fastperc.ops.fused_chain import cropped, fused_chain
+from fastperc.ops.kinds import CONV, Layer, why_not_layer
+from fastperc.ops.norm_relu import FEWEST_VALUES, NORM_RELU, norm_relu
 from fastperc.ops.subpixel_conv_bn_relu import SUBPIXEL_CONV_BN_RELU
-from fastperc.types import RELU, Deferred
+from fastperc.types import RELU
 
 
 def conv_chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -116,12 +116,6 @@ def one_by_one(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     return x
 
 
-def cropped(x: Tensor, like: Tensor) -> Tensor:
-    """The middle of ``x``, as large as ``like``."""
-    top, left = (x.shape[2] - like.shape[2]) // 2, (x.shape[3] - like.shape[3]) // 2
-    return x[:, :, top : top + like.shape[2], left : left + like.shape[3]]
-
-
 def _composed(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     """``layers`` one by one, or as chains of those that the kernels can take between those that they cannot."""
     if backends.forced() is not None or _why_not_call(x, layers):
@@ -132,242 +126,9 @@ def _composed(x: Tensor, layers: Sequence[Layer]) -> Tensor:
         chain = [layer for block, reason in blocks if reason is None for layer in block]
         if len(chain) == len(layers):  # a chain of them all was measured slower
             return one_by_one(x, layers)
-        x = _fused(x, chain) if chain else one_by_one(x, blocks[0][0])
+        x = fused_chain(x, chain) if chain else one_by_one(x, blocks[0][0])
         rest = rest[len(chain or blocks[0][0]) :]
     return x
-
-
-# As a chain of kernels
-
-
-def _fused(x: Tensor, layers: Sequence[Layer]) -> Tensor:
-    parameters = [parameter for layer in layers for parameter in layer.parameters]
-    return _ConvChain.apply(x.to(compute_dtype(x)), tuple(layers), *parameters)
-
-
-def differentiable_chain(x: Tensor, layers: Sequence[Layer], parameters: Sequence[Any]) -> Tensor:
-    """The chain in plain PyTorch, for gradients of gradients; it updates no running statistics."""
-    layer_input = x
-    for layer, (weight, bias, norm_weight, norm_bias) in zip(layers, _by_layer(parameters)):
-        y = layer.kind.equivalent(layer, x, weight, bias)
-        skip, layer_input = cropped(layer_input, y) if layer.skip else None, x
-        x = y
-        if (norm := layer.norm) is not None:
-            if layer.frozen:
-                statistics = norm.running_mean, norm.running_var
-                x = F.batch_norm(y, *statistics, norm_weight, norm_bias, False, 0.0, norm.eps)
-            elif (group := group_of(norm)) is not None:
-                x = reference.sync_norm_relu(y, norm_weight, norm_bias, norm.eps, False, group)[0]
-            else:
-                x = reference.norm_relu(y, norm_weight, norm_bias, norm.eps, False, layer.batch)
-            x = reference.activate(x if skip is None else x + skip, layer.activation)
-    return x
-
-
-def _by_layer(parameters: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """The parameters of each layer, in the order of :attr:`Layer.parameters`."""
-    return (parameters[i : i + 4] for i in range(0, len(parameters), 4))
-
-
-class _ConvChain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: tuple[Layer, ...], *parameters: Tensor | None) -> Tensor:
-        counters = [layer.norm.num_batches_tracked for layer in layers if _updates_statistics(layer)]
-        if counters:
-            torch._foreach_add_(counters, 1)
-        with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            weights = _weights(parameters, x.dtype)
-            outputs: list[Output] = []
-            inputs = _Inputs(x, layers, outputs)
-            for i, (layer, others) in enumerate(zip(layers, _by_layer(parameters))):
-                outputs.append(_forward(layer, inputs[i], weights[i], *others[1:]))
-                inputs.forget_before(i)
-            result = inputs[len(layers)] if layers[-1].norm else outputs[-1].raw
-        ctx.layers, ctx.weights = layers, weights
-        ctx.save_for_backward(x, *parameters, *(t for output in outputs for t in output))
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layers, count = ctx.layers, 1 + 4 * len(ctx.layers)
-        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint recomputes it each time
-        x, *parameters = saved[:count]
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-        if torch.is_grad_enabled():  # to be differentiated again
-            leaves = [t for t, needs in zip((x, *parameters), needed) if needs]
-            y = differentiable_chain(x, layers, parameters)
-            grads = iter(torch.autograd.grad(y, leaves, grad, create_graph=True, materialize_grads=True))
-            grad_x, *others = (next(grads) if needs else None for needs in needed)
-            return grad_x, None, *others
-        outputs = [Output(*output) for output in zip(saved[count::2], saved[count + 1 :: 2])]
-        with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            grad_x, *others = _Backward(x, layers, parameters, ctx.weights, outputs, needed).run(grad)
-        return grad_x, None, *others
-
-
-def _weights(parameters: Sequence[Any], dtype: torch.dtype) -> list[Weight]:
-    """The convolutions' weights, and copies in ``dtype``."""
-    masters = [weight.detach() for weight in parameters[::4]]
-    copies = [torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last) for weight in masters]
-    torch._foreach_copy_(copies, masters)  # one kernel for all
-    return [Weight(*pair) for pair in zip(masters, copies)]
-
-
-def _updates_statistics(layer: Layer) -> bool:
-    return layer.batch and layer.norm.track_running_stats and layer.norm.training
-
-
-class Output(NamedTuple):
-    """What is kept of a layer's forward."""
-
-    raw: Tensor  # before the norm
-    coefficients: Tensor | None  # of its norm
-
-
-class _Inputs:
-    """What each layer of a chain loads, and last the chain's result: normalised when it is asked for."""
-
-    def __init__(self, x: Tensor, layers: Sequence[Layer], outputs: Sequence[Output]) -> None:
-        self.layers, self.outputs = layers, outputs
-        self.kept = {0: x if layers[0].kind is STEM else channels_last(x)}  # this and those that a skip adds
-
-    def __getitem__(self, i: int) -> Tensor:
-        if i in self.kept:
-            return self.kept[i]
-        before, (raw, coefficients) = self.layers[i - 1], self.outputs[i - 1]
-        skip = None
-        if before.skip:
-            self.kept[i - 2] = self[i - 2]
-            skip = cropped(self.kept[i - 2], raw)
-        activation = Deferred(raw, coefficients, before.activation is not None)
-        layer_input = torch.empty_like(raw)
-        kernels.instance_norm.instance_norm_fwd(activation, skip, layer_input)
-        if i < len(self.layers) - 1 and self.layers[i + 1].skip:
-            self.kept[i] = layer_input
-        return layer_input
-
-    def forget_before(self, i: int) -> None:
-        """Drops those that no layer after layer ``i`` adds; the chain's own input is not computed here."""
-        for known in [*self.kept]:
-            if 0 < known < i - 1:
-                del self.kept[known]
-
-
-def _forward(layer: Layer, x: Tensor, weight: Weight, bias: Tensor, norm_weight: Any, norm_bias: Any) -> Output:
-    raw, partials = layer.kind.forward(layer, x, weight, bias.float())
-    if layer.norm is None:
-        return Output(raw, None)
-    return Output(raw, _norm_coefficients(layer, partials, norm_weight.float(), norm_bias.float()))
-
-
-def _norm_coefficients(layer: Layer, partials: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """The coefficients of a layer's norm, from its output's statistics by tiles; updates the running statistics."""
-    norm, running, module = layer.norm, None, kernels.instance_norm
-    if layer.batch and norm.track_running_stats:
-        running = module.RunningStatistics(norm.running_mean, norm.running_var, norm.momentum, norm.num_batches_tracked)
-    if layer.batch and partials is not None:
-        partials = partials.flatten(0, 1)[None]
-        if (group := group_of(norm)) is not None:
-            statistics = partials.new_empty(1, 3, len(weight))
-            module.norm_coefficients(partials, weight, bias, norm.eps, statistics=statistics)
-            partials = gathered(statistics[0], group)[None]
-    return module.norm_coefficients(partials, weight, bias, norm.eps, running)
-
-
-class _Backward:
-    """The backward of a chain: the gradients of its input and parameters, where they are needed."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        layers: Sequence[Layer],
-        parameters: Sequence[Any],
-        weights: Sequence[Weight],
-        outputs: Sequence[Output],
-        needed: Sequence[bool],
-    ) -> None:
-        self.layers, self.needed, self.weights = layers, needed, weights
-        self.leaves, self.norms = (x, *parameters), parameters[2::4]
-        self.inputs = _Inputs(x, layers, outputs)
-        self.activations = [
-            Deferred(raw, coefficients, layer.activation is not None)
-            for layer, (raw, coefficients) in zip(layers, outputs)
-        ]
-        self.grads: list[Tensor | None] = [None] * len(needed)  # of the input, then four for each layer
-
-    def run(self, grad: Tensor) -> list[Tensor | None]:
-        """The gradients, from that of the chain's result."""
-        deepest = next(i for i, needs in enumerate(self.needed) if needs)  # gradients stop there
-        grad_y, partials = self._through_last_activation(grad)
-        skips: dict[int, Tensor] = {}  # the gradients that skips bring to a layer's input
-        for i in reversed(range(len(self.layers))):
-            layer, first = self.layers[i], 1 + 4 * i
-            if layer.skip:
-                skips[i - 1] = _uncropped(grad_y, self._input_shape(i - 1))
-            raw_grad = self._through_norm(i, grad_y, partials)
-            if self.needed[first]:
-                self.grads[first] = layer.kind.weight_gradient(layer, self.inputs[i], raw_grad)
-            if deepest >= first:
-                break
-            target = GradientTarget(self._input_shape(i), self.activations[i - 1] if i else None, skips.pop(i, None))
-            grad_y, partials = layer.kind.data_gradient(layer, raw_grad, self.weights[i], target)
-            if i == 0:
-                self.grads[0] = grad_y
-        return [
-            grad.to(leaf.dtype) if needs and grad is not None else None
-            for grad, leaf, needs in zip(self.grads, self.leaves, self.needed)
-        ]
-
-    def _input_shape(self, i: int) -> torch.Size:
-        return self.activations[i - 1].x.shape if i else self.leaves[0].shape
-
-    def _through_last_activation(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gradient after the last norm, and its sums by tiles; without a norm, that of the output."""
-        activation, fold = self.activations[-1], kernels.fold_gradient
-        grad = grad.to(activation.x.dtype)
-        if self.layers[-1].norm is None:
-            return grad, None
-        out = torch.empty_like(activation.x)
-        partials = partials_of(out, fold.fold_gradient_tiles(out), 2)
-        fold.fold_gradient(grad, None, activation, out, (0, 0, 0, 0), False, partials)
-        return out, partials
-
-    def _through_norm(self, i: int, grad_y: Tensor, partials: Tensor | None) -> Tensor:
-        """The gradient of layer i's raw output, from that after its norm.
-
-        Stores the gradients of the convolution's bias and of the norm's weight and bias.
-        """
-        layer, bias, scale, first = self.layers[i], self.leaves[2 + 4 * i], self.norms[i], 1 + 4 * i
-        if layer.norm is None:
-            if self.needed[first + 1]:
-                self.grads[first + 1] = grad_y.sum((0, 2, 3), dtype=torch.float32)
-            return grad_y
-        activation, module, scale = self.activations[i], kernels.instance_norm, scale.float()
-        assert partials is not None and activation.coefficients is not None
-        if layer.batch:
-            partials = partials.flatten(0, 1)[None]
-        coefficients, sums = module.gradient_coefficients(partials, scale, activation.coefficients, layer.frozen)
-        grad_bias = torch.zeros_like(bias)  # the norm subtracts the bias again
-        if layer.frozen:
-            grad_bias = coefficients[0, 0] * sums[0, 0]
-        elif (group := group_of(layer.norm)) is not None:
-            sums_of_all = gathered(sums[0], group)[None]
-            coefficients, _ = module.gradient_coefficients(sums_of_all, scale, activation.coefficients, False)
-        grad_norm_bias, grad_norm_weight = sums[0] if len(sums) == 1 else sums.sum(0)
-        self.grads[first + 1 : first + 4] = grad_bias, grad_norm_weight, grad_norm_bias
-        raw_grad = torch.empty_like(grad_y) if layer.skip else grad_y  # the skip's own gradient is used later
-        other = None if layer.frozen else activation.x
-        module.instance_norm_fwd(Deferred(grad_y, coefficients, other=other), None, raw_grad)
-        return raw_grad
-
-
-def _uncropped(grad: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient of a map of ``shape`` that :func:`cropped` cut ``grad``'s part from."""
-    left, top = (shape[3] - grad.shape[3]) // 2, (shape[2] - grad.shape[2]) // 2
-    if not left and not top:
-        return grad
-    right, bottom = shape[3] - grad.shape[3] - left, shape[2] - grad.shape[2] - top
-    return channels_last(F.pad(grad, (left, right, top, bottom)))
 
 
 # The operation
@@ -396,7 +157,7 @@ CONV_CHAIN = register(
         "conv_chain",
         "Layers in a chain",
         (
-            Implementation("triton", _fused, why_not_triton),
+            Implementation("triton", fused_chain, why_not_triton),
             Implementation(None, _composed),
         ),
         TuningCases(
@@ -408,6 +169,7 @@ CONV_CHAIN = register(
                 (*CONV3X3.sources, *NORM_RELU.sources, *CONV_BN_RELU.sources, *SUBPIXEL_CONV_BN_RELU.sources)
             ),
             "fastperc/ops/conv_chain.py",
+            "fastperc/ops/fused_chain.py",
             "fastperc/ops/kinds.py",
             "kernels/deferred.py",
             "kernels/fold_gradient.py",

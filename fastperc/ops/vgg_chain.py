@@ -153,7 +153,7 @@ def _why_not_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | Non
 
 
 def _why_slow_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    return None if 3 in weight.shape[:2] else "between many channels cuDNN is faster"
+    return None if weight.shape[0 if bias is None else 1] == 3 else "between many channels cuDNN is faster"
 
 
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -162,10 +162,10 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else packed("float32", bias.float, bias)
     border, relu = same_sides(1), bias is not None
     with backends.on_device(x):
-        if x.shape[1] == 3:
+        if x.shape[1] == 3 and bias is not None:
             stem = kernels.rgb_conv_stem
             picture = stem.rgb_prepare(x, Window(0, 0, *x.shape[2:]), border, (1.0, 0.0), x.dtype)
-            stem.rgb_conv_stem_fwd(picture, packed("stem", lambda: stem.pack(weight), weight), bias, out, relu)
+            stem.rgb_conv_stem_fwd(picture, packed("stem", lambda: stem.pack(weight), weight), bias, out, True)
         elif len(weight) == 3 and not relu:
             head = kernels.rgb_conv_head
             head.rgb_conv_head_fwd(x, packed("head", lambda: head.pack(weight), weight), bias, out, border, None)
