@@ -5,8 +5,8 @@
                            their inputs are 3·(k+3) consecutive numbers in memory, multiplied by 4·O columns
 
 Where a column has no tap, its weight is zero: at k = 9 with 32 channels the tensor cores compute 1.4 times the products
-needed. The kernel should be bound by its loads and not by the products; that is not measured yet. A NaN or infinite
-number also reaches the pixels that share its product.
+needed. On an H200 the kernel waits for its loads, half of them from the L1 cache; with the weights kept in shared memory
+from tile to tile it was slower. A NaN or infinite number also reaches the pixels that share its product.
 
 In training, the same kernel gives the gradient of the last convolution's input: from the gradient of the picture.
 """
@@ -26,7 +26,7 @@ from fastperc.kernels.conv_bn_relu import store_output
 from fastperc.types import Deferred, Destination, Padding
 
 PIXELS = tl.constexpr(4)  # pixels that share a row of the product
-STEP, STAGES = 32, 4  # numbers that a step of the sum takes; steps in flight
+STEP, STAGES = 32, 3  # numbers that a step of the sum takes; steps in flight
 PREPARE_BLOCK = 1024  # elements per program
 PREPARE_OPTIONS = dict(num_warps=4, num_stages=1)
 
@@ -186,18 +186,22 @@ def _block(channels_out: int) -> int:
     return min(max(triton.next_power_of_2(channels_out), 16), 32)
 
 
-def _tile(out: Tensor) -> tuple[int, int]:
-    """Groups of pixels per program, and its warps; not measured yet."""
+def _tile(out: Tensor, with_sums: bool) -> tuple[int, int]:
+    """Groups of pixels per program, and its warps: the fastest of those measured on an H200. Sums take registers."""
     if out.element_size() == 4:
         return 32, 8
     enough = out.numel() >= 128 * PIXELS.value * _block(out.shape[1]) * PROGRAMS
-    return (128, 8) if enough else (64, 4)
+    return (128, 8 if with_sums else 4) if enough else (64, 4)
 
 
 def rgb_conv_stem_tiles(out: Tensor) -> int:
     """How many tiles an image of ``out`` [N, O, H', W'] has: the second size of ``partials``."""
+    return _tiles(out, _tile(out, True)[0])
+
+
+def _tiles(out: Tensor, groups: int) -> int:
     _, _, height, width = out.shape
-    return triton.cdiv(height * triton.cdiv(width, PIXELS.value), _tile(out)[0])
+    return triton.cdiv(height * triton.cdiv(width, PIXELS.value), groups)
 
 
 def rgb_prepare(
@@ -278,8 +282,8 @@ def _launch(
     images, channels_out, height, width = out.shape
     _, rows, pitch = x.shape
     kernel = rows - height + 1
-    block, (groups, num_warps) = _block(channels_out), _tile(out)
-    programs = images * rgb_conv_stem_tiles(out) * triton.cdiv(channels_out, block)
+    block, (groups, num_warps) = _block(channels_out), _tile(out, destination.partials is not None)
+    programs = images * _tiles(out, groups) * triton.cdiv(channels_out, block)
     rgb_conv_stem_kernel[(programs,)](
         x,
         packed,
