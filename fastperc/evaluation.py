@@ -1,7 +1,10 @@
-"""Image quality metrics: PSNR and SSIM, and the luma on which super-resolution papers measure them."""
+"""Image quality metrics: PSNR and SSIM, and the luma on which super-resolution papers measure them; and the spectrum of
+what a network makes of a flat grey area, in which dots and hatches at a fixed period are peaks."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -90,3 +93,85 @@ def luma(levels: Tensor, gray: bool = False) -> Tensor:
         return levels[..., 0].double()
     weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64) / 255
     return (levels.double() @ weights + 16).round()
+
+
+SPECTRUM_WINDOW = 128  # pixels: side of the windows whose power spectra are averaged
+FLAT_SIDE, FLAT_BORDER = 512, 32  # pixels: side of the flat area, and what is cut off around its picture
+BUSY_WIDTH, BUSY_SCALE = 256, 8  # pixels: width of the area beside it, and size of its blots
+FLAT_NOISE = 1 / 255  # standard deviation of the flat area's noise in RGB 0–1: one level
+LOW_FREQUENCIES, FLOOR_RADIUS = 6, 6  # bins: around frequency 0, where no peak is looked for; around a peak, its floor
+
+
+class Peak(NamedTuple):
+    """A peak in a power spectrum."""
+
+    decibels: float  # above the noise floor around it
+    frequency: tuple[float, float]  # cycles per pixel downwards and to the right, -0.5 to 0.5
+
+    def __str__(self) -> str:
+        down, right = self.frequency
+        return f"{self.decibels:.1f} dB at {abs(down):.3g} cycles per pixel downwards and {abs(right):.3g} across"
+
+
+def power_spectrum(image: Tensor) -> Tensor:
+    """The mean power spectrum of half-overlapping windows of ``image`` [H, W] (Welch's method, Hann windows).
+
+    Returns:
+        float64 [``SPECTRUM_WINDOW``, ``SPECTRUM_WINDOW``] with frequency 0 in the middle.
+
+    Raises:
+        ValueError: the image is smaller than a window.
+    """
+    side = SPECTRUM_WINDOW
+    if image.dim() != 2 or min(image.shape) < side:
+        raise ValueError(f"power_spectrum needs [H, W] with {side} pixels or more a side, got {list(image.shape)}")
+    hann = torch.hann_window(side, periodic=False, dtype=torch.float64, device=image.device)
+    windows = image.double().unfold(0, side, side // 2).unfold(1, side, side // 2).flatten(0, 1)
+    windows = (windows - windows.mean(dim=(1, 2), keepdim=True)) * hann[:, None] * hann
+    return torch.fft.fftshift(torch.fft.fft2(windows).abs().square().mean(0))
+
+
+def highest_peak(power: Tensor) -> Peak:
+    """The frequency at which ``power`` [N, N] stands highest above its noise floor; frequency 0 is in the middle.
+
+    The floor at a frequency is the median of the power at the frequencies around it, without its direct neighbours.
+    White noise has a highest peak of about 2 dB. A pattern with a fixed period is a narrow peak, while strokes that
+    have about the same width and no fixed place are a broad hill, which is its own floor. Periods of more than 21
+    pixels are left out: there such hills are steep. An image without any change has a peak of 0 dB at frequency 0.
+    """
+    side, radius = len(power), FLOOR_RADIUS
+    if not power.max() > 0:
+        return Peak(0.0, (0.0, 0.0))
+    power = power.clamp_min(1e-12 * float(power.max()))  # rounding is no floor
+    width = 2 * radius + 1
+    around = F.pad(power[None, None], (radius,) * 4, mode="circular")[0, 0].unfold(0, width, 1).unfold(1, width, 1)
+    is_floor = torch.ones(width, width, dtype=torch.bool)
+    is_floor[radius - 1 : radius + 2, radius - 1 : radius + 2] = False
+    ratio = power / around[..., is_floor].median(dim=-1).values
+    low = slice(side // 2 - LOW_FREQUENCIES, side // 2 + LOW_FREQUENCIES + 1)
+    ratio[low, low] = 0
+    row, column = divmod(int(ratio.argmax()), side)
+    return Peak(10 * math.log10(float(ratio.max())), ((row - side // 2) / side, (column - side // 2) / side))
+
+
+def flat_picture(paint: Callable[[Tensor], Tensor], level: float = 0.5, seed: int = 0) -> Tensor:
+    """What ``paint``, a network or an engine, makes of a flat grey area: RGB in 0–1 [3, H, W] without its borders.
+
+    The area has noise of one level, as a clear sky has in a photo: a network that pads by reflection makes a constant
+    of a constant. Beside it lie blots of random colours. Instance norm divides by the standard deviation of the whole
+    image, and without them the noise would be all there is. The picture is rounded to 8 bits, as its file would be:
+    what is fainter does not count.
+
+    Args:
+        paint: RGB in 0–1 [1, 3, H, W] → RGB in 0–1 of the same size, on the CPU.
+        level: the grey, 0–1.
+        seed: of the noise and the colours.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flat = level + FLAT_NOISE * torch.randn(1, 3, FLAT_SIDE, FLAT_SIDE, generator=generator)
+    colours = torch.rand(1, 3, FLAT_SIDE // BUSY_SCALE, BUSY_WIDTH // BUSY_SCALE, generator=generator)
+    busy = F.interpolate(colours, scale_factor=BUSY_SCALE, mode="bicubic").clamp(0, 1)
+    with torch.inference_mode():
+        picture = paint(torch.cat([flat, busy], dim=3))[0]
+    inner = slice(FLAT_BORDER, FLAT_SIDE - FLAT_BORDER)
+    return (255 * picture[:, inner, inner].clamp(0, 1)).round() / 255
