@@ -9,16 +9,23 @@ from contextlib import suppress
 import torch
 
 from fastperc.errors import InputError
+from fastperc.progress import say
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device called ``name``. ``None`` picks a CUDA GPU, then Apple's GPU, then the CPU.
+    """The device called ``name``. ``None`` picks a CUDA GPU, or else the CPU.
+
+    Apple's GPU has to be asked for, because nothing has been tested there; a line says so where there is one.
 
     Raises:
         InputError: this machine or this build of PyTorch has no such device.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.mps.is_available():
+            say("using the CPU; Apple's GPU is untested, and --device mps tries it")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

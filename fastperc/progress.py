@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+class ProgressConsole(Console):
+    """A console that falls silent where nobody reads it any more. The work goes on; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+console = ProgressConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 SECONDS_BETWEEN_LINES = 15.0
 SPEED_SECONDS = 30.0  # the speed shown is the mean over the last so many seconds
 

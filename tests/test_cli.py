@@ -13,6 +13,7 @@ import torch
 from pictures import picture, pixels
 
 import fastperc
+from fastperc.devices import find_device
 from fastperc.photos.photo import read_image
 
 
@@ -71,6 +72,13 @@ def test_optimize(run, here, vgg_options):
     assert run(*options, "-o", "out.png", "--iterations", 2).status == 0
     assert pixels_of("out.png").shape == (24, 32, 3)
     assert (pixels_of("out.png") != pixels_of("photo.png")).any()
+
+
+def test_apples_gpu_has_to_be_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: True)
+    assert find_device(None) == torch.device("cpu")
+    assert capsys.readouterr().err == "using the CPU; Apple's GPU is untested, and --device mps tries it\n"
 
 
 def test_doctor_prints_operation_backend_and_reason(run):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import select
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from fastperc._version import __version__
 from fastperc.cli import bench, doctor, figure2, optimize, sr, stylize, train, tune
@@ -14,17 +16,43 @@ from fastperc.cli.options import EXIT_STATUS
 from fastperc.errors import BAD_INPUT, InputError
 
 COMMANDS = stylize, train, figure2, sr, optimize, tune, bench, doctor  # in the order of --help
-FAILED, INTERRUPTED = 1, 130  # exit statuses, with BAD_INPUT
+FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # exit statuses, with BAD_INPUT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 for a failure while running, 2 for bad input, 130 for Ctrl-C.
 
-    Anything but success prints one line on stderr. argparse exits by itself, with 2, if the options are wrong.
+    Anything but success prints one line on stderr. argparse exits by itself, with 2, if the options are wrong. If the
+    reader of stdout is gone, as in ``fastperc doctor | head -1``, the command ends without a line, with status 141.
 
     Args:
         argv: the arguments; default: those of the process.
     """
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and not stream.closed]
+    try:
+        try:
+            return run_command(argv)
+        finally:
+            for stream in streams:
+                stream.flush()
+    except BrokenPipeError:
+        for stream in filter(lost_its_reader, streams):  # Python flushes them once more when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return PIPE_CLOSED
+
+
+def lost_its_reader(stream: TextIO) -> bool:
+    """Whether ``stream`` is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # Windows has no poll; a stream of a test may have no file
+        return False
+
+
+def run_command(argv: Sequence[str] | None) -> int:
+    """Runs one command; returns as :func:`main`, or raises BrokenPipeError if the reader of an output is gone."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Pillow's exceptions say what its log says
@@ -37,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         status, message = FAILED, out_of_memory(arguments)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and any(map(lost_its_reader, (sys.stdout, sys.stderr))):
+            raise
         status, message = FAILED, f"{error.filename or 'a file'}: {error.strerror or error}"
     except (RuntimeError, ArithmeticError) as error:
         text = str(error)

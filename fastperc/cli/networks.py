@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastperc.photos.jobs import Painter
 
 DEFAULT_STYLE = "great_wave"
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}  # of paintings
 METHODS = "bicubic", "srcnn", "pixel", "feature"  # ways to enlarge; all but the first are networks
 
 
@@ -41,7 +42,13 @@ def style_file(arguments: argparse.Namespace) -> Path:
         InputError: no style of that name.
     """
     if arguments.model is None and arguments.style not in STYLES:
-        raise InputError(f"no style {arguments.style!r}; use {', '.join(STYLES)} or --model FILE")
+        message = f"no style {arguments.style!r}; use {', '.join(STYLES)} or --model FILE"
+        if Path(arguments.style).is_file() or Path(arguments.style).suffix.lower() in IMAGE_SUFFIXES:
+            message = (
+                f"--style takes a name ({', '.join(STYLES)}), not a file; give --model FILE for a trained network; "
+                "for a painting use `fastperc optimize`, or train a network by `fastperc train`"
+            )
+        raise InputError(message)
     return arguments.model or STYLES[arguments.style]
 
 
@@ -69,8 +76,9 @@ def super_resolution_file(method: str, scale: int) -> Path:
     name = f"x{scale}_{method}"
     if name not in SUPER_RESOLUTION:
         methods = [known.partition("_")[2] for known in SUPER_RESOLUTION if known.startswith(f"x{scale}_")]
-        choice = f"use {' or '.join(methods)}, or" if methods else "use another --scale, or"
-        raise InputError(f"no {method!r} network ships for ×{scale}; {choice} give the file of a network")
+        scales = sorted(int(known[1:].partition("_")[0]) for known in SUPER_RESOLUTION if known.endswith(f"_{method}"))
+        choice = " or ".join(methods) if methods else f"--scale {' or '.join(map(str, scales))}"
+        raise InputError(f"no {method!r} network ships for ×{scale}; use {choice}, or give the file of a network")
     return SUPER_RESOLUTION[name]
 
 

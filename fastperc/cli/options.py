@@ -145,7 +145,9 @@ def add_layers(parser: argparse._ActionsContainer) -> None:
 
 def add_device(parser: argparse._ActionsContainer) -> None:
     """Adds ``--device``."""
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1, mps, ...; default: cuda if there is one, else cpu"
+    )
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:
