@@ -36,9 +36,9 @@ from fastperc.errors import InputError
 from fastperc.files import check_writable, write_atomically
 from fastperc.training.charts import GRAY, ORANGE, Band, Curve, Panel, loss_chart, running_mean
 from fastperc.training.figure2 import RUNS, read_losses, with_blocks
-from fastperc.training.log import LOSSES
 from fastperc.training.loop import train
 from fastperc.training.resume import is_complete
+from fastperc.training.run_folder import LOSSES
 from fastperc.training.style import StyleRecipe
 
 THREADS = (1, 2, 3)  # on a CPU: one plain run with each number

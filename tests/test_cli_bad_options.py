@@ -31,7 +31,7 @@ BAD_OPTIONS = {
     "stylize photo.png --tile 15": "argument --tile: 15 is not auto, off or a number from 16 up",
     "stylize photo.png --tile small": "argument --tile: small is not auto, off or a number from 16 up",
     "stylize photo.png --strength much": "argument --strength: 'much' is not a number",
-    "stylize photo.png --style photo.png": "for a painting use `fastperc optimize`, or train a network by `fastperc train`",
+    "stylize photo.png --style photo.png": "for a painting use `fastperc optimize`, or train a network by",
     "stylize photo.png --style gone.JPG": "--style takes a name (great_wave, starry_night), not a file; give --model",
     "stylize photo.png --style monet": "no style 'monet'; use great_wave, starry_night or --model FILE",
     "stylize photo.png --style a --model b": "not allowed with argument",

@@ -83,11 +83,11 @@ def test_stopped_and_resumed_is_the_whole(run, command, tmp_path, monkeypatch, s
 
     monkeypatch.setattr(TVLoss, "forward", forward_and_stop)
     status, printed, errors = run(*command, "--out", out)
-    assert (status, printed) == (0, "") and "--resume goes on" in errors
+    assert (status, printed) == (0, "") and f"go on by: fastperc figure2 --resume --out {out}\n" in errors
     name, step = ("residual", stop) if stop <= 9 else ("non-residual", stop - 9)
     assert len(totals(out / name)) == training_metadata(out / name / CHECKPOINT)["step"] == step
     assert not (out / "figure2.png").exists()
-    status, printed, errors = run(*command, "--out", out, "--resume")
+    status, printed, errors = run("figure2", "--resume", "--out", out)
     assert status == 0 and "mean loss" in printed and f"from iteration {step}" in errors, errors
     for name in figure2.RUNS:
         assert totals(out / name) == totals(whole / name)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastperc.cli.training_options import SEVERAL_GPUS, STOPPING, add_style_training
+from fastperc.cli.training_options import (
+    SEVERAL_GPUS,
+    STOPPING,
+    add_style_training,
+    resume_command,
+    separate_defaults,
+)
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -18,20 +24,24 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  fastperc figure2 --style great_wave.jpg --data photos/ --out runs/figure2 --device cuda --amp\n"
-        "  fastperc figure2 ... --resume                           continue after a stop\n\n"
+        "  fastperc figure2 --resume --out runs/figure2            continue after a stop\n\n"
         + SEVERAL_GPUS.format(command="figure2")
         + f"Results: the runs are DIR/residual and DIR/non-residual, the figure is DIR/figure2.png.\n{STOPPING}",
     )
     add_style_training(parser)
-    parser.set_defaults(run=run, residual="yes")
+    parser.set_defaults(run=run)
+    separate_defaults(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.cli.train import recipe_from
     from fastperc.training.figure2 import table, train_both
+    from fastperc.training.run_folder import RESIDUAL
 
-    losses = train_both(recipe_from(arguments), arguments.out, arguments.resume)
+    recipe = recipe_from(arguments, arguments.out / RESIDUAL)
+    command = resume_command("figure2", arguments.out)
+    losses = train_both(recipe, arguments.out, arguments.resume, command)
     if losses is not None:
         print(table(losses))
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastperc.cli.options import weight
 from fastperc.cli.training_options import (
@@ -13,12 +13,11 @@ from fastperc.cli.training_options import (
     add_init,
     add_loop,
     add_training,
-    recipe_fields,
+    recipe_of,
+    resume_command,
+    separate_defaults,
 )
 from fastperc.presets import ARCHITECTURES, SCALES
-
-if TYPE_CHECKING:
-    from fastperc.training.super_resolution import SuperResolutionRecipe
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -31,7 +30,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         epilog="examples:\n"
         "  fastperc sr train --data photos/ --out runs/pixel --device cuda --amp\n"
         "  fastperc sr train --data photos/ --out runs/feature --loss feature --init runs/pixel/model.safetensors\n"
-        "  fastperc sr train ... --resume                 continue after a stop; on a CPU, bit for bit\n\n"
+        "  fastperc sr train --resume --out runs/pixel    continue after a stop; on a CPU, bit for bit\n\n"
         + SEVERAL_GPUS.format(command="sr train")
         + f"{RESULTS}\n{STOPPING}",
     )
@@ -61,18 +60,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     )
     add_loop(parser, iterations=200_000, size=288)
     parser.set_defaults(run=run)
+    separate_defaults(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.training.loop import train
-
-    train(recipe_from(arguments), arguments.out, arguments.resume)
-    return 0
-
-
-def recipe_from(arguments: argparse.Namespace) -> SuperResolutionRecipe:
-    """The training recipe that the options describe."""
     from fastperc.training.super_resolution import SuperResolutionRecipe
 
-    return SuperResolutionRecipe(**recipe_fields(SuperResolutionRecipe, vars(arguments)))
+    recipe = recipe_of(SuperResolutionRecipe, arguments, arguments.out)
+    train(recipe, arguments.out, arguments.resume, resume_command("sr train", arguments.out))
+    return 0

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastperc.cli.training_options import RESULTS, SEVERAL_GPUS, STOPPING, add_init, add_style_training, recipe_fields
+from fastperc.cli.training_options import (
+    RESULTS,
+    SEVERAL_GPUS,
+    STOPPING,
+    add_init,
+    add_style_training,
+    recipe_of,
+    resume_command,
+    separate_defaults,
+)
 
 if TYPE_CHECKING:
     from fastperc.training.style import StyleRecipe
@@ -20,7 +31,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  fastperc train --style painting.jpg --data photos/ --out runs/mine --device cuda --amp\n"
-        "  fastperc train ... --resume                    continue after a stop; on a CPU, bit for bit\n\n"
+        "  fastperc train --resume --out runs/mine        continue after a stop; on a CPU, bit for bit\n\n"
         + SEVERAL_GPUS.format(command="train")
         + f"{RESULTS}\n{STOPPING}",
     )
@@ -32,22 +43,28 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     )
     add_init(parser)
     parser.set_defaults(run=run)
+    separate_defaults(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.training.loop import train
 
-    train(recipe_from(arguments), arguments.out, arguments.resume)
+    recipe = recipe_from(arguments, arguments.out)
+    train(recipe, arguments.out, arguments.resume, resume_command("train", arguments.out))
     return 0
 
 
-def recipe_from(arguments: argparse.Namespace) -> StyleRecipe:
-    """The training recipe that the options describe."""
+def recipe_from(arguments: argparse.Namespace, run: Path | None = None) -> StyleRecipe:
+    """The training recipe that the options describe; with ``--resume`` the rest is as in the folder ``run``."""
     from fastperc.training.style import StyleRecipe
 
-    given = vars(arguments)
-    residual = {"yes": True, "no": False}.get(given["residual"], given["residual"])
-    shape = {key: given[key] for key in ("width", "norm", "padding", "upsample") if given[key] is not None}
-    network = dict(preset=given["preset"], residual=residual, **shape)
-    return StyleRecipe(**recipe_fields(StyleRecipe, given), network=network)
+    return recipe_of(StyleRecipe, arguments, run, network_fields)
+
+
+def network_fields(options: Mapping[str, Any], saved: StyleRecipe | None) -> dict[str, Any]:
+    """The field ``network`` of a recipe: ``options`` of the network, over those of a ``saved`` recipe."""
+    network = {key: options[key] for key in ("preset", "width", "norm", "padding", "upsample") if options.get(key)}
+    if "residual" in options:
+        network["residual"] = {"yes": True, "no": False}.get(options["residual"], options["residual"])
+    return {"network": (saved.network if saved else {}) | network}

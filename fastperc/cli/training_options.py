@@ -6,8 +6,11 @@ Imports neither torch nor anything else that is slow before a command runs, beca
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastperc.cli.options import (
     add_device,
@@ -20,6 +23,7 @@ from fastperc.cli.options import (
     side_range,
     weight,
 )
+from fastperc.errors import InputError
 from fastperc.presets import CONVENTIONS, PRESETS
 
 if TYPE_CHECKING:
@@ -40,7 +44,11 @@ SEVERAL_GPUS = (
 def add_training(parser: argparse.ArgumentParser) -> None:
     """Adds the files and folders of a training run."""
     parser.add_argument(
-        "--data", required=True, type=path, metavar="DIR", help="a folder of photos; its subfolders are searched too"
+        "--data",
+        required=True,
+        type=path,
+        metavar="DIR",
+        help="a folder of photos; its subfolders are searched too; needed to begin a run",
     )
     parser.add_argument(
         "--out", required=True, type=path, metavar="DIR", help="the folder for checkpoints, previews and the network"
@@ -119,14 +127,18 @@ def add_execution(loop: argparse._ActionsContainer) -> None:
         metavar="N",
         help="iterations between checkpoints; default: %(default)s",
     )
-    loop.add_argument("--resume", action="store_true", help="continue the run in --out")
+    loop.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out; other options are read from it, and those that are given must agree with it",
+    )
     loop.add_argument("--tensorboard", action="store_true", help="also log to DIR/tensorboard")
     add_device(loop)
 
 
 def add_style_training(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the options for training a style network; returns the group with the options of the network."""
-    parser.add_argument("--style", required=True, type=path, metavar="IMG", help="the painting")
+    parser.add_argument("--style", required=True, type=path, metavar="IMG", help="the painting; needed to begin a run")
     add_training(parser)
     network = parser.add_argument_group("the network")
     network.add_argument(
@@ -203,6 +215,74 @@ def add_robustness(parser: argparse.ArgumentParser) -> None:
         help="weight of the difference between the pictures of a photo and of a copy with noise, shifted by up to 4 "
         "pixels; takes nearly twice the time in the network; default: %(default)s",
     )
+
+
+def separate_defaults(parser: argparse.ArgumentParser) -> None:
+    """Makes ``parser`` store only options that are given, and all defaults as the mapping ``defaults``.
+
+    Call it after all options are added. A resumed run takes what is not given from its checkpoint. Required options
+    other than ``--out`` become optional; :func:`recipe_of` asks for them where a run begins.
+    """
+    defaults, required = {}, []
+    for action in parser._actions:
+        if action.dest in ("help", "out", "resume"):
+            continue
+        convert = action.type if isinstance(action.default, str) and callable(action.type) else None
+        defaults[action.dest] = convert(action.default) if convert else action.default
+        if action.help:
+            action.help = (action.help % (vars(action) | {"prog": parser.prog})).replace("%", "%%")
+        if action.required:
+            required.append(action.option_strings[-1])
+        action.default, action.required = argparse.SUPPRESS, False
+    parser.set_defaults(defaults=defaults, required=required)
+
+
+Kind = TypeVar("Kind", bound="Recipe")
+# Options by name → fields of a recipe that have no option of their own. The recipe is that of a run to go on with.
+OtherFields = Callable[[Mapping[str, Any], "Kind | None"], Mapping[str, Any]]
+
+
+def recipe_of(
+    kind: type[Kind],
+    arguments: argparse.Namespace,
+    run: Path | None = None,
+    other_fields: OtherFields[Kind] | None = None,
+) -> Kind:
+    """The recipe that the options describe. What is not given is as in the run to go on with, or else the default.
+
+    Args:
+        kind: the class of the recipe.
+        arguments: of a parser to which :func:`separate_defaults` was applied.
+        run: the folder of the run to go on with, if it has a checkpoint and ``--resume`` is given.
+        other_fields: fields made of several options.
+
+    Raises:
+        InputError: no such device, a required option is missing, or the checkpoint cannot be read.
+    """
+    from dataclasses import replace
+
+    from fastperc.training.resume import read_run
+    from fastperc.training.run_folder import CHECKPOINT
+
+    given = {name: value for name, value in vars(arguments).items() if name in arguments.defaults}
+    vars(arguments).update(arguments.defaults | given)  # for messages that name options of the command
+    if run is not None and arguments.resume and (run / CHECKPOINT).exists():
+        saved: Any = read_run(kind, run / CHECKPOINT).recipe
+        others = other_fields(given, saved) if other_fields else {}
+        return replace(saved, **recipe_fields(kind, {"device": saved.device} | given), **others)
+    missing = [option for option in arguments.required if option.removeprefix("--") not in given]
+    if missing:
+        reason = f"{arguments.out}: holds no run to resume; " if arguments.resume else ""
+        raise InputError(f"{reason}the following arguments are required: {', '.join(missing)}")
+    options = arguments.defaults | given
+    return kind(**recipe_fields(kind, options), **(other_fields(options, None) if other_fields else {}))
+
+
+def resume_command(command: str, out: Path) -> str:
+    """The command line that resumes the run of ``fastperc COMMAND`` in ``out``."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    program = "fastperc" if processes == "1" else f"torchrun --nproc-per-node={processes} -m fastperc"
+    return f"{program} {command} --resume --out {shlex.quote(str(out))}"
 
 
 def recipe_fields(recipe: type[Recipe], given: Mapping[str, Any]) -> dict[str, Any]:

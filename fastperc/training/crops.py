@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from fastperc.errors import InputError
 from fastperc.files import PathLike
 from fastperc.photos.photo import find_images
+from fastperc.progress import say
 from fastperc.training.packed import PhotoSource, open_or_pack, read_for_crops
 from fastperc.training.prefetch import prefetch
+from fastperc.training.run_folder import is_output
 from fastperc.training.signals import ignore_signals
 
 Sample = tuple[Tensor, frozenset[str]]  # crops, and the files that could not be read
@@ -51,7 +54,7 @@ class PhotoCrops(Dataset[Sample]):
         cache: bool = False,
     ) -> None:
         self.folder, self.size, self.seed, self.resize = folder, size, seed, resize
-        self.paths = find_images(folder)
+        self.paths = find_photos(folder)
         # A photo for several scales is kept at the largest, but never enlarged: each crop is resized once more.
         self.source = (
             PhotoSource(folder, self.paths, resize[1], "at most")
@@ -112,6 +115,21 @@ class PhotoCrops(Dataset[Sample]):
             except InputError:
                 unreadable.add(str(path))
         raise InputError(f"{self.folder}: none of the {len(self.paths)} images can be read")
+
+
+def find_photos(folder: PathLike) -> list[Path]:
+    """The images in ``folder`` and its subfolders without those that runs in them have left, which a line counts.
+
+    Raises:
+        InputError: there is no such folder, or there are no photos in it.
+    """
+    images = find_images(folder)
+    photos = [path for path in images if not is_output(path)]
+    if len(photos) < len(images):
+        say(f"left out {len(images) - len(photos)} images that runs in {folder} have drawn")
+    if not photos:
+        raise InputError(f"{folder}: no images in this folder, besides those that runs have drawn")
+    return photos
 
 
 def batches(

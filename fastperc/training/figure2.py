@@ -14,23 +14,25 @@ from fastperc.errors import InputError
 from fastperc.files import check_readable, check_writable, write_atomically
 from fastperc.progress import say, silent
 from fastperc.training.charts import BLUE, ORANGE, Curve, Panel, check_available, loss_chart, running_mean
-from fastperc.training.log import LOSSES
 from fastperc.training.loop import train
 from fastperc.training.processes import Processes, join_processes
-from fastperc.training.resume import CHECKPOINT, is_complete
+from fastperc.training.resume import is_complete
+from fastperc.training.run_folder import CHECKPOINT, FIGURE, LOSSES, RESIDUAL
 from fastperc.training.style import StyleRecipe
 
-RUNS = {"residual": True, "non-residual": False}  # folder → kind of block, in the order of training
-FIGURE = "figure2.png"
+RUNS = {RESIDUAL: True, "non-residual": False}  # folder → kind of block, in the order of training
 
 Losses = Mapping[str, Sequence[float]]  # of each iteration, by run
 
 
-def train_both(recipe: StyleRecipe, out: Path, resume: bool = False) -> dict[str, list[float]] | None:
+def train_both(
+    recipe: StyleRecipe, out: Path, resume: bool = False, command: str = "the same command with --resume"
+) -> dict[str, list[float]] | None:
     """Trains the network of ``recipe`` with and without residual connections, in the folders ``out/residual`` and
     ``out/non-residual``, and draws ``out/figure2.png``.
 
-    With ``resume`` each run goes on from its checkpoint; one that is complete stays as it is.
+    With ``resume`` each run goes on from its checkpoint; one that is complete stays as it is. ``command`` is the
+    command line that resumes, for the line that says so.
 
     Returns:
         The total loss of each iteration, by run. ``None`` if a signal stopped a run before its end and, of several
@@ -50,7 +52,7 @@ def train_both(recipe: StyleRecipe, out: Path, resume: bool = False) -> dict[str
         losses = {}
         for run, residual in RUNS.items():
             if not train_one(with_blocks(recipe, residual), out / run, resume, processes):
-                say("stopped before the figure was complete; the same command with --resume goes on")
+                say(f"stopped before the figure was complete; go on by: {command}")
                 return None
             if processes.is_first:
                 losses[run] = read_losses(out / run / LOSSES, recipe.iterations)

@@ -14,11 +14,11 @@ from fastperc.files import write_atomically
 from fastperc.progress import Meter
 from fastperc.training.processes import Processes
 from fastperc.training.recipe import Recipe
+from fastperc.training.run_folder import LOSSES
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-LOSSES = "losses.csv"  # one row for each iteration
 GPU_INTERVAL = 50  # iterations between two looks at the losses on a GPU: a look waits for the GPU to finish
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,20 +14,20 @@ from fastperc.files import check_writable
 from fastperc.progress import say, silent
 from fastperc.training import previews
 from fastperc.training.average import WeightAverage, first_averaged
+from fastperc.training.contents import contents_of
 from fastperc.training.crops import PhotoCrops, batches
 from fastperc.training.log import LossLog
 from fastperc.training.perturb import seed_step
 from fastperc.training.processes import Processes, data_parallel, join_processes
 from fastperc.training.recipe import Recipe, Task, learning_rate
 from fastperc.training.resume import (
-    CHECKPOINT,
-    MODEL,
     State,
     iterations_done,
     load_checkpoint,
     load_initial_weights,
     save,
 )
+from fastperc.training.run_folder import CHECKPOINT, MODEL, PREVIEWS, locked
 from fastperc.training.signals import stop_requests
 from fastperc.training.step import TrainStep, adam
 
@@ -41,10 +41,11 @@ class Run(NamedTuple):
     task: Task  # its network and loss are on the device
     state: State
     crops: PhotoCrops
+    contents: dict[str, str]  # of the files
     start: int  # iterations done before
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
+def train(recipe: Recipe, out: Path, resume: bool = False, command: str | None = None) -> None:
     """Trains the network of ``recipe`` and leaves the result, previews, losses and checkpoints in the folder ``out``.
 
     SIGINT and SIGTERM save and stop after the step that is running. With ``resume`` the run goes on from its
@@ -54,14 +55,25 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
     and prints. All stop at the same iteration, on GPUs within ``GPU_INTERVAL`` iterations of the signal. The gradient
     is that of the mean of the shares' losses, which is the loss of the batch if that is a mean over its photos.
 
+    A lock keeps a second run out of ``out``. ``command`` is the command line that resumes the run, for the line that
+    says where it stopped.
+
     Raises:
-        InputError: something in the recipe cannot be used, or ``out`` holds a run and ``resume`` is false.
+        InputError: something in the recipe cannot be used, ``out`` holds a run and ``resume`` is false, or another
+            process trains there.
         FloatingPointError: the loss or a weight is no longer finite. The last checkpoint stays as it was.
     """
     with join_processes(recipe.device) as processes, silent(not processes.is_first):
-        run = prepare(recipe, out, resume, processes)
-        step = run_iterations(run)
-        say(f"{'finished' if step >= recipe.iterations else 'stopped'} at iteration {step}: {out / MODEL}")
+        if recipe.batch % processes.count:
+            raise InputError(f"a batch of {recipe.batch} cannot be shared evenly by {processes.count} processes")
+        with processes.first_before_others():  # the check creates folders and removes them again
+            check_writable(out / CHECKPOINT)
+        with locked(out) if processes.is_first else nullcontext():
+            step = run_iterations(prepare(recipe, out, resume, processes))
+        if step >= recipe.iterations:
+            say(f"finished at iteration {step}: {out / MODEL}")
+        else:
+            say(f"stopped at iteration {step}: {out / MODEL}" + (f"; go on by: {command}" if command else ""))
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool, processes: Processes) -> Run:
@@ -70,10 +82,6 @@ def prepare(recipe: Recipe, out: Path, resume: bool, processes: Processes) -> Ru
     Raises:
         InputError: as :func:`train`.
     """
-    if recipe.batch % processes.count:
-        raise InputError(f"a batch of {recipe.batch} cannot be shared evenly by {processes.count} processes")
-    with processes.first_before_others():  # the check creates folders and removes them again
-        check_writable(out / CHECKPOINT)
     start = iterations_done(recipe, out, resume)
 
     torch.manual_seed(recipe.seed)
@@ -87,11 +95,12 @@ def prepare(recipe: Recipe, out: Path, resume: bool, processes: Processes) -> Ru
         task.loss.to(device)
     average = WeightAverage(task.net, first_averaged(recipe), start) if recipe.average else None
     state = State(task.net, adam(task.net.parameters(), recipe.lr, device), average)
-    if start:
-        load_checkpoint(out, state)
     with processes.first_before_others():  # the first may pack the photos
         crops = PhotoCrops(recipe.data, recipe.size, recipe.seed, recipe.resize, cache=recipe.cache == "auto")
-    return Run(recipe, out, processes, task, state, crops, start)
+    contents = contents_of(getattr(recipe, "style", None), task.loss, recipe.data, crops.paths)
+    if start:
+        load_checkpoint(recipe, contents, out, state)
+    return Run(recipe, out, processes, task, state, crops, contents, start)
 
 
 def run_iterations(run: Run) -> int:
@@ -100,7 +109,7 @@ def run_iterations(run: Run) -> int:
     Raises:
         FloatingPointError: as :func:`train`.
     """
-    recipe, out, processes, task, state, crops, start = run
+    recipe, out, processes, task, state, crops, contents, start = run
     preview_photos = previews.preview_photos(crops, processes.device)
     net = data_parallel(task.net, processes, recipe.sync_bn)
     train_step = TrainStep(net, task.loss, state.optimizer, recipe.amp, task.inputs)
@@ -126,9 +135,11 @@ def run_iterations(run: Run) -> int:
                 log.write(saved)  # before saving: it raises if the loss is not finite
             if save_due or stopping:
                 if processes.is_first:
-                    save(recipe, step, state, out)
-                    preview = out / previews.FOLDER / f"{step:06d}.png"
-                    previews.write_preview(state.result, preview_photos, task.degrade, preview)
+                    save(recipe, contents, step, state, out)
+                    preview = out / PREVIEWS / f"{step:06d}.png"
+                    pictures = previews.write_preview(state.result, preview_photos, task.degrade, preview)
+                    if previews.paints_all_alike(preview_photos, pictures):
+                        say(f"iteration {step}: the network paints all photos alike; begin again with a lower --lr")
                 saved = step
             if stopping:
                 break

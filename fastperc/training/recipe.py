@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 FILES = frozenset({"data", "vgg", "init", "style"})  # fields that name files
-# Fields in which a resumed run may differ from the run it continues: they do not change what is computed.
-FREE_TO_CHANGE = FILES - {"style"} | {"iterations", "checkpoint_every", "workers", "tensorboard", "device", "cache"}
+# Fields in which a resumed run may differ from the run it continues: they do not change what is computed, except that
+# `iterations` does with `decay`. Files may have moved; what they hold must be the same.
+FREE_TO_CHANGE = FILES | {"iterations", "checkpoint_every", "workers", "tensorboard", "device", "cache"}
 
 
 class Task(NamedTuple):

@@ -5,6 +5,7 @@ The checkpoints that a run writes and those that it resumes from are both here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,9 @@ from torch import nn
 from fastperc import checkpoints
 from fastperc.errors import InputError
 from fastperc.training.average import WeightAverage, first_averaged
+from fastperc.training.contents import check_same_contents
 from fastperc.training.recipe import FILES, FREE_TO_CHANGE, Recipe
-
-CHECKPOINT = "checkpoint.safetensors"  # the network and the optimizer: what --resume reads
-MODEL = "model.safetensors"  # the network alone: what the other commands read
+from fastperc.training.run_folder import CHECKPOINT, MODEL
 
 
 class State(NamedTuple):
@@ -39,6 +39,29 @@ class State(NamedTuple):
         return self.averaged or self.net
 
 
+class SavedRun(NamedTuple):
+    """A run as its checkpoint describes it."""
+
+    recipe: Recipe
+    step: int  # the last iteration done
+    contents: Mapping[str, str] | None  # of its files; None: saved by a version that did not say
+
+
+def read_run(kind: type[Recipe], checkpoint: Path) -> SavedRun:
+    """The run that saved ``checkpoint``, whose recipe must be of that ``kind``.
+
+    Raises:
+        InputError: it cannot be read, or is of another kind of run.
+    """
+    training = checkpoints.read_training(checkpoint)
+    try:
+        step, contents = int(training.pop("step")), training.pop("contents", None)
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in training.items()}
+        return SavedRun(kind(**values), step, contents)
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{checkpoint}: not a checkpoint of such a training run") from None
+
+
 def iterations_done(recipe: Recipe, out: Path, resume: bool) -> int:
     """How many iterations the run in ``out`` has done: 0 if it has no checkpoint.
 
@@ -50,42 +73,39 @@ def iterations_done(recipe: Recipe, out: Path, resume: bool) -> int:
         return 0
     if not resume:
         raise InputError(f"{out}: holds a run already; continue it with --resume, or name another folder")
-    return check_same_recipe(recipe, checkpoint)
+    saved_run = read_run(type(recipe), checkpoint)
+    check_same_recipe(saved_run, recipe, checkpoint)
+    return saved_run.step
 
 
-def check_same_recipe(recipe: Recipe, checkpoint: Path) -> int:
-    """The iteration at which ``checkpoint`` was saved.
+def check_same_recipe(saved_run: SavedRun, recipe: Recipe, checkpoint: Path) -> None:
+    """Checks that ``recipe`` goes on with what ``saved_run`` began, whose ``checkpoint`` messages name.
 
     Raises:
-        InputError: it cannot be read, or was saved with another recipe.
+        InputError: it differs; the message lists how.
     """
-    training = checkpoints.read_training(checkpoint)
-    try:
-        step = int(training.pop("step"))
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in training.items()}
-        saved_recipe = type(recipe)(**values)
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{checkpoint}: not a checkpoint of such a training run") from None
-    saved, given = asdict(saved_recipe), asdict(recipe)
-    for name in saved.keys() - FREE_TO_CHANGE:
-        if saved[name] != given[name]:
-            raise InputError(
-                f"{checkpoint}: was trained with {name} {saved[name]}, not {given[name]}; give the same to resume"
-            )
-    if recipe.average and step >= first_averaged(recipe) != first_averaged(saved_recipe):
+    saved, given = asdict(saved_run.recipe), asdict(recipe)
+    for fields in (saved, given):
+        if saved_run.contents is None and fields.get("style"):  # an older checkpoint knows the painting by its name
+            fields["name of the painting"] = Path(fields["style"]).name
+    fixed = [name for name in saved if name not in FREE_TO_CHANGE or (name == "iterations" and recipe.decay)]
+    differences = [f"{name} {saved[name]}, not {given[name]}" for name in fixed if saved[name] != given[name]]
+    if differences:
+        raise InputError(f"{checkpoint}: was trained with {'; '.join(differences)}; give the same to resume")
+    if recipe.average and saved_run.step >= first_averaged(recipe) != first_averaged(saved_run.recipe):
         raise InputError(
-            f"{checkpoint}: is of iteration {step}; with --iterations {recipe.iterations} the mean of the weights "
-            f"would have begun at {first_averaged(recipe)}; give {saved_recipe.iterations} as before, or many more"
+            f"{checkpoint}: is of iteration {saved_run.step}; with --iterations {recipe.iterations} the mean of the "
+            f"weights would have begun at {first_averaged(recipe)}; give {saved['iterations']} as before, or many more"
         )
-    return step
 
 
-def load_checkpoint(out: Path, state: State) -> None:
+def load_checkpoint(recipe: Recipe, contents: Mapping[str, str], out: Path, state: State) -> None:
     """Puts what the checkpoint in ``out`` holds into ``state``.
 
     Raises:
-        InputError: it cannot be read, or is of another network.
+        InputError: it cannot be read, is of another network, or was trained on files with other ``contents``.
     """
+    check_same_contents(read_run(type(recipe), out / CHECKPOINT).contents or {}, contents, out / CHECKPOINT)
     checkpoints.load_training(out / CHECKPOINT, state.net, state.optimizer, state.averaged)
 
 
@@ -102,17 +122,18 @@ def load_initial_weights(net: nn.Module, path: str) -> None:
     net.load_state_dict(trained.state_dict())
 
 
-def save(recipe: Recipe, step: int, state: State, out: Path) -> None:
+def save(recipe: Recipe, contents: Mapping[str, str], step: int, state: State, out: Path) -> None:
     """Writes the network after iteration ``step`` to ``out``, then the checkpoint to resume from.
 
     In this order a run that is killed between the two repeats some iterations when it is resumed. In the other order
-    it could end without its last network. The network's metadata names files without their folders.
+    it could end without its last network. The network's metadata names files without their folders. ``contents`` says
+    what the files hold.
 
     Raises:
         FloatingPointError: a weight is not finite. The files stay as they were.
         OSError: a file cannot be written.
     """
-    training = asdict(recipe) | dict(step=step)
+    training = asdict(recipe) | dict(step=step, contents=dict(contents))
     names = {key: Path(training[key]).name for key in FILES if training.get(key)}
     checkpoints.save(state.result, out / MODEL, training=training | names)
     checkpoints.save(state.net, out / CHECKPOINT, training=training, optimizer=state.optimizer, average=state.averaged)
