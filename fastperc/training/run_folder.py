@@ -70,7 +70,8 @@ def _lock(path: Path) -> int | None:
             raise InputError(
                 f"{path.parent}: another run is training here; wait for it, or name another folder"
             ) from None
-        except OSError:
+        except OSError:  # a file system without locks
             os.close(file)
+            path.unlink(missing_ok=True)
             return None
         os.close(file)  # the run before has removed this file in the meantime: lock its successor
