@@ -26,11 +26,12 @@ with locked(Path(sys.argv[1])):
 @pytest.fixture
 def other_process(tmp_path):
     """A process that has locked the folder ``run``."""
-    process = subprocess.Popen([sys.executable, "-c", LOCKS, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "locked\n"
-    yield process
-    process.kill()
-    process.communicate()
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCKS, tmp_path / "run"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
 
 
 def test_a_locked_folder_is_refused_until_its_process_dies(tmp_path, other_process):
@@ -38,7 +39,7 @@ def test_a_locked_folder_is_refused_until_its_process_dies(tmp_path, other_proce
         pass
     assert (tmp_path / "run" / LOCK).exists(), "it is the other's"
     other_process.kill()
-    other_process.communicate()
+    other_process.wait()
     with locked(tmp_path / "run"):
         assert (tmp_path / "run" / LOCK).exists()
     assert not (tmp_path / "run" / LOCK).exists()
