@@ -196,6 +196,46 @@ def test_a_checkpoint_of_before_goes_on_with_a_painting_of_the_same_name(project
     assert run_here(options, out, "--resume") == 0
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"contents": 5},
+        {"lr": "high"},
+        {"style_layers": [1, 2]},
+        {"style_layers": None},
+        {"resize": ["a", "b"]},
+        {"network": "paper"},
+        {"iterations": None},
+        {"step": "x"},
+        {"device": 3},
+        {"nonesuch": 1},
+    ],
+    ids=lambda damage: next(iter(damage)),
+)
+def test_damaged_metadata_is_refused(project, tmp_path, capsys, damage):
+    _, options = project
+    out = tmp_path / "run"
+    assert run_here(options, out, "--iterations", "1") == 0
+    loaded, metadata = read_tensors(out / "checkpoint.safetensors")
+    training = json.dumps(json.loads(metadata["training"]) | damage)
+    write_tensors(out / "checkpoint.safetensors", loaded, metadata | {"training": training})
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(out)]) == 2
+    errors = capsys.readouterr().err
+    assert "not a checkpoint of such a training run" in errors and errors.count("\n") == 1
+
+
+def test_a_network_that_cannot_be_built_is_refused(project, tmp_path, capsys):
+    _, options = project
+    out = tmp_path / "run"
+    assert run_here(options, out, "--iterations", "1") == 0
+    loaded, metadata = read_tensors(out / "checkpoint.safetensors")
+    training = json.dumps(json.loads(metadata["training"]) | {"network": {"preset": "paper", "depth": 3}})
+    write_tensors(out / "checkpoint.safetensors", loaded, metadata | {"training": training})
+    assert main(["train", "--resume", "--out", str(out)]) == 2
+    assert "no network can be made of {'preset': 'paper', 'depth': 3}" in capsys.readouterr().err
+
+
 def test_a_second_run_in_the_same_folder_is_refused(project, tmp_path):
     _, options = project
     out = tmp_path / "run"

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -57,9 +58,21 @@ def read_run(kind: type[Recipe], checkpoint: Path) -> SavedRun:
     try:
         step, contents = int(training.pop("step")), training.pop("contents", None)
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in training.items()}
+        hints = get_type_hints(kind)
+        if not isinstance(contents, dict | None) or not all(_is_of(value, hints[k]) for k, value in values.items()):
+            raise TypeError
         return SavedRun(kind(**values), step, contents)
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{checkpoint}: not a checkpoint of such a training run") from None
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether ``value`` has the type ``hint``: a class, a tuple of one class, a dict, or a union of these."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(element, get_args(hint)[0]) for element in value)
+    return isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)
 
 
 def iterations_done(recipe: Recipe, out: Path, resume: bool) -> int:

@@ -36,7 +36,10 @@ class StyleRecipe(Recipe):
             raise InputError(f"training crops need a side of at least {MINIMUM_SIDE} pixels, not {self.size}")
         if isinstance(self.resize, tuple) and self.resize[0] < self.size:
             raise InputError(f"--resize {self.resize[0]} is too small for crops of {self.size} pixels")
-        net = TransformNet(**self.network)
+        try:
+            net = TransformNet(**self.network)
+        except (TypeError, ValueError) as error:  # of a damaged checkpoint
+            raise InputError(f"no network can be made of {self.network} ({error})") from None
         loss = build_loss(
             self.style,
             self.style_size or self.size,
