@@ -106,11 +106,15 @@ class Peak(NamedTuple):
     """A peak in a power spectrum."""
 
     decibels: float  # above the noise floor around it
+    amplitude: float  # of the wave, in the unit of the image
     frequency: tuple[float, float]  # cycles per pixel downwards and to the right, -0.5 to 0.5
 
     def __str__(self) -> str:
         down, right = self.frequency
-        return f"{self.decibels:.1f} dB at {abs(down):.3g} cycles per pixel downwards and {abs(right):.3g} across"
+        return (
+            f"{self.decibels:.1f} dB, with an amplitude of {self.amplitude:.2g}, at {abs(down):.3g} cycles per pixel "
+            f"downwards and {abs(right):.3g} across"
+        )
 
 
 def power_spectrum(image: Tensor) -> Tensor:
@@ -125,7 +129,7 @@ def power_spectrum(image: Tensor) -> Tensor:
     side = SPECTRUM_WINDOW
     if image.dim() != 2 or min(image.shape) < side:
         raise ValueError(f"power_spectrum needs [H, W] with {side} pixels or more a side, got {list(image.shape)}")
-    hann = torch.hann_window(side, periodic=False, dtype=torch.float64, device=image.device)
+    hann = _hann(side, image.device)
     windows = image.double().unfold(0, side, side // 2).unfold(1, side, side // 2).flatten(0, 1)
     windows = (windows - windows.mean(dim=(1, 2), keepdim=True)) * hann[:, None] * hann
     return torch.fft.fftshift(torch.fft.fft2(windows).abs().square().mean(0))
@@ -141,7 +145,7 @@ def highest_peak(power: Tensor) -> Peak:
     """
     side, radius = len(power), FLOOR_RADIUS
     if not power.max() > 0:
-        return Peak(0.0, (0.0, 0.0))
+        return Peak(0.0, 0.0, (0.0, 0.0))
     power = power.clamp_min(1e-12 * float(power.max()))  # rounding is no floor
     width = 2 * radius + 1
     around = F.pad(power[None, None], (radius,) * 4, mode="circular")[0, 0].unfold(0, width, 1).unfold(1, width, 1)
@@ -151,7 +155,14 @@ def highest_peak(power: Tensor) -> Peak:
     low = slice(side // 2 - LOW_FREQUENCIES, side // 2 + LOW_FREQUENCIES + 1)
     ratio[low, low] = 0
     row, column = divmod(int(ratio.argmax()), side)
-    return Peak(10 * math.log10(float(ratio.max())), ((row - side // 2) / side, (column - side // 2) / side))
+    frequency = (row - side // 2) / side, (column - side // 2) / side
+    shares = 1 if all(f in (0, -0.5) for f in frequency) else 2  # a wave has a share at its frequency and at minus that
+    amplitude = shares * math.sqrt(float(power[row, column])) / float(_hann(side, power.device).sum()) ** 2
+    return Peak(10 * math.log10(float(ratio.max())), amplitude, frequency)
+
+
+def _hann(side: int, device: torch.device) -> Tensor:
+    return torch.hann_window(side, periodic=False, dtype=torch.float64, device=device)
 
 
 def flat_picture(paint: Callable[[Tensor], Tensor], level: float = 0.5, seed: int = 0) -> Tensor:
