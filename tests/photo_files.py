@@ -64,3 +64,52 @@ def png_of_sixteen_bits(pixels, color_type, transparent=b""):
     head = chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, color_type, 0, 0, 0))
     transparent = transparent and chunk(b"tRNS", transparent)
     return b"\x89PNG\r\n\x1a\n" + head + transparent + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(*pages, order="<"):
+    """The bytes of a TIFF file. ``pages`` come from :func:`tiff_page`, made for the same ``order`` of bytes."""
+    out = bytearray(struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 0))
+    link = 4
+    for tags, strips in pages:
+        struct.pack_into(f"{order}I", out, link, _append_page(out, dict(tags), strips, order))
+        link = len(out) - 4
+    return bytes(out)
+
+
+def _append_page(out, tags, strips, order):
+    """Appends strips, the values of tags, and last the directory; returns where the directory starts."""
+    offsets = []
+    for strip in strips:
+        offsets.append(len(out))
+        out += strip
+    if 330 in tags:  # a page instead of its offset
+        child_tags, child_strips = tags[330]
+        tags[330] = _append_page(out, dict(child_tags), child_strips, order)
+    tags |= {273: offsets, 279: [len(strip) for strip in strips]}
+    entries = b""
+    for tag, values in sorted(tags.items()):
+        values = values if isinstance(values, (list, tuple)) else [values]
+        number, letter = (4, "I") if tag in (273, 279, 330) or max(values) > 65535 else (3, "H")
+        data = struct.pack(f"{order}{len(values)}{letter}", *values)
+        if len(data) > 4:
+            out += bytes(len(out) % 2)
+            offset = struct.pack(f"{order}I", len(out))
+            out += data
+            data = offset
+        entries += struct.pack(f"{order}HHI", tag, number, len(values)) + data.ljust(4, b"\0")
+    out += bytes(len(out) % 2)
+    start = len(out)
+    out += struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    return start
+
+
+def tiff_page(pixels, photometric=1, order="<", planes=False, compressed=False, **more):
+    """A page of a TIFF: tags and strips. ``pixels`` is [H, W] or [H, W, C]; ``more`` are tags such as ``_254=1``."""
+    height, width, samples = pixels.reshape(*pixels.shape[:2], -1).shape
+    tags = {256: width, 257: height, 258: [8 * pixels.itemsize] * samples, 259: 8 if compressed else 1,
+            262: photometric, 277: samples, 278: height, 284: 2 if planes else 1,
+            339: [{"u": 1, "i": 2, "f": 3, "c": 6}[pixels.dtype.kind]] * samples}  # fmt: skip
+    parts = [pixels[..., i] for i in range(samples)] if planes else [pixels]
+    strips = [part.astype(pixels.dtype.newbyteorder(order)).tobytes() for part in parts]
+    tags |= {int(key[1:]): value for key, value in more.items()}
+    return tags, [zlib.compress(strip) for strip in strips] if compressed else strips

@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from fastperc import reference
 from fastperc.errors import InputError
 from fastperc.files import PathLike, check_readable, write_atomically
+from fastperc.photos import tiff
+from fastperc.photos.samples import Samples, to_eight_bit
+from fastperc.photos.transparency import fill_transparent
 
 # The formats that are written, with Pillow's keywords for the best quality. TIFF stays uncompressed, because Pillow
 # cannot write a camera's EXIF through libtiff.
@@ -44,6 +48,7 @@ READABLE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extens
 LAYOUT_TAGS = frozenset({*range(254, 269), *range(273, 282), *range(284, 294), 297, 301, *range(317, 360)}) | frozenset(
     {*range(512, 533), 700, 33723, 34377, 34675}  # JPEG in TIFF, XMP, IPTC, Photoshop, ICC
 )
+ANIMATED_FORMATS = frozenset({"AVIF", "DCX", "FLI", "GIF", "JXL", "PNG", "WEBP"})
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit
 
 
@@ -54,10 +59,15 @@ class Photo:
     rgb: Image.Image
     alpha: Image.Image | None = None
     metadata: dict[str, Any] = field(default_factory=dict)  # icc_profile, exif, dpi, as keywords of Image.save
+    frames: int = 1  # pictures in the file, of which this is the first
+
+    def visible(self) -> Image.Image:
+        """The RGB image, with the colours of nearby visible pixels where alpha is 0."""
+        return self.rgb if self.alpha is None else fill_transparent(self.rgb, self.alpha)
 
     def levels(self) -> Tensor:
-        """The RGB levels, uint8 [H, W, 3]."""
-        return torch.from_numpy(np.array(self.rgb))
+        """The levels of :meth:`visible`, uint8 [H, W, 3]."""
+        return torch.from_numpy(np.array(self.visible()))
 
     def is_gray(self) -> bool:
         """Whether red, green and blue are equal in every pixel."""
@@ -80,33 +90,40 @@ class Photo:
         if math.prod(size) > MAX_PIXELS:
             raise InputError(f"{size[0]}×{size[1]} is larger than {MAX_PIXELS:,} pixels")
         alpha = self.alpha and self.alpha.resize(size, Image.Resampling.LANCZOS)
-        return Photo(self.rgb.resize(size, Image.Resampling.LANCZOS), alpha, self.metadata)
+        return Photo(self.visible().resize(size, Image.Resampling.LANCZOS), alpha, self.metadata)
 
 
 def read_image(path: PathLike, enough: int | None = None) -> Photo:
     """Reads an image in any format that Pillow can decode. Of several frames it reads the first.
 
     The image is rotated upright by its EXIF orientation. Grayscale, palette, 16-bit, floating-point and CMYK images
-    become 8-bit RGB. An RGB profile (ICC) is kept; with a gray or CMYK profile the image is converted to sRGB.
+    become 8-bit RGB, large samples as :func:`to_eight_bit` says. An RGB profile (ICC) is kept; with a gray or CMYK
+    profile the image is converted to sRGB. In a TIFF, previews do not count as frames.
 
     Args:
         path: the file.
         enough: a sufficient size in pixels for both sides; a larger JPEG may then be decoded at a fraction of its size.
 
     Raises:
-        InputError: the file is missing, unreadable, not an image or cut short.
+        InputError: the file is missing, unreadable, cut short, not an image, or one that Pillow cannot decode right.
     """
     path = check_readable(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large images and corrupt tags, which do not prevent reading
             with Image.open(path) as image:
+                samples, pages = _samples(image, path)
                 if enough is not None:
                     image.draft("RGB", (enough, enough))
                 image.load()
-                return _to_photo(image)
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: not an image, or in a format that Pillow cannot read") from None
+                photo = _to_photo(image, samples)
+                photo.frames = pages or _frames(image)
+                return photo
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (UnidentifiedImageError, KeyError):  # KeyError: a TIFF with an unknown compression
+        reason = tiff.why_not_open(path) or "not an image, or in a format that Pillow cannot read"
+        raise InputError(f"{path}: {reason}") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: larger than {MAX_PIXELS:,} pixels") from None
     except MemoryError:
@@ -115,7 +132,30 @@ def read_image(path: PathLike, enough: int | None = None) -> Photo:
         raise InputError(f"{path}: damaged or cut short ({error})") from None
 
 
-def _to_photo(image: Image.Image) -> Photo:
+def _samples(image: Image.Image, path: Path) -> tuple[Samples, int]:
+    """What the samples of an opened ``image`` are; and the number of pages of a TIFF, with the first one chosen, or 0.
+
+    Raises:
+        InputError: Pillow would decode it wrongly.
+    """
+    if isinstance(image, TiffImageFile):
+        page, pages = tiff.choose_page(path)
+        image.seek(page)
+        return tiff.prepare(image), pages
+    if image.mode == "F":
+        return Samples("f", 32), 0
+    return Samples("i", 32) if image.format == "FITS" else Samples("u", 16), 0
+
+
+def _frames(image: Image.Image) -> int:
+    """How many frames the file has. Further pictures of a JPEG or HEIF are previews or depth maps and do not count."""
+    try:
+        return getattr(image, "n_frames", 1) if image.format in ANIMATED_FORMATS else 1
+    except Exception:  # a later frame is damaged
+        return 1
+
+
+def _to_photo(image: Image.Image, samples: Samples) -> Photo:
     """The photo that a decoded ``image`` holds. Pixels are converted as :func:`read_image` describes."""
     metadata: dict[str, Any] = {}
     dpi = [float(value) for value in image.info.get("dpi", ())]
@@ -127,7 +167,7 @@ def _to_photo(image: Image.Image) -> Photo:
         metadata["exif"] = exif
 
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_eight_bit(image)
+        image = to_eight_bit(image, samples)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         rgb, alpha = rgba.convert("RGB"), rgba.getchannel("A")
@@ -158,17 +198,6 @@ def _upright(image: Image.Image) -> tuple[Image.Image, bytes]:
         return image, exif.tobytes() if len(exif) else b""
     except Exception:
         return image, b""
-
-
-def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """A 16-bit or floating-point grayscale image in 8 bits: floats span 0–1, or 0–255 if some are far above 1."""
-    # Pillow's own conversion would clip these images at 255.
-    values = np.asarray(image, dtype=np.float64)
-    top = 65535.0 if image.mode != "F" else (1.0 if np.nanmax(values, initial=0.0) <= 2.0 else 255.0)
-    gray = Image.fromarray(np.nan_to_num(values / top * 255).clip(0, 255).round().astype(np.uint8))
-    if isinstance(transparent := image.info.get("transparency"), int):
-        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    return gray
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
