@@ -9,8 +9,9 @@ from pictures import picture, pixels
 from PIL import Image
 
 from fastperc import SRCNN, InputError, SuperResolutionNet, reference, save
+from fastperc.photos.matching import match_histograms
 from fastperc.photos.photo import Photo, read_image
-from fastperc.photos.upscale import make_painter, match_histograms, upscale
+from fastperc.photos.upscale import make_painter, upscale
 
 
 def network(scale=4):

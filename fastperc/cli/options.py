@@ -176,7 +176,8 @@ def add_match(parser: argparse.ArgumentParser) -> None:
         "--no-match",
         dest="match",
         action="store_false",
-        help="keep the network's colours; by default the picture gets the colour histogram of the small photo",
+        help="keep the network's colours; by default the picture gets the colour histogram of the small photo, or only "
+        "its mean colour where the histogram would make the picture worse",
     )
 
 

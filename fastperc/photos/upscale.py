@@ -15,6 +15,7 @@ from fastperc.engine.tiling import grid
 from fastperc.errors import InputError
 from fastperc.models import SRCNN
 from fastperc.photos.jobs import Painter, paint_tiles
+from fastperc.photos.matching import match_colors
 from fastperc.photos.photo import MAX_PIXELS, Photo
 from fastperc.presets import MINIMUM_SIDE
 from fastperc.progress import Watch, unwatched
@@ -31,8 +32,9 @@ def upscale(
     Args:
         painter: a frozen super-resolution network, or the result of :func:`make_painter`.
         photo: any size.
-        match: give each channel of the picture the histogram of the photo's channel, as the paper does (section 4.2).
-            Ignored for an SRCNN, which takes its colours from the photo.
+        match: give each channel of the picture the histogram of the photo's channel, as the paper does (section 4.2),
+            where that makes the picture better, else the mean alone; see :func:`match_colors`. Ignored for an SRCNN,
+            which takes its colours from the photo.
         tile, watch: see :meth:`fastperc.engine.engine.Engine.tiles`.
 
     Raises:
@@ -42,38 +44,21 @@ def upscale(
     width, height = (side * painter.scale for side in photo.rgb.size)
     if width * height > MAX_PIXELS:
         raise InputError(f"{width}×{height} is larger than {MAX_PIXELS:,} pixels")
-    gray = photo.is_gray()
-    pad_right, pad_bottom = (max(MINIMUM_SIDE - side, 0) for side in photo.rgb.size)  # up to the network's minimum
-    image = torch.from_numpy(np.pad(np.asarray(photo.rgb), ((0, pad_bottom), (0, pad_right), (0, 0)), mode="edge"))
+    visible = photo.visible()
+    levels = np.asarray(visible)
+    gray = bool((levels == levels[..., :1]).all())
+    pad_right, pad_bottom = (max(MINIMUM_SIDE - side, 0) for side in visible.size)  # up to the network's minimum
+    image = torch.from_numpy(np.pad(levels, ((0, pad_bottom), (0, pad_right), (0, 0)), mode="edge"))
 
-    levels = torch.empty(image.shape[0] * painter.scale, image.shape[1] * painter.scale, 3, dtype=torch.uint8)
+    large = torch.empty(image.shape[0] * painter.scale, image.shape[1] * painter.scale, 3, dtype=torch.uint8)
     for rows, columns, part in paint_tiles(painter, image, tile, watch):
         part = reference.luma(part).expand(-1, 3, -1, -1) if gray else part
-        levels[rows, columns] = reference.to_levels(part)[0].permute(1, 2, 0)
-    picture = Image.fromarray(levels[:height, :width].numpy())
+        large[rows, columns] = reference.to_levels(part)[0].permute(1, 2, 0)
+    picture = Image.fromarray(large[:height, :width].numpy())
     if match and not isinstance(painter, TiledSRCNN):
-        picture = match_histograms(picture, photo.rgb)
+        picture = match_colors(picture, visible, photo.alpha)
     alpha = photo.alpha and photo.alpha.resize((width, height), Image.Resampling.BICUBIC)
     return Photo(picture, alpha, photo.metadata)
-
-
-def match_histograms(image: Image.Image, target: Image.Image) -> Image.Image:
-    """Gives each channel of ``image`` the distribution of levels of that channel of ``target``.
-
-    Maps each level to the target's level of the same rank, with linear interpolation. Both images are 8-bit RGB, of any
-    size.
-    """
-    tables = []
-    for counts, target_counts in zip(*(np.reshape(picture.histogram(), (3, 256)) for picture in (image, target))):
-        target_levels = np.flatnonzero(target_counts)
-        table = np.interp(_ranks(counts), _ranks(target_counts)[target_levels], target_levels)
-        tables.append(table.round().astype(int))
-    return image.point(np.concatenate(tables).tolist())
-
-
-def _ranks(counts: np.ndarray) -> np.ndarray:
-    """For each level the share of pixels below it, plus half of the pixels at the level itself."""
-    return (counts.cumsum() - counts / 2) / counts.sum()
 
 
 def make_painter(net: nn.Module) -> Painter:
