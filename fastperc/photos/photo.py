@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -21,33 +20,13 @@ from fastperc import reference
 from fastperc.errors import InputError
 from fastperc.files import PathLike, check_readable, write_atomically
 from fastperc.photos import tiff
+from fastperc.photos.folders import find_images as find_images
+from fastperc.photos.formats import ALPHA_FORMATS, MAX_TEXT, SAVE_OPTIONS, check_format, check_size, format_of, hint
+from fastperc.photos.formats import SUFFIXES as SUFFIXES
+from fastperc.photos.metadata import PROFILE_FORMATS, read_metadata, save_keywords, upright
 from fastperc.photos.samples import Samples, to_eight_bit
 from fastperc.photos.transparency import fill_transparent
 
-# The formats that are written, with Pillow's keywords for the best quality. TIFF stays uncompressed, because Pillow
-# cannot write a camera's EXIF through libtiff.
-SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    "PNG": {},
-    "JPEG": dict(quality=95, subsampling=0),
-    "WEBP": dict(quality=95),
-    "AVIF": dict(quality=95, subsampling="4:4:4"),
-    "TIFF": {},
-    "JPEG2000": {},
-    "TGA": {},
-    "BMP": {},
-    "PPM": {},
-}
-ALPHA_FORMATS = frozenset({"PNG", "WEBP", "AVIF", "TIFF", "JPEG2000", "TGA"})
-SUFFIXES = frozenset(
-    suffix for suffix, name in Image.registered_extensions().items() if name in SAVE_OPTIONS and name in Image.SAVE
-) - {".pbm", ".pgm", ".pfm"}
-# Pillow registers suffixes for these formats but cannot decode them by itself.
-NO_PHOTOS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"})
-READABLE_SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name not in NO_PHOTOS)
-# EXIF tags about the layout of the file's pixels, orientation included. They do not fit the picture that is written.
-LAYOUT_TAGS = frozenset({*range(254, 269), *range(273, 282), *range(284, 294), 297, 301, *range(317, 360)}) | frozenset(
-    {*range(512, 533), 700, 33723, 34377, 34675}  # JPEG in TIFF, XMP, IPTC, Photoshop, ICC
-)
 ANIMATED_FORMATS = frozenset({"AVIF", "DCX", "FLI", "GIF", "JXL", "PNG", "WEBP"})
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit
 
@@ -58,7 +37,7 @@ class Photo:
 
     rgb: Image.Image
     alpha: Image.Image | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)  # icc_profile, exif, dpi, as keywords of Image.save
+    metadata: dict[str, Any] = field(default_factory=dict)  # icc_profile and exif (bytes), and see read_metadata
     frames: int = 1  # pictures in the file, of which this is the first
 
     def visible(self) -> Image.Image:
@@ -122,13 +101,15 @@ def read_image(path: PathLike, enough: int | None = None) -> Photo:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (UnidentifiedImageError, KeyError):  # KeyError: a TIFF with an unknown compression
-        reason = tiff.why_not_open(path) or "not an image, or in a format that Pillow cannot read"
+        reason = hint(path) or tiff.why_not_open(path) or "not an image, or in a format that Pillow cannot read"
         raise InputError(f"{path}: {reason}") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: larger than {MAX_PIXELS:,} pixels") from None
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise anything in Pillow's decoders
+        if "MAX_TEXT" in str(error):
+            raise InputError(f"{path}: holds a text or a profile of more than {MAX_TEXT >> 20} MiB") from None
         raise InputError(f"{path}: damaged or cut short ({error})") from None
 
 
@@ -157,12 +138,9 @@ def _frames(image: Image.Image) -> int:
 
 def _to_photo(image: Image.Image, samples: Samples) -> Photo:
     """The photo that a decoded ``image`` holds. Pixels are converted as :func:`read_image` describes."""
-    metadata: dict[str, Any] = {}
-    dpi = [float(value) for value in image.info.get("dpi", ())]
-    if len(dpi) == 2 and all(1 < value < 65536 for value in dpi):  # Pillow reports 1 for a TIFF without resolution
-        metadata["dpi"] = tuple(dpi)
+    metadata = read_metadata(image)
     profile = image.info.get("icc_profile") or b""
-    image, exif = _upright(image)
+    image, exif = upright(image)
     if exif:
         metadata["exif"] = exif
 
@@ -181,23 +159,8 @@ def _to_photo(image: Image.Image, samples: Samples) -> Photo:
         rgb = _to_srgb(rgb.getchannel("R"), profile) or rgb
     elif space == b"CMYK" and image.mode == "CMYK":
         rgb = _to_srgb(image, profile) or rgb
+    rgb.info = {}  # Image.save would write what it holds
     return Photo(rgb, alpha, metadata)
-
-
-def _upright(image: Image.Image) -> tuple[Image.Image, bytes]:
-    """``image`` rotated by its EXIF orientation, and the rest of its EXIF. Damaged EXIF counts as none."""
-    try:
-        exif = image.getexif()
-    except Exception:
-        return image, b""
-    image.info.pop("exif", None)  # exif_transpose would encode it again, and fail on a damaged tag
-    image = ImageOps.exif_transpose(image)
-    for tag in LAYOUT_TAGS & exif.keys():
-        del exif[tag]
-    try:
-        return image, exif.tobytes() if len(exif) else b""
-    except Exception:
-        return image, b""
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
@@ -209,39 +172,30 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
         return None
 
 
-def check_format(path: PathLike) -> Path:
-    """Checks that the suffix of ``path`` names a format that can be written, and returns it as a ``Path``.
-
-    Raises:
-        InputError: it does not.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        fault = f"cannot write an image as {path.suffix!r}" if path.suffix else "the name has no suffix"
-        raise InputError(f"{path}: {fault}; use .png or .jpg")
-    return path
-
-
 def write_image(path: PathLike, photo: Photo) -> None:
     """Writes ``photo`` atomically, in the format that the suffix of ``path`` names.
 
-    Formats without transparency get the picture on white. Metadata that the format cannot hold is left out.
+    Formats without transparency get the picture on white, and formats without an ICC profile get it in sRGB. Other
+    metadata that the format cannot hold is left out.
 
     Raises:
         InputError: the suffix names no format that can be written, or the image is too large for the format.
         OSError: the system refuses to write it, for example because the disk is full.
     """
     path = check_format(path)
-    format_name = Image.registered_extensions()[path.suffix.lower()]
-    image, metadata = photo.rgb, dict(photo.metadata)
+    check_size(path, *photo.rgb.size)
+    format_name = format_of(path)
+    image, profile = photo.rgb, photo.metadata.get("icc_profile")
+    if profile and format_name not in PROFILE_FORMATS:
+        image = _to_srgb(image, profile) or image
     if photo.alpha is not None and format_name in ALPHA_FORMATS:
         image = image.copy()
         image.putalpha(photo.alpha)
     elif photo.alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), photo.alpha)
-    if format_name == "JPEG" and len(metadata.get("exif", b"")) > 65533:  # the most that a JPEG segment holds
-        del metadata["exif"]
-    with write_atomically(path) as temporary:
+    with write_atomically(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged EXIF, which is left out
+        metadata = save_keywords(format_name, photo.metadata, image.size)
         try:
             image.save(temporary, format=format_name, **SAVE_OPTIONS[format_name], **metadata)
         except (ValueError, OverflowError, RuntimeError) as error:  # Pillow's encoders, on too many pixels
@@ -252,33 +206,6 @@ def to_image(x: Tensor) -> Image.Image:
     """Converts RGB in 0–1, floating-point [3, H, W], to an 8-bit image. Clamps, then rounds to the nearest level."""
     levels = reference.to_levels(x.detach().float())
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def find_images(folder: PathLike) -> list[Path]:
-    """Every file with an image suffix under ``folder``, at any depth, sorted by path.
-
-    Leaves out hidden files and folders. Follows links, but visits each folder once.
-
-    Raises:
-        InputError: the folder does not exist or holds no image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    images: list[Path] = []
-    visited: set[str] = set()
-    for directory, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in visited:  # links may form a circle
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images += (Path(directory, name) for name in files if not name.startswith("."))
-    images = sorted(path for path in images if path.suffix.lower() in READABLE_SUFFIXES)
-    if not images:
-        raise InputError(f"{folder}: no images in this folder")
-    return images
 
 
 def contact_sheet(rows: Iterable[Tensor], gap: int = 4) -> Image.Image:
