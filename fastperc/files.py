@@ -7,10 +7,12 @@ import pickle
 import secrets
 import stat
 import sys
+import unicodedata
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,59 @@ def check_writable(path: PathLike) -> Path:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     return path
+
+
+def file_key(path: PathLike) -> tuple[object, ...]:
+    """What tells a file, which may not exist yet, from all others: equal for two paths that lead to one file.
+
+    Links are followed, and upper and lower case are one where the file system takes them for one.
+    """
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    target = Path(os.path.realpath(path))
+    folder = next((parent for parent in target.parents if parent.is_dir()), target.parent)
+    name = str(target.relative_to(folder))
+    if _ignores_case(folder):
+        name = unicodedata.normalize("NFC", name).casefold()
+    return *file_key(folder), name if folder.exists() else str(target)
+
+
+@lru_cache
+def _ignores_case(folder: Path) -> bool:
+    """Whether names in ``folder`` that differ in case alone are one file, as far as an existing name tells."""
+    with suppress(OSError):
+        names = set(os.listdir(folder))
+        for name in (*names, f"../{folder.name}"):
+            swapped = name.swapcase()
+            if swapped != name:
+                return swapped not in names and os.path.exists(folder / swapped)
+    return False
+
+
+def check_overwrites(outputs: Iterable[PathLike], inputs: Iterable[PathLike]) -> None:
+    """Checks that no output is a file that is read. Sees through links and differences in case.
+
+    Raises:
+        InputError: one is.
+    """
+    read = {file_key(path): path for path in inputs}
+    for path in outputs:
+        if (key := file_key(path)) in read:
+            raise InputError(f"{path}: would overwrite an input ({read[key]}); name another output")
+
+
+def check_distinct(outputs: Iterable[PathLike]) -> None:
+    """Checks that no two outputs are one file. Sees through links and differences in case.
+
+    Raises:
+        InputError: two are.
+    """
+    names: dict[tuple[object, ...], PathLike] = {}
+    for path in outputs:
+        if (key := file_key(path)) in names:
+            raise InputError(f"{path}: is the same file as {names[key]}; give each output its own name")
+        names[key] = path
 
 
 @contextmanager

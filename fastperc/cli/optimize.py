@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
+import time
+from pathlib import Path
 from typing import Any
 
-from fastperc.cli.options import add_device, add_layers, add_vgg, path, positive, positive_float, weight
-from fastperc.errors import InputError
+from fastperc.cli.options import add_device, add_layers, add_vgg, output, path, positive, positive_float, weight
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -20,7 +20,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         epilog="example: fastperc optimize photo.jpg -o out.jpg --style painting.jpg --size 512",
     )
     parser.add_argument("input", type=path, metavar="INPUT", help="the photo")
-    parser.add_argument("-o", "--out", required=True, type=path, help="the picture to write")
+    parser.add_argument("-o", "--out", required=True, type=output, help="the picture to write, or a folder/")
     parser.add_argument("--style", required=True, type=path, metavar="IMG", help="the painting")
     add_vgg(parser)
     add_layers(parser)
@@ -55,17 +55,23 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.devices import find_device
-    from fastperc.files import check_writable
+    from fastperc.files import check_overwrites, check_writable
+    from fastperc.photos.formats import check_format, check_size
+    from fastperc.photos.jobs import SEPARATORS, say_written, writable_name
     from fastperc.photos.optimize import optimize
-    from fastperc.photos.photo import Photo, check_format, to_image, write_image
+    from fastperc.photos.photo import Photo, to_image, write_image
     from fastperc.photos.stylize import read_photo
     from fastperc.training.objective import build_loss
 
-    if os.path.realpath(arguments.out) == os.path.realpath(arguments.input):
-        raise InputError(f"{arguments.out}: would overwrite the photo; name another output")
-    check_writable(check_format(arguments.out))
+    start = time.monotonic()
+    out = Path(arguments.out)
+    if arguments.out.endswith(SEPARATORS):
+        out = writable_name(out / arguments.input.name)
+    check_overwrites([out], filter(None, [arguments.input, arguments.style, arguments.vgg]))
+    check_writable(check_format(out))
     device = find_device(arguments.device)
     photo = read_photo(arguments.input, arguments.size)
+    check_size(out, *photo.rgb.size)
     loss = build_loss(
         arguments.style,
         arguments.style_size,
@@ -76,5 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
         tv_weight=arguments.tv_weight,
     ).to(device)
     image = optimize(photo.tensor().to(device), loss, arguments.iterations, arguments.optimizer, arguments.lr)
-    write_image(arguments.out, Photo(to_image(image[0]), photo.alpha, photo.metadata))
+    write_image(out, Photo(to_image(image[0]), photo.alpha, photo.metadata))
+    say_written([out], time.monotonic() - start)
     return 0

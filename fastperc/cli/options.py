@@ -27,6 +27,12 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def output(text: str) -> str:
+    """The name of an output: as :func:`path`, but a slash at the end stays, which says that it is a folder."""
+    path(text)
+    return text
+
+
 def natural(text: str) -> int:
     """A whole number from 0 up that fits in 64 bits."""
     value = _integer(text)
@@ -154,7 +160,10 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     """Adds the input photos and ``--out``."""
     parser.add_argument("inputs", nargs="+", type=path, metavar="INPUT", help="photos, or folders of photos")
     parser.add_argument(
-        "-o", "--out", type=path, help="a file for one photo, a folder for several; default: beside INPUT"
+        "-o",
+        "--out",
+        type=output,
+        help="a file for one photo, a folder for several; a name that ends in / is a folder; default: beside INPUT",
     )
 
 

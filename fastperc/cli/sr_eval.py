@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastperc.cli.networks import METHODS, load_painter, super_resolution_file
-from fastperc.cli.options import add_device, add_match, names, path, square, weight
+from fastperc.cli.options import add_device, add_match, names, output, path, square, weight
 from fastperc.errors import InputError
 from fastperc.presets import SCALES
 from fastperc.weights import SUPER_RESOLUTION
@@ -54,7 +54,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--markdown", type=path, metavar="FILE", help="write the printed table there")
     parser.add_argument(
         "--pictures",
-        type=path,
+        type=output,
         metavar="DIR",
         help="write a figure for each image there: one part of it by all methods",
     )
@@ -72,10 +72,11 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.devices import find_device
-    from fastperc.files import check_writable, write_atomically
+    from fastperc.files import check_distinct, check_overwrites, check_writable, write_atomically
     from fastperc.photos import evaluate
+    from fastperc.photos.folders import find_images
     from fastperc.photos.jobs import plan_jobs
-    from fastperc.photos.photo import Photo, find_images, write_image
+    from fastperc.photos.photo import Photo, write_image
     from fastperc.progress import track
 
     shipped = [name for name in METHODS if name == "bicubic" or f"x{arguments.scale}_{name}" in SUPER_RESOLUTION]
@@ -84,10 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
         for name in arguments.methods or shipped
     }
     figures = dict(plan_jobs([arguments.data], arguments.pictures, "compared")) if arguments.pictures else {}
-    for target in (arguments.csv, arguments.markdown, *figures.values()):
-        if target is not None:
-            check_writable(target)
     images = {str(file.relative_to(arguments.data)): file for file in figures or find_images(arguments.data)}
+    outputs = [target for target in (arguments.csv, arguments.markdown, *figures.values()) if target is not None]
+    check_overwrites(outputs, [*images.values(), *(Path(name) for name in methods if name not in METHODS)])
+    check_distinct(outputs)
+    for target in outputs:
+        check_writable(target)
     scores = {}
     comparisons = evaluate.compare(images.items(), methods, arguments.scale, arguments.blur)
     for comparison in track(comparisons, "evaluating", len(images)):

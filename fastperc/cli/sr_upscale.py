@@ -47,8 +47,10 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.devices import find_device
+    from fastperc.files import check_overwrites
+    from fastperc.photos.formats import check_size
     from fastperc.photos.jobs import plan_jobs, run_jobs
-    from fastperc.photos.photo import Photo, read_image
+    from fastperc.photos.photo import Photo, read_first_frame
     from fastperc.photos.upscale import upscale
     from fastperc.progress import Watch
 
@@ -56,11 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
     painter = load_painter(source, arguments.scale, find_device(arguments.device))
 
     def paint(path: Path, watch: Watch) -> Photo:
-        photo = read_image(path)
+        photo = read_first_frame(path)
+        check_size(targets[path], *(side * painter.scale for side in photo.rgb.size))
         try:
             return upscale(painter, photo, arguments.match, arguments.tile, watch)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
-    jobs = plan_jobs(arguments.inputs, arguments.out, f"x{painter.scale}")
+    jobs = plan_jobs(arguments.inputs, arguments.out, f"x{painter.scale}", [f"x{scale}" for scale in SCALES])
+    targets = dict(jobs)
+    check_overwrites(targets.values(), [source])
     return BAD_INPUT if run_jobs(jobs, "enlarging", paint) else 0

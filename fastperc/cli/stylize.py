@@ -9,6 +9,7 @@ from typing import Any
 from fastperc.cli.networks import add_style_network, load_style, style_file
 from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_tile, fraction, positive
 from fastperc.errors import BAD_INPUT
+from fastperc.weights import STYLES
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -51,17 +52,22 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.devices import find_device
     from fastperc.engine import freeze
+    from fastperc.files import check_overwrites
+    from fastperc.photos.formats import check_size
     from fastperc.photos.jobs import plan_jobs, run_jobs
     from fastperc.photos.photo import Photo
     from fastperc.photos.stylize import read_photo, stylize
     from fastperc.progress import Watch
 
     source = style_file(arguments)
-    jobs = plan_jobs(arguments.inputs, arguments.out, source.stem)
+    jobs = plan_jobs(arguments.inputs, arguments.out, source.stem, STYLES)
+    targets = dict(jobs)
+    check_overwrites(targets.values(), [source])
     engine = freeze(load_style(source, find_device(arguments.device)))
 
     def paint(path: Path, watch: Watch) -> Photo:
         photo = read_photo(path, arguments.size)
+        check_size(targets[path], *photo.rgb.size)
         return stylize(engine, photo, arguments.strength, arguments.keep_colors, arguments.tile, watch)
 
     return BAD_INPUT if run_jobs(jobs, "stylizing", paint) else 0

@@ -22,7 +22,7 @@ from fastperc import reference
 from fastperc.errors import InputError
 from fastperc.evaluation import Score, luma, psnr, ssim
 from fastperc.files import write_atomically
-from fastperc.photos.photo import Photo, read_image
+from fastperc.photos.photo import Photo, read_first_frame
 from fastperc.presets import MINIMUM_SIDE
 
 Method = Callable[[Photo], Photo]  # enlarges a photo
@@ -97,7 +97,7 @@ def compare(
         InputError: an image cannot be read or is too small.
     """
     for name, path in paths:
-        photo = read_image(path).rgb
+        photo = read_first_frame(path).visible()
         width, height = (side // scale * scale for side in photo.size)
         if min(width, height) < scale * MINIMUM_SIDE:
             raise InputError(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fastperc.errors import InputError
 from fastperc.files import PathLike
-from fastperc.photos.formats import READABLE_SUFFIXES, UNREADABLE_SUFFIXES, hint
+from fastperc.photos.formats import READABLE_SUFFIXES, UNREADABLE_SUFFIXES, advice
 from fastperc.progress import say
 
 NAMED = 3  # how many of the files that are left out are named; the others are counted
@@ -30,14 +30,17 @@ class FolderImages(NamedTuple):
     def lines(self) -> Iterator[str]:
         """A line about the files that are left out and one about the subfolders, if there are any."""
         if self.unreadable:
-            hints = dict.fromkeys(filter(None, map(hint, self.unreadable)))
-            yield f"skipped {_listed(self.unreadable, 'file')}: {'; '.join(hints)}"
+            suffixes: dict[str, list[str]] = {}  # by what to do about them
+            for suffix in dict.fromkeys(path.suffix.lower() for path in self.unreadable):
+                suffixes.setdefault(advice(suffix), []).append(suffix)
+            hints = "; ".join(f"{', '.join(group)}: {what}" for what, group in suffixes.items())
+            yield f"skipped {listed(self.unreadable, 'file')}; {hints}"
         if self.closed:
             reasons = dict.fromkeys(reason for _, reason in self.closed)
-            yield f"skipped {_listed([path for path, _ in self.closed], 'folder')}: {'; '.join(reasons)}"
+            yield f"skipped {listed([path for path, _ in self.closed], 'folder')}: {'; '.join(reasons)}"
 
 
-def _listed(paths: Sequence[Path], noun: str) -> str:
+def listed(paths: Sequence[Path], noun: str) -> str:
     """How many paths there are, and the first few of them."""
     names = ", ".join(map(str, paths[:NAMED])) + f" and {len(paths) - NAMED} more" * (len(paths) > NAMED)
     return f"{len(paths)} {noun}{'s' * (len(paths) > 1)} ({names})"
@@ -52,7 +55,7 @@ def search(folder: PathLike) -> FolderImages:
         InputError: the folder does not exist, or cannot be listed.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
     files: list[Path] = []
     closed: list[tuple[Path, str]] = []
@@ -78,8 +81,8 @@ def search(folder: PathLike) -> FolderImages:
     return FolderImages(images, unreadable, sorted(closed))
 
 
-def find_images(folder: PathLike) -> list[Path]:
-    """Every image under ``folder`` that :func:`search` finds. Prints a line about what is left out.
+def search_and_say(folder: PathLike) -> FolderImages:
+    """Searches ``folder`` for images as :func:`search` does, and prints lines about what is left out.
 
     Raises:
         InputError: the folder does not exist, cannot be listed or holds no image that can be read.
@@ -90,4 +93,9 @@ def find_images(folder: PathLike) -> list[Path]:
         raise InputError(f"{folder}: no images in this folder{''.join(f'; {line}' for line in lines)}")
     for line in lines:
         say(line)
-    return found.images
+    return found
+
+
+def find_images(folder: PathLike) -> list[Path]:
+    """The images under ``folder`` that :func:`search_and_say` finds, sorted by path."""
+    return search_and_say(folder).images

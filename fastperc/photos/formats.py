@@ -64,16 +64,13 @@ OTHER_SUFFIXES = frozenset({".ai", ".emf", ".eps", ".exr", ".hdp", ".jxr", ".svg
 UNREADABLE_SUFFIXES = (PLUGINS.keys() | RAW_SUFFIXES | OTHER_SUFFIXES) - READABLE_SUFFIXES
 
 
-def hint(path: PathLike) -> str | None:
-    """What to do about an image whose suffix names a format that cannot be read here; None for other suffixes."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in UNREADABLE_SUFFIXES:
-        return None
+def advice(suffix: str) -> str:
+    """What to do about an image with one of ``UNREADABLE_SUFFIXES``."""
     if suffix in PLUGINS:
-        return f"{suffix} needs `pip install 'fastperc[{PLUGINS[suffix]}]'`"
+        return f"run `pip install 'fastperc[{PLUGINS[suffix]}]'`"
     if suffix in RAW_SUFFIXES:
-        return f"{suffix} is the raw data of a camera; develop it into a JPEG or a TIFF of 16 bits"
-    return f"{suffix} cannot be read; save it as PNG"
+        return "develop the camera's raw data into a JPEG or a TIFF of 16 bits"
+    return "save it as PNG"
 
 
 def check_format(path: PathLike) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 
 from fastperc.errors import InputError
-from fastperc.files import check_writable
-from fastperc.photos.photo import SUFFIXES, Photo, check_format, find_images, write_image
-from fastperc.progress import Watch, say, track, unwatched
+from fastperc.files import PathLike, check_overwrites, check_writable, file_key
+from fastperc.photos.folders import listed, search_and_say
+from fastperc.photos.formats import SUFFIXES, check_format
+from fastperc.photos.photo import Photo, write_image
+from fastperc.progress import Watch, console, say, track, unwatched
 from fastperc.types import Window
 
 Job = tuple[Path, Path]  # input file, output file
+SEPARATORS = tuple({"/", os.sep, os.altsep or "/"})
 
 
 class Painter(Protocol):
@@ -47,10 +51,16 @@ def paint_tiles(
         yield rows, columns, part.clamp_(0, 1)
 
 
-def run_jobs(jobs: Sequence[Job], title: str, paint: Callable[[Path, Watch], Photo]) -> int:
-    """Paints each input file, writes the pictures and returns how many inputs failed.
+class Jobs(list[Job]):
+    """Jobs, and how many images of the input folders none of them can read."""
 
-    Shows progress: over the tiles of a single file, over the files of several.
+    left_out: int = 0
+
+
+def run_jobs(jobs: Sequence[Job], title: str, paint: Callable[[Path, Watch], Photo]) -> int:
+    """Paints each input file, writes the pictures and returns how many images failed or were left out.
+
+    Shows progress: over the tiles of a single file, over the files of several. Says at the end where the pictures lie.
 
     Args:
         jobs: pairs of input file and output file.
@@ -63,29 +73,45 @@ def run_jobs(jobs: Sequence[Job], title: str, paint: Callable[[Path, Watch], Pho
     """
     for _, target in jobs:
         check_writable(target)
-    failed = 0
+    start = time.monotonic()
+    written: list[Path] = []
     items, watch = (track(jobs, title, len(jobs)), unwatched) if len(jobs) > 1 else (jobs, track)
     for source, target in items:
         try:
             write_image(target, paint(source, watch))
+            written.append(target)
         except InputError as error:
             if len(jobs) == 1:
                 raise
             say(f"skipped {error}")
-            failed += 1
-    return failed
+    if written:
+        say_written(written, time.monotonic() - start)
+    return len(jobs) - len(written) + getattr(jobs, "left_out", 0)
 
 
-def plan_jobs(inputs: Sequence[Path], out: Path | None, label: str) -> list[Job]:
+def say_written(files: Sequence[Path], seconds: float) -> None:
+    """Prints where pictures lie and how long they took, on a terminal; a run without one needs no line for success."""
+    if not console.is_terminal:
+        return
+    if len(files) == 1:
+        say(f"wrote {files[0]} in {seconds:.1f} s")
+    else:
+        folder = os.path.commonpath([os.path.abspath(file.parent) for file in files])
+        say(f"wrote {len(files)} pictures in {seconds:.1f} s, in {os.path.relpath(folder)}")
+
+
+def plan_jobs(inputs: Sequence[Path], out: PathLike | None, label: str, labels: Iterable[str] = ()) -> Jobs:
     """The output file of each input file, as pairs (input, output). Creates nothing.
 
     A single file becomes ``out``, or ``NAME-LABEL.EXT`` in its own folder. Several files, and the images of a folder,
-    keep their names and go to the folder ``out``; without ``out``, the images of FOLDER go to ``FOLDER-LABEL``.
+    keep their names and go to the folder ``out``; without ``out``, the images of FOLDER go to ``FOLDER-LABEL``. Earlier
+    results of other inputs, which bear such names, are left out, and a line says so.
 
     Args:
         inputs: files and folders.
-        out: a file or a folder.
+        out: a file or a folder; a string that ends in a slash is a folder.
         label: names the outputs when ``out`` is None.
+        labels: those of earlier results, besides ``label``.
 
     Raises:
         InputError: an input does not exist, or an output would overwrite an input or another output.
@@ -93,55 +119,103 @@ def plan_jobs(inputs: Sequence[Path], out: Path | None, label: str) -> list[Job]
     for path in inputs:
         if not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder")
-    if len(inputs) == 1 and not inputs[0].is_dir() and out is not None and not _is_folder(out):
-        jobs = [(inputs[0], check_format(out))]
-    else:
-        if out is not None and not os.path.isdir(out) and (os.path.exists(out) or out.suffix.lower() in SUFFIXES):
-            raise InputError(f"{out}: several images need a folder as output")
-        jobs = [job for path in inputs for job in _jobs_of_input(path, out, label)]
-    jobs = list(dict.fromkeys(jobs))  # a file given twice is painted once
+    folder = _output_folder(out, several=len(inputs) > 1 or inputs[0].is_dir())
+    jobs = Jobs()
+    if out is not None and folder is None:
+        jobs.append((inputs[0], check_format(out)))
+    for path in inputs if not jobs else ():
+        jobs += _jobs_of_input(path, folder, label, jobs)
+    unique = {(file_key(source), target): (source, target) for source, target in jobs}  # a file given twice
+    jobs[:] = _without_results(list(unique.values()), {label, *labels})
     _check_distinct(jobs)
     return jobs
 
 
-def _jobs_of_input(path: Path, out: Path | None, label: str) -> list[Job]:
+def _output_folder(out: PathLike | None, several: bool) -> Path | None:
+    """``out`` as a folder, or None if it is a file or None. It is one if there are ``several`` images, if it ends in a
+    slash, exists as one, or is new and has no suffix.
+
+    Raises:
+        InputError: it should be a folder, but is or names a file.
+    """
+    if out is None:
+        return None
+    path, slash = Path(out), str(out).endswith(SEPARATORS)
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path) and (slash or several):
+        raise InputError(f"{path}: {'is a file' if slash else 'several images need a folder as output'}")
+    if several and not slash and path.suffix.lower() in SUFFIXES:
+        raise InputError(f"{path}: several images need a folder as output")
+    return path if several or slash or not (path.suffix or os.path.exists(path)) else None
+
+
+def _jobs_of_input(path: Path, out: Path | None, label: str, jobs: Jobs) -> list[Job]:
+    """The jobs of an input. Adds to ``jobs`` how many images of a folder are left out."""
     if path.is_dir():
         absolute = Path(os.path.abspath(path))  # "." has no name of its own
         folder = out or absolute.parent / f"{absolute.name}-{label}"
-        return [(image, _writable_name(folder / image.relative_to(path))) for image in _input_images(path, folder)]
+        images, left_out = _input_images(path, folder)
+        jobs.left_out += left_out
+        return [(image, writable_name(folder / image.relative_to(path))) for image in images]
     if out is not None:
-        return [(path, _writable_name(out / path.name))]
-    return [(path, _writable_name(path.with_name(f"{path.stem}-{label}{path.suffix}")))]
+        return [(path, writable_name(out / path.name))]
+    return [(path, writable_name(path.with_name(f"{path.stem}-{label}{path.suffix}")))]
+
+
+def _without_results(jobs: Sequence[Job], labels: Collection[str]) -> list[Job]:
+    """The jobs but those of earlier results of other jobs' inputs; prints a line about these."""
+    sources = {os.path.abspath(source) for source, _ in jobs}
+    results = {source for source, _ in jobs if _is_result(Path(os.path.abspath(source)), sources, labels)}
+    if results:
+        say(f"skipped {listed(sorted(results), 'earlier result')}")
+    return [job for job in jobs if job[0] not in results]
+
+
+def _is_result(path: Path, sources: Collection[str], labels: Collection[str]) -> bool:
+    """Whether ``path`` is what one of ``sources`` becomes by default: NAME-LABEL.EXT, or a file in FOLDER-LABEL."""
+    names = {path.name}
+    if path.suffix == ".png":
+        names.add(path.name.removesuffix(".png"))  # the input's format cannot be written
+    for label in labels:
+        for name in map(Path, names):
+            if name.stem.endswith(f"-{label}"):
+                original = name.stem.removesuffix(f"-{label}") + name.suffix
+                if str(path.with_name(original)) in sources:
+                    return True
+        for folder in path.parents:
+            if folder.name.endswith(f"-{label}"):
+                original_folder = folder.with_name(folder.name.removesuffix(f"-{label}"))
+                original_path = original_folder / path.relative_to(folder)
+                if any(str(original_path.with_name(name)) in sources for name in names):
+                    return True
+    return False
 
 
 def _check_distinct(jobs: Sequence[Job]) -> None:
     """Raises an InputError if an output is an input, or the output of two inputs."""
-    sources = {os.path.realpath(source) for source, _ in jobs}
-    source_of: dict[str, Path] = {}
+    check_overwrites((target for _, target in jobs), (source for source, _ in jobs))
+    source_of: dict[object, Path] = {}
     for source, target in jobs:
-        key = os.path.realpath(target)
-        if key in sources:
-            raise InputError(f"{target}: would overwrite an input; name another output")
-        if key in source_of:
-            raise InputError(f"{source} and {source_of[key]} would both become {target}; run them one at a time")
-        source_of[key] = source
+        first = source_of.setdefault(file_key(target), source)
+        if first is not source:
+            raise InputError(f"{source} and {first} would both become {target}; run them one at a time")
 
 
-def _input_images(path: Path, folder: Path) -> list[Path]:
-    """The images under ``path``, without those of an earlier run if the output ``folder`` is inside ``path``."""
-    images, output = find_images(path), Path(os.path.realpath(folder))
+def _input_images(path: Path, folder: Path) -> tuple[list[Path], int]:
+    """The images under ``path``, and how many there cannot be read, about which it prints lines.
+
+    If the output ``folder`` is inside ``path``, the images in it are an earlier run's and left out.
+    """
+    found, output = search_and_say(path), Path(os.path.realpath(folder))
+    images = found.images
     if Path(os.path.realpath(path)) in output.parents:
         images = [image for image in images if output not in Path(os.path.realpath(image)).parents]
     if not images:
         raise InputError(f"{path}: no images in this folder besides those in {folder}")
-    return images
+    return images, found.left_out
 
 
-def _is_folder(path: Path) -> bool:
-    """Whether ``path`` is a folder, or would become one because its name has no suffix."""
-    return os.path.isdir(path) or not (path.suffix or os.path.exists(path))
-
-
-def _writable_name(path: Path) -> Path:
+def writable_name(path: Path) -> Path:
     """``path``, with ``.png`` appended if its own format cannot be written."""
     return path if path.suffix.lower() in SUFFIXES else path.with_name(f"{path.name}.png")

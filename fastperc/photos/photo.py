@@ -21,11 +21,21 @@ from fastperc.errors import InputError
 from fastperc.files import PathLike, check_readable, write_atomically
 from fastperc.photos import tiff
 from fastperc.photos.folders import find_images as find_images
-from fastperc.photos.formats import ALPHA_FORMATS, MAX_TEXT, SAVE_OPTIONS, check_format, check_size, format_of, hint
+from fastperc.photos.formats import (
+    ALPHA_FORMATS,
+    MAX_TEXT,
+    SAVE_OPTIONS,
+    UNREADABLE_SUFFIXES,
+    advice,
+    check_format,
+    check_size,
+    format_of,
+)
 from fastperc.photos.formats import SUFFIXES as SUFFIXES
 from fastperc.photos.metadata import PROFILE_FORMATS, read_metadata, save_keywords, upright
 from fastperc.photos.samples import Samples, to_eight_bit
 from fastperc.photos.transparency import fill_transparent
+from fastperc.progress import say
 
 ANIMATED_FORMATS = frozenset({"AVIF", "DCX", "FLI", "GIF", "JXL", "PNG", "WEBP"})
 MAX_PIXELS = 2 * 89_478_485  # Pillow's own limit
@@ -101,7 +111,9 @@ def read_image(path: PathLike, enough: int | None = None) -> Photo:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (UnidentifiedImageError, KeyError):  # KeyError: a TIFF with an unknown compression
-        reason = hint(path) or tiff.why_not_open(path) or "not an image, or in a format that Pillow cannot read"
+        reason = tiff.why_not_open(path) or "not an image, or in a format that Pillow cannot read"
+        if (suffix := path.suffix.lower()) in UNREADABLE_SUFFIXES:
+            reason = f"Pillow cannot read {suffix}; {advice(suffix)}"
         raise InputError(f"{path}: {reason}") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: larger than {MAX_PIXELS:,} pixels") from None
@@ -111,6 +123,14 @@ def read_image(path: PathLike, enough: int | None = None) -> Photo:
         if "MAX_TEXT" in str(error):
             raise InputError(f"{path}: holds a text or a profile of more than {MAX_TEXT >> 20} MiB") from None
         raise InputError(f"{path}: damaged or cut short ({error})") from None
+
+
+def read_first_frame(path: PathLike) -> Photo:
+    """Reads an image as :func:`read_image` does, and prints a line if the file has more frames than the first."""
+    photo = read_image(path)
+    if photo.frames > 1:
+        say(f"{path}: holds {photo.frames} frames; only the first is used")
+    return photo
 
 
 def _samples(image: Image.Image, path: Path) -> tuple[Samples, int]:

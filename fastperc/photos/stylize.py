@@ -11,7 +11,7 @@ from fastperc import reference
 from fastperc.engine import Engine
 from fastperc.errors import InputError
 from fastperc.photos.jobs import paint_tiles
-from fastperc.photos.photo import Photo, read_image
+from fastperc.photos.photo import Photo, read_first_frame
 from fastperc.presets import MINIMUM_SIDE
 from fastperc.progress import Watch, unwatched
 
@@ -50,10 +50,12 @@ def stylize(
 def read_photo(path: Path, size: int | None = None) -> Photo:
     """Reads a photo, and resizes it so that its longer side has ``size`` pixels if ``size`` is given.
 
+    Prints a line if the file holds more frames than the first, which is read.
+
     Raises:
         InputError: the file cannot be read, or the photo is too small for a network or too large.
     """
-    photo = read_image(path)
+    photo = read_first_frame(path)
     try:
         photo = photo if size is None else photo.resized(size)
     except InputError as error:

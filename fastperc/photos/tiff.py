@@ -107,6 +107,9 @@ def why_not_open(path: Path) -> str | None:
         page = next(_pages(path), None)
         if page is None or WIDTH not in page.tags:
             return None
+        bits = page.tags.get(BITS, (1,))
+        if len(bits) not in (1, page.tags.get(SAMPLES_PER_PIXEL, 1)):  # damaged
+            return None
         if page.tags.get(PHOTOMETRIC) in RAW_PHOTOMETRICS or page.children or DNG_VERSION in page.tags:
             return RAW
         return _description(page.tags)
