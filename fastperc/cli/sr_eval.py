@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastperc.cli.networks import METHODS, load_painter, super_resolution_file
 from fastperc.cli.options import add_device, add_match, names, output, path, square, weight
+from fastperc.cli.terminal import guarded
 from fastperc.errors import InputError
 from fastperc.presets import SCALES
 from fastperc.weights import SUPER_RESOLUTION
@@ -69,6 +70,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run)
 
 
+@guarded
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.devices import find_device
@@ -104,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         evaluate.write_csv(arguments.csv, scores)
     if arguments.markdown:
         with write_atomically(arguments.markdown) as temporary:
-            temporary.write_text(table + "\n", encoding="utf-8")
+            temporary.write_bytes(f"{table}\n".encode("utf-8", "surrogateescape"))  # names of files may be any bytes
     print(table)
     return 0
 

@@ -157,7 +157,7 @@ def write_csv(path: Path, scores: Mapping[str, Mapping[str, Score]]) -> None:
     for name, by_method in [*scores.items(), ("mean", mean_scores(list(scores.values())))]:
         writer.writerow([name, *(f"{value:.6f}" for method in methods for value in by_method[method])])
     with write_atomically(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+        temporary.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))  # names of files may be any bytes
 
 
 PANEL, CAPTION, GAP = 288, 44, 12  # pixels: side of a panel, height of its caption, space between panels
