@@ -40,3 +40,9 @@ def test_a_loss_that_is_not_finite_is_an_error(loss):
 def test_unknown_optimizer(loss):
     with pytest.raises(ValueError, match="sgd"):
         optimize(torch.rand(1, 3, 16, 16), loss, 1, "sgd")
+
+
+def test_levels_instead_of_0_to_1_are_refused(loss):
+    with pytest.raises(ValueError, match="must be RGB in 0–1, but it has values up to 255; divide levels by 255"):
+        optimize(torch.full((1, 3, 16, 16), 255.0), loss, 1)
+    optimize(torch.full((1, 3, 16, 16), 1.02), loss, 1)

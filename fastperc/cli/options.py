@@ -12,7 +12,7 @@ from pathlib import Path
 from fastperc.presets import MINIMUM_SIDE
 
 # Parts of the commands' epilogs.
-EXIT_STATUS = "Exit status: 0 success, 1 failure while running, 2 bad input, 130 Ctrl-C, 129 SIGHUP, 143 SIGTERM."
+EXIT_STATUS = "Exit status: 0 success, 1 failure while running, 2 bad input, 130 Ctrl-C."
 SEVERAL_INPUTS = "With several photos, unusable ones are named and skipped, and the exit status is 2."
 
 

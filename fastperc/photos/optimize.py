@@ -25,9 +25,11 @@ def optimize(
         The picture, RGB in 0–1, float32 [1, 3, H, W].
 
     Raises:
-        ValueError: unknown optimizer.
+        ValueError: unknown optimizer, or the photo is not in 0–1.
         FloatingPointError: the loss is no longer finite.
     """
+    if (most := float(content.max())) > 2:  # somewhat above 1 is what a resize with overshoot gives
+        raise ValueError(f"the photo must be RGB in 0–1, but it has values up to {most:.4g}; divide levels by 255")
     image = content.clone(
         memory_format=torch.contiguous_format
     ).requires_grad_()  # L-BFGS needs a view of it as a vector
