@@ -228,3 +228,39 @@ def test_an_animation_gives_its_first_frame(tmp_path):
         first.save(tmp_path / f"in.{suffix}", save_all=True, append_images=[second], **options)
         difference = np.abs(pixels(read_image(tmp_path / f"in.{suffix}").rgb) - pixels(first))
         assert difference.mean() < (12 if suffix == "gif" else 1e-9)
+
+
+def fits(values, **cards):
+    """The bytes of a FITS file with ``values`` [H, W]."""
+    height, width = values.shape
+    header = dict(SIMPLE="T", BITPIX=8 * values.itemsize, NAXIS=2, NAXIS1=width, NAXIS2=height) | cards
+    text = "".join(f"{name:8}= {value:>20}".ljust(80) for name, value in header.items()) + "END"
+    return text.ljust(2880).encode() + values.astype(values.dtype.newbyteorder(">")).tobytes().ljust(2880, b"\0")
+
+
+def test_fits_is_refused_unless_it_has_eight_bits(tmp_path):
+    (tmp_path / "in.fits").write_bytes(fits((RAMP % 256).astype(np.uint8)))
+    assert read_image(tmp_path / "in.fits").rgb.size == (30, 20)
+    (tmp_path / "in.fits").write_bytes(fits(RAMP.astype(np.int16), BZERO=32768))
+    with pytest.raises(InputError, match=r"in\.fits: a FITS file, whose scale Pillow does not read"):
+        read_image(tmp_path / "in.fits")
+
+
+@pytest.mark.parametrize("top", [1023, 65535])
+def test_netpbm_of_sixteen_bits(tmp_path, top):
+    values = (RAMP / 599 * top).round().astype(">u2")
+    (tmp_path / "in.pgm").write_bytes(b"P5 30 20 %d\n" % top + values.tobytes())
+    assert np.abs(pixels(read_image(tmp_path / "in.pgm").rgb)[..., 0] - RAMP / 599 * 255).max() <= 1
+
+
+@pytest.mark.parametrize("top", [1, 255, 65535])
+def test_portable_float_maps(tmp_path, top):
+    values = (RAMP / 599 * top).astype("<f4")
+    (tmp_path / "in.pfm").write_bytes(b"Pf\n30 20\n-1.0\n" + values[::-1].tobytes())
+    assert np.abs(pixels(read_image(tmp_path / "in.pfm").rgb)[..., 0] - RAMP / 599 * 255).max() <= 1
+
+
+def test_jpeg_2000_of_sixteen_bits(tmp_path):
+    values = (RAMP * 109).astype(np.uint16)
+    photo = save_and_read(Image.fromarray(values), tmp_path / "in.jp2")
+    assert np.abs(pixels(photo.rgb)[..., 0] - values / 257).max() <= 1

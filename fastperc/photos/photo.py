@@ -143,9 +143,9 @@ def _samples(image: Image.Image, path: Path) -> tuple[Samples, int]:
         page, pages = tiff.choose_page(path)
         image.seek(page)
         return tiff.prepare(image), pages
-    if image.mode == "F":
-        return Samples("f", 32), 0
-    return Samples("i", 32) if image.format == "FITS" else Samples("u", 16), 0
+    if image.format == "FITS" and image.mode != "L":
+        raise InputError("a FITS file, whose scale Pillow does not read; save it as a TIFF of 16 bits")
+    return Samples("f", 32) if image.mode == "F" else Samples("u", 16), 0
 
 
 def _frames(image: Image.Image) -> int:

@@ -25,7 +25,7 @@ KINDS = {2: "i", 3: "f"}  # NumPy's letter of each sample format; unsigned integ
 PLANES = {(RGB, 8), (RGB, 16), (CMYK, 8)}  # uncompressed planes that can be decoded, by photometric and bits
 NATIVE_ORDER = {"F;32BF": "F;32NF", "I;16BS": "I;16NS", "I;32BS": "I;32NS"}  # Pillow's raw modes
 RAW = "holds the raw data of a camera, which Pillow cannot read; develop it into a JPEG or a TIFF of 16 bits"
-MAX_PAGES = 10_000  # in a damaged file, pages may follow one another without an end
+MAX_PAGES = 10_000
 
 
 class Page(NamedTuple):
@@ -152,22 +152,32 @@ def _is_reduced(tags: ImageFileDirectory_v2) -> bool:
 
 
 def _pages(path: Path) -> Iterator[Page]:
+    """The pages of a file. Stops where they take more bytes than the file has: then they overlap."""
     with path.open("rb") as file:
         header = file.read(8)
         if header[2:4] in (b"+\0", b"\0+"):  # BigTIFF
             header += file.read(8)
+        budget = path.stat().st_size
         offset, visited = ImageFileDirectory_v2(header).next, set[int]()
-        while offset and offset not in visited and len(visited) < MAX_PAGES:
+        for number in range(MAX_PAGES):
+            if not offset or offset in visited or budget < 0:
+                return
             visited.add(offset)
-            tags = _load(file, header, offset)
-            children = tags.get(SUB_PAGES, ())
-            children = children if isinstance(children, tuple) else (children,)
-            yield Page(len(visited) - 1, tags, [_load(file, header, int(child)) for child in children[:100]])
+            tags, budget = _load(file, header, offset, budget)
+            offsets = tags.get(SUB_PAGES, ())
+            children = []
+            for child_offset in offsets if isinstance(offsets, tuple) else (offsets,):
+                if budget >= 0:
+                    child, budget = _load(file, header, int(child_offset), budget)
+                    children.append(child)
+            yield Page(number, tags, children)
             offset = tags.next
 
 
-def _load(file: BinaryIO, header: bytes, offset: int) -> ImageFileDirectory_v2:
+def _load(file: BinaryIO, header: bytes, offset: int, budget: int) -> tuple[ImageFileDirectory_v2, int]:
+    """The tags of the page at ``offset``, and what is left of the ``budget`` of bytes to read."""
     tags = ImageFileDirectory_v2(header)
+    tags._tag_data_limit = budget  # Pillow 13 sets it alike for the pages that it reads
     file.seek(offset)
     tags.load(file)
-    return tags
+    return tags, budget - (file.tell() - offset) - getattr(tags, "_tag_data_size", 0)
