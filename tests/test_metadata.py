@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fastperc import InputError
 from fastperc.photos.metadata import PROFILE_FORMATS
 from fastperc.photos.photo import SUFFIXES, Photo, check_size, read_image, write_image
 
-WIDTH, HEIGHT = 0xA002, 0xA003
+WIDTH, HEIGHT, ARTIST = 0xA002, 0xA003, 0x013B
 XMP = b"""<?xpacket begin='' id='W5M0MpCehiHzreSzNTczkc9d'?><x:xmpmeta xmlns:x='adobe:ns:meta/'>
 <rdf:RDF xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'><rdf:Description xmlns:tiff='http://ns.adobe.com/tiff/1.0/'
  xmlns:exif='http://ns.adobe.com/exif/1.0/' xmlns:dc='http://purl.org/dc/elements/1.1/' tiff:Orientation="6"
@@ -130,6 +131,23 @@ def test_iptc_of_a_tiff_in_numbers_of_32_bits(tmp_path):
     page = tiff_page(np.zeros((24, 32), np.uint8), _33723=list(struct.unpack(f"<{len(data) // 4}I", data)))
     (tmp_path / "in.tif").write_bytes(tiff(page))
     assert read_image(tmp_path / "in.tif").metadata["iptc"] == data
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".avif"])
+def test_iptc_becomes_xmp_where_there_is_no_iptc(tmp_path, suffix):
+    iptc = IPTC + record(80, "Müller & Söhne".encode("latin-1")) + record(116, "© <me>".encode())
+    write_image(tmp_path / f"out{suffix}", Photo(picture(32, 24), metadata={"iptc": iptc}))
+    xmp = xmp_of(tmp_path / f"out{suffix}")
+    texts = [element.text for element in ElementTree.fromstring(xmp).iter() if element.tag.endswith("}li")]
+    assert texts == ["cat", "grass", "Müller & Söhne", "© <me>", "A cat in the grass."]
+    write_image(tmp_path / "out.jpg", read_image(tmp_path / f"out{suffix}"))
+    assert xmp_of(tmp_path / "out.jpg") == xmp
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif", ".webp", ".avif"])
+def test_texts_of_a_png_become_exif(tmp_path, suffix):
+    write_image(tmp_path / f"out{suffix}", with_metadata(tmp_path / "in.png"))
+    assert Image.open(tmp_path / f"out{suffix}").getexif()[ARTIST] == "M. Maker"
 
 
 def test_texts_and_comments_are_kept(tmp_path):

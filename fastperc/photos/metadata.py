@@ -7,6 +7,7 @@ import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
+from xml.sax.saxutils import escape
 
 from PIL import Image, ImageOps, PngImagePlugin
 from PIL.TiffImagePlugin import TiffImageFile
@@ -21,6 +22,19 @@ PHOTOSHOP_IPTC = 0x0404  # the number of Photoshop's resource that holds IPTC
 JPEG_SEGMENT = 65_533  # the most bytes that a segment of a JPEG holds
 XMP_HEAD, PHOTOSHOP_HEAD = b"http://ns.adobe.com/xap/1.0/\0", b"Photoshop 3.0\0"
 PNG_XMP, PNG_PROFILE = "XML:com.adobe.xmp", "Raw profile type "  # keywords of chunks; the second is ImageMagick's
+# Where XMP keeps the texts of IPTC records, by the record's number: the property, the kind of its list, the language.
+IPTC_IN_XMP = {
+    5: ("dc:title", "Alt", ' xml:lang="x-default"'),
+    25: ("dc:subject", "Bag", ""),
+    80: ("dc:creator", "Seq", ""),
+    116: ("dc:rights", "Alt", ' xml:lang="x-default"'),
+    120: ("dc:description", "Alt", ' xml:lang="x-default"'),
+}
+XMP_PACKET = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/">{}</rdf:Description></rdf:RDF></x:xmpmeta>'
+)
+TEXTS_IN_EXIF = {"Description": 270, "Software": 305, "Author": 315, "Copyright": 33432}  # a PNG's, and EXIF's tags
 PROFILE_FORMATS = frozenset({"PNG", "JPEG", "WEBP", "AVIF", "TIFF"})  # they hold an ICC profile
 
 
@@ -75,6 +89,9 @@ def save_keywords(format_name: str, metadata: Mapping[str, Any], size: tuple[int
     """
     keywords = {name: metadata[name] for name in ("dpi", "icc_profile") if name in metadata}
     exif = _exif(metadata.get("exif", b""), size)
+    for name, tag in TEXTS_IN_EXIF.items() if format_name != "PNG" else ():
+        if (value := metadata.get("text", {}).get(name, "")).isascii() and value and tag not in exif:
+            exif[tag] = value
     xmp, iptc = _resized_xmp(metadata.get("xmp", b""), size), metadata.get("iptc", b"")
     if format_name == "TIFF":
         for tag, value in ((TIFF_XMP, xmp), (TIFF_IPTC, iptc)):
@@ -91,7 +108,7 @@ def save_keywords(format_name: str, metadata: Mapping[str, Any], size: tuple[int
             keywords["comment"] = metadata["comment"]
     elif format_name == "PNG":
         keywords["pnginfo"] = _png_texts(metadata, xmp, iptc)
-    elif format_name in ("WEBP", "AVIF") and xmp:
+    elif format_name in ("WEBP", "AVIF") and (xmp := xmp or _xmp_of_iptc(iptc)):
         keywords["xmp"] = xmp
     return keywords
 
@@ -131,6 +148,27 @@ def _read_iptc(image: Image.Image, text: Mapping[str, str]) -> bytes:
             data = bytes.fromhex("".join(profile.split()[2:]))  # its name, its length, and the bytes
             return _iptc_resource(data) if data.startswith(b"8BIM") else data
     return b""
+
+
+def _xmp_of_iptc(iptc: bytes) -> bytes:
+    """XMP with the texts of IPTC records, for formats that hold no IPTC; empty if there are none."""
+    values: dict[int, list[str]] = {}
+    start = 0
+    while iptc[start : start + 2] == b"\x1c\x02" and len(iptc) >= start + 5:
+        number, length = struct.unpack_from(">BH", iptc, start + 2)
+        data = iptc[start + 5 : start + 5 + length]
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = data.decode("latin-1")
+        values.setdefault(number, []).append(escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "", text)))
+        start += 5 + length
+    parts = []
+    for number, (name, kind, language) in IPTC_IN_XMP.items():
+        if number in values:
+            items = "".join(f"<rdf:li{language}>{value}</rdf:li>" for value in values[number])
+            parts.append(f"<{name}><rdf:{kind}>{items}</rdf:{kind}></{name}>")
+    return XMP_PACKET.format("".join(parts)).encode() if parts else b""
 
 
 def _iptc_resource(data: bytes) -> bytes:
