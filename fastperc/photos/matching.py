@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageChops
 
 UNSEEN = 1.75  # weight of the changes that do not show when the picture is made small; measured on a mixed set
+LEVELS = np.arange(256)
 
 
 def match_colors(picture: Image.Image, photo: Image.Image, visible: Image.Image | None = None) -> Image.Image:
@@ -22,55 +23,67 @@ def match_colors(picture: Image.Image, photo: Image.Image, visible: Image.Image 
     """
     if visible is not None and visible.getextrema() == (0, 0):
         return picture
-    shifted = _match_means(picture, photo, visible)
-    matched = match_histograms(picture, photo, visible)
-    return min(shifted, matched, key=lambda candidate: _error(candidate, picture, photo, visible))
+    counts, target_counts = _histogram(picture, visible), _histogram(photo, visible)
+    small = picture.resize(photo.size, Image.Resampling.BOX)
+
+    def error(table: np.ndarray) -> float:
+        """An estimate of the squared error of the picture that ``table`` gives."""
+        matched = _mapped(picture, table).resize(photo.size, Image.Resampling.BOX)
+        change = _mean_square(counts, table - LEVELS) - _mean_square(_difference(matched, small, visible), LEVELS)
+        return _mean_square(_difference(matched, photo, visible), LEVELS) + UNSEEN * change
+
+    tables = _shifts_of_means(counts, target_counts), _maps_of_ranks(counts, target_counts)
+    return _mapped(picture, min(tables, key=error))
 
 
-def _error(candidate: Image.Image, picture: Image.Image, photo: Image.Image, visible: Image.Image | None) -> float:
-    """An estimate of the squared error of ``candidate``, which was made from ``picture``."""
-    small, small_picture = (image.resize(photo.size, Image.Resampling.BOX) for image in (candidate, picture))
-    change = _difference(candidate, picture, visible) - _difference(small, small_picture, visible)
-    return _difference(small, photo, visible) + UNSEEN * change
-
-
-def _difference(image: Image.Image, other: Image.Image, visible: Image.Image | None) -> float:
-    """The mean squared difference of two images of one size."""
-    counts = np.reshape(ImageChops.difference(image, other).histogram(_mask(visible, image)), (3, 256)).sum(axis=0)
-    return float(counts @ np.arange(256) ** 2 / counts.sum())
-
-
-def _mask(visible: Image.Image | None, image: Image.Image) -> Image.Image | None:
-    return visible and visible.resize(image.size, Image.Resampling.NEAREST)
-
-
-def _match_means(picture: Image.Image, photo: Image.Image, visible: Image.Image | None) -> Image.Image:
-    """Shifts each channel by whole levels towards the photo's mean, never past it: the error can only shrink."""
-    means, target = (_means(image, _mask(visible, image)) for image in (picture, photo))
-    tables = np.arange(256) + np.trunc(target - means)[:, None]
-    return picture.point(tables.clip(0, 255).astype(int).ravel().tolist())
-
-
-def _means(image: Image.Image, mask: Image.Image | None) -> np.ndarray:
-    counts = np.reshape(image.histogram(mask), (3, 256))
-    return counts @ np.arange(256) / counts.sum(axis=1)
-
-
-def match_histograms(image: Image.Image, target: Image.Image, visible: Image.Image | None = None) -> Image.Image:
+def match_histograms(image: Image.Image, target: Image.Image) -> Image.Image:
     """Gives each channel of ``image`` the distribution of levels of that channel of ``target``.
 
     Maps each level to the target's level of the same rank, with linear interpolation. Both images are 8-bit RGB, of any
-    size. Pixels where ``visible``, an image of mode L and of the target's size, is 0 do not count.
+    size.
     """
+    return _mapped(image, _maps_of_ranks(_histogram(image), _histogram(target)))
+
+
+def _shifts_of_means(counts: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """New levels [3, 256]: shifted by whole levels towards the target's mean, never past it.
+
+    The photo's mean is that of the true picture, so that the error can only shrink.
+    """
+    means, target_means = (channels @ LEVELS / channels.sum(axis=1) for channels in (counts, target))
+    return (LEVELS + np.trunc(target_means - means)[:, None]).clip(0, 255).astype(int)
+
+
+def _maps_of_ranks(counts: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """New levels [3, 256]: each is the target's level of the same rank, with linear interpolation."""
     tables = []
-    histograms = image.histogram(_mask(visible, image)), target.histogram(visible)
-    for counts, target_counts in zip(*(np.reshape(histogram, (3, 256)) for histogram in histograms)):
-        target_levels = np.flatnonzero(target_counts)
-        table = np.interp(_ranks(counts), _ranks(target_counts)[target_levels], target_levels)
-        tables.append(table.round().astype(int))
-    return image.point(np.concatenate(tables).tolist())
+    for channel, target_channel in zip(counts, target):
+        levels = np.flatnonzero(target_channel)
+        tables.append(np.interp(_ranks(channel), _ranks(target_channel)[levels], levels).round())
+    return np.stack(tables).astype(int)
 
 
 def _ranks(counts: np.ndarray) -> np.ndarray:
     """For each level the share of pixels below it, plus half of the pixels at the level itself."""
     return (counts.cumsum() - counts / 2) / counts.sum()
+
+
+def _mapped(image: Image.Image, tables: np.ndarray) -> Image.Image:
+    """``image`` with new levels: ``tables`` [3, 256]."""
+    return image.point(tables.ravel().tolist())
+
+
+def _histogram(image: Image.Image, visible: Image.Image | None = None) -> np.ndarray:
+    """How many pixels of each channel have each level: [3, 256]."""
+    mask = visible and visible.resize(image.size, Image.Resampling.NEAREST)
+    return np.reshape(image.histogram(mask), (3, 256))
+
+
+def _difference(image: Image.Image, other: Image.Image, visible: Image.Image | None) -> np.ndarray:
+    """How often each absolute difference of two images of one size occurs: [3, 256]."""
+    return _histogram(ImageChops.difference(image, other), visible)
+
+
+def _mean_square(counts: np.ndarray, values: np.ndarray) -> float:
+    """The mean of squared ``values`` of which there are as many as ``counts`` says."""
+    return float((counts * np.square(values)).sum() / counts.sum())
