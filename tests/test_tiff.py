@@ -95,6 +95,38 @@ def test_a_palette_of_eight_or_sixteen_bits_a_color(tmp_path, top):
     check_ramp(write_and_read(tmp_path / "in.tif", tiff_page(of("uint8"), 3, _320=colors)), COLORS)
 
 
+ROTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@pytest.mark.parametrize("orientation", ROTATIONS)
+@pytest.mark.parametrize("compressed", [False, True], ids=["", "compressed"])
+@pytest.mark.parametrize(
+    ("dtype", "values", "photometric"),
+    [("uint8", RAMP, 1), ("uint8", RAMP, 0), ("uint16", RAMP, 1), ("float32", RAMP, 1), ("uint16", COLORS, 2),
+     ("uint8", np.repeat(RAMP[..., None], 4, 2), 5), ("uint8", np.repeat(RAMP[..., None], 4, 2), 2)],
+    ids=["gray", "white-is-zero", "gray16", "float", "colors16", "inks", "alpha"],
+)  # fmt: skip
+def test_every_kind_of_samples_is_turned_upright(tmp_path, dtype, values, photometric, compressed, orientation):
+    pages = [tiff_page(of(dtype, values), photometric, compressed=compressed, _274=turn) for turn in (1, orientation)]
+    expected, photo = (write_and_read(tmp_path / "in.tif", page) for page in pages)
+    assert (pixels(photo.rgb) == pixels(expected.rgb.transpose(ROTATIONS[orientation]))).all()
+
+
+def test_gray_premultiplied_by_alpha(tmp_path):
+    samples = np.stack([RAMP * 0.5, np.full((20, 30), 0.5)], axis=2)
+    photo = write_and_read(tmp_path / "in.tif", tiff_page(of("uint8", samples), 1, _338=1))
+    assert np.abs(pixels(photo.rgb)[..., 0] / 255 - RAMP).max() <= 2.01 / 255
+    assert (pixels(photo.alpha) == 128).all()
+
+
 # White of samples that do not say where it is
 
 

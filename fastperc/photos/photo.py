@@ -100,7 +100,8 @@ def read_image(path: PathLike, enough: int | None = None) -> Photo:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about large images and corrupt tags, which do not prevent reading
-            with Image.open(path) as image:
+            # Given a path, Pillow maps the file into memory, and then gets the sides of a TIFF on its side wrong.
+            with path.open("rb") as file, Image.open(file) as image:
                 samples, pages = _samples(image, path)
                 if enough is not None:
                     image.draft("RGB", (enough, enough))
@@ -166,6 +167,8 @@ def _to_photo(image: Image.Image, samples: Samples) -> Photo:
 
     if image.mode == "F" or image.mode.startswith("I"):
         image = to_eight_bit(image, samples)
+    if image.mode == "La":  # premultiplied by alpha; Pillow converts it to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         rgb, alpha = rgba.convert("RGB"), rgba.getchannel("A")
