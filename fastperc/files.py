@@ -107,16 +107,23 @@ def check_overwrites(outputs: Iterable[PathLike], inputs: Iterable[PathLike]) ->
 
 
 def check_distinct(outputs: Iterable[PathLike]) -> None:
-    """Checks that no two outputs are one file. Sees through links and differences in case.
+    """Checks that no two outputs are one file, and none the folder of another. Sees through links and differing case.
 
     Raises:
         InputError: two are.
     """
     names: dict[tuple[object, ...], PathLike] = {}
+    folders: dict[Path, PathLike] = {}
     for path in outputs:
         if (key := file_key(path)) in names:
             raise InputError(f"{path}: is the same file as {names[key]}; give each output its own name")
         names[key] = path
+        folder = Path(os.path.realpath(path)).parent
+        if folder not in folders:
+            folders |= dict.fromkeys((folder, *folder.parents), path)
+    for path in names.values():
+        if (inside := folders.get(Path(os.path.realpath(path)))) is not None:
+            raise InputError(f"{path}: is the folder of {inside}; give each output its own name")
 
 
 @contextmanager

@@ -110,6 +110,9 @@ def test_eval_writes_over_no_input(refused, here, sr_model, option):
     options = "sr", "eval", "--data", "data", "--methods", "bicubic,x4.model"
     for name in ("data/a.png", "x4.model"):
         refused(*options, option, name, says=f"{name}: would overwrite an input ({name})")
+    refused(
+        *options, "--csv", "new", "--pictures", "new", says="new: is the folder of new/a.png; give each output its own"
+    )
     refused(*options, "--pictures", "data", says="data/a.png: would overwrite an input (data/a.png)")
     refused(
         *options, "--csv", "new", "--markdown", "./new", says="new: is the same file as new; give each output its own"
