@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from photo_files import tiff, tiff_page
@@ -288,3 +291,29 @@ def test_frames_of_an_animation_are_counted(tmp_path):
 def test_the_second_picture_of_a_jpeg_is_no_frame(tmp_path):
     Image.new("RGB", (32, 24)).save(tmp_path / "in.mpo", save_all=True, append_images=[Image.new("RGB", (32, 24))])
     assert read_image(tmp_path / "in.mpo").frames == 1
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "group4"])
+def test_libtiff_prints_nothing_about_damage(tmp_path, capfd, compression):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
+    (image.convert("1") if compression == "group4" else image).save(tmp_path / "in.tif", compression=compression)
+    data = bytearray((tmp_path / "in.tif").read_bytes())
+    for position in range(1000, len(data) - 1000, 500):
+        data[position] ^= 255
+    for end in (len(data), len(data) // 2):
+        (tmp_path / "in.tif").write_bytes(data[:end])
+        try:
+            read_image(tmp_path / "in.tif")
+        except InputError as error:
+            assert "damaged" in str(error) or "not an image" in str(error)
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"
+
+
+def test_many_threads_read_while_others_print(tmp_path, capfd):
+    Image.fromarray(of("uint8", COLORS)).save(tmp_path / "in.tif", compression="tiff_lzw")
+    with ThreadPoolExecutor(8) as pool:
+        sizes = {photo.rgb.size for photo in pool.map(lambda _: read_image(tmp_path / "in.tif"), range(200))}
+    os.write(2, b"still there")
+    assert sizes == {(30, 20)} and capfd.readouterr().err == "still there"

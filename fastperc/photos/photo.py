@@ -6,6 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def read_image(path: PathLike, enough: int | None = None) -> Photo:
                 samples, pages = _samples(image, path)
                 if enough is not None:
                     image.draft("RGB", (enough, enough))
-                image.load()
+                with tiff.silence if image.format == "TIFF" else nullcontext():
+                    image.load()
                 photo = _to_photo(image, samples)
                 photo.frames = pages or _frames(image)
                 return photo

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -98,9 +101,37 @@ def prepare(image: TiffImageFile) -> Samples:
     return samples
 
 
+class _Silence:
+    """Sends what C libraries write to stderr to nowhere, as long as at least one thread asks for it."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.saved = threading.Lock(), 0, -1
+
+    def __enter__(self) -> None:
+        with self.lock, suppress(OSError):  # there may be no stderr
+            if self.users == 0:
+                self.saved = os.dup(2)
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 2)
+                os.close(nowhere)
+            self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            if self.users > 0:
+                self.users -= 1
+                if self.users == 0:
+                    os.dup2(self.saved, 2)
+                    os.close(self.saved)
+
+
+silence = _Silence()  # libtiff writes a line for each error that it finds, and Pillow lets it
+
+
 def why_not_open(path: Path) -> str | None:
     """Says what a TIFF file holds that Pillow cannot open; None for other files."""
-    with suppress(Exception):  # whatever a damaged file raises, it is not known as a TIFF then
+    with suppress(Exception), warnings.catch_warnings():  # whatever a damaged file raises, it is not known as a TIFF
+        warnings.simplefilter("ignore")
         with path.open("rb") as file:
             if file.read(4) == b"MM\0+":
                 return "a BigTIFF in big-endian order, which Pillow cannot read; save it in little-endian order"
