@@ -267,6 +267,16 @@ def test_a_preview_beside_raw_data_is_refused(tmp_path, flag):
         write_and_read(tmp_path / "in.nef", small(_330=raw, **flag))
 
 
+def test_the_preview_in_a_cr2_is_refused(tmp_path):
+    # The first page is a preview without a flag. Two bytes after the header say what the file is.
+    (tmp_path / "in.tif").write_bytes(tiff(tiff_page(of("uint8", COLORS), 2)))
+    data = bytearray((tmp_path / "in.tif").read_bytes())
+    data[8:10] = b"CR"  # the first pixels
+    (tmp_path / "in.tif").write_bytes(data)
+    with pytest.raises(InputError, match="holds the raw data of a camera"):
+        read_image(tmp_path / "in.tif")
+
+
 def test_a_picture_with_a_smaller_version_below_it_is_read(tmp_path):
     check_ramp(write_and_read(tmp_path / "in.tif", tiff_page(of("uint8", COLORS), 2, _330=small(_254=1))), COLORS)
 

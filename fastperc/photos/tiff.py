@@ -67,7 +67,9 @@ def choose_page(path: Path) -> tuple[int, int]:
         child_width, child_height = _size(child)
         if not _is_reduced(child) and child_width * child_height > width * height:
             raise InputError(RAW)
-    if DNG_VERSION in pages[0].tags or path.open("rb").read(10)[8:] == b"CR":  # Canon's CR2
+    with path.open("rb") as file:
+        is_cr2 = file.read(10)[8:] == b"CR"  # Canon's
+    if is_cr2 or DNG_VERSION in pages[0].tags:
         raise InputError(RAW)
     return pictures[0].number, len(pictures)
 
