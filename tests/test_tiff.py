@@ -268,10 +268,10 @@ def test_a_preview_beside_raw_data_is_refused(tmp_path, flag):
 
 
 def test_the_preview_in_a_cr2_is_refused(tmp_path):
-    # The first page is a preview without a flag. Two bytes after the header say what the file is.
+    # The first page is a preview without a flag. The bytes after the header say what the file is.
     (tmp_path / "in.tif").write_bytes(tiff(tiff_page(of("uint8", COLORS), 2)))
     data = bytearray((tmp_path / "in.tif").read_bytes())
-    data[8:10] = b"CR"  # the first pixels
+    data[8:12] = b"CR\2\0"  # the first pixels
     (tmp_path / "in.tif").write_bytes(data)
     with pytest.raises(InputError, match="holds the raw data of a camera"):
         read_image(tmp_path / "in.tif")

@@ -68,7 +68,7 @@ def choose_page(path: Path) -> tuple[int, int]:
         if not _is_reduced(child) and child_width * child_height > width * height:
             raise InputError(RAW)
     with path.open("rb") as file:
-        is_cr2 = file.read(10)[8:] == b"CR"  # Canon's
+        is_cr2 = file.read(12)[8:] == b"CR\2\0"  # Canon's
     if is_cr2 or DNG_VERSION in pages[0].tags:
         raise InputError(RAW)
     return pictures[0].number, len(pictures)
