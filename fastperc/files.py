@@ -75,11 +75,11 @@ def file_key(path: PathLike) -> tuple[object, ...]:
         status = os.stat(path)
         return status.st_dev, status.st_ino
     target = Path(os.path.realpath(path))
-    folder = next((parent for parent in target.parents if parent.is_dir()), target.parent)
+    folder = next((parent for parent in target.parents if os.path.isdir(parent)), target.parent)
     name = str(target.relative_to(folder))
     if _ignores_case(folder):
         name = unicodedata.normalize("NFC", name).casefold()
-    return *file_key(folder), name if folder.exists() else str(target)
+    return (*file_key(folder), name) if os.path.exists(folder) else (str(target),)
 
 
 @lru_cache

@@ -158,7 +158,13 @@ def add_device(parser: argparse._ActionsContainer) -> None:
 
 def add_files(parser: argparse.ArgumentParser) -> None:
     """Adds the input photos and ``--out``."""
-    parser.add_argument("inputs", nargs="+", type=path, metavar="INPUT", help="photos, or folders of photos")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=path,
+        metavar="INPUT",
+        help="photos, or folders of photos; earlier results of other INPUTs are skipped",
+    )
     parser.add_argument(
         "-o",
         "--out",

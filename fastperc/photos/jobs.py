@@ -119,7 +119,7 @@ def plan_jobs(inputs: Sequence[Path], out: PathLike | None, label: str, labels: 
     for path in inputs:
         if not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder")
-    folder = _output_folder(out, several=len(inputs) > 1 or inputs[0].is_dir())
+    folder = _output_folder(out, several=len(inputs) > 1 or any(map(os.path.isdir, inputs)))
     jobs = Jobs()
     if out is not None and folder is None:
         jobs.append((inputs[0], check_format(out)))
