@@ -116,6 +116,16 @@ def test_an_orientation_in_xmp_alone_is_applied_once(tmp_path, orientation):
     assert ORIENTATION not in Image.open(tmp_path / "out.png").getexif()
 
 
+def test_xmp_about_a_gain_map_or_a_video_is_dropped(tmp_path):
+    about = b"""xmlns:hdrgm="http://ns.adobe.com/hdr-gain-map/1.0/" hdrgm:Version="1.0" GCamera:MotionPhoto="1" tiff:"""
+    directory = b"<Container:Directory>\n<rdf:Seq/></Container:Directory><dc:subject>"
+    xmp = XMP.replace(b"tiff:Image", about + b"Image").replace(b"<dc:subject>", directory)
+    picture(32, 24).save(tmp_path / "in.webp", xmp=xmp)
+    kept = read_image(tmp_path / "in.webp").metadata["xmp"]
+    assert not any(name in kept for name in (b"hdrgm:V", b"MotionPhoto", b"Directory"))
+    assert "grün".encode() in kept and b"tiff:ImageWidth" in kept
+
+
 @pytest.mark.parametrize("target", [".jpg", ".png", ".tif"])
 @pytest.mark.parametrize("source", [".jpg", ".png", ".tif"])
 def test_iptc_is_kept(tmp_path, source, target):

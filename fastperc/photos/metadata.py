@@ -19,6 +19,12 @@ LAYOUT_TAGS = frozenset({*range(254, 269), *range(273, 282), *range(284, 294), 2
 EXIF_IFD, EXIF_WIDTH, EXIF_HEIGHT = 0x8769, 0xA002, 0xA003
 TIFF_XMP, TIFF_IPTC, TIFF_PHOTOSHOP = 700, 33723, 34377
 PHOTOSHOP_IPTC = 0x0404  # the number of Photoshop's resource that holds IPTC
+# Properties of XMP that do not fit the picture: the orientation, and the gain map or video that a phone appends.
+STALE_XMP = re.compile(
+    rb'tiff:Orientation="\d"|<tiff:Orientation>\d</tiff:Orientation>|\b(hdrgm|GCamera):\w+="[^"]*"|'
+    rb"<(GContainer|Container):Directory>.*?</\2:Directory>",
+    re.DOTALL,
+)
 JPEG_SEGMENT = 65_533  # the most bytes that a segment of a JPEG holds
 XMP_HEAD, PHOTOSHOP_HEAD = b"http://ns.adobe.com/xap/1.0/\0", b"Photoshop 3.0\0"
 PNG_XMP, PNG_PROFILE = "XML:com.adobe.xmp", "Raw profile type "  # keywords of chunks; the second is ImageMagick's
@@ -69,7 +75,7 @@ def read_metadata(image: Image.Image) -> dict[str, Any]:
     xmp = image.info.get("xmp") or text.get(PNG_XMP)
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
     if isinstance(xmp, bytes):
-        metadata["xmp"] = re.sub(rb'tiff:Orientation="\d"|<tiff:Orientation>\d</tiff:Orientation>', b"", xmp)
+        metadata["xmp"] = STALE_XMP.sub(b"", xmp)
     with suppress(Exception):  # damaged metadata counts as none
         if iptc := _read_iptc(image, text):
             metadata["iptc"] = iptc
