@@ -267,6 +267,18 @@ def test_a_preview_beside_raw_data_is_refused(tmp_path, flag):
         write_and_read(tmp_path / "in.nef", small(_330=raw, **flag))
 
 
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [(tiff_page(of("uint16"), 32803), "holds the raw data of a camera"),
+     (tiff_page(of("float64")), "1 × 64 bits a pixel, floating-point numbers"),
+     (tiff_page(of("uint8", COLORS), 2, _259=4711), "compression 4711")],
+    ids=["raw", "double precision", "compression"],
+)  # fmt: skip
+def test_a_preview_before_a_page_that_cannot_be_read_is_refused(tmp_path, page, says):
+    with pytest.raises(InputError, match=says):
+        write_and_read(tmp_path / "in.tif", small(_254=1), page)
+
+
 def test_the_preview_in_a_cr2_is_refused(tmp_path):
     # The first page is a preview without a flag. The bytes after the header say what the file is.
     (tmp_path / "in.tif").write_bytes(tiff(tiff_page(of("uint8", COLORS), 2)))

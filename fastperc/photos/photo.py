@@ -137,14 +137,13 @@ def read_first_frame(path: PathLike) -> Photo:
 
 
 def _samples(image: Image.Image, path: Path) -> tuple[Samples, int]:
-    """What the samples of an opened ``image`` are; and the number of pages of a TIFF, with the first one chosen, or 0.
+    """What the samples of an opened ``image`` are; and the number of pages of a TIFF, whose picture is chosen, or 0.
 
     Raises:
         InputError: Pillow would decode it wrongly.
     """
     if isinstance(image, TiffImageFile):
-        page, pages = tiff.choose_page(path)
-        image.seek(page)
+        pages = tiff.open_page(image, path)
         return tiff.prepare(image), pages
     if image.format == "FITS" and image.mode != "L":
         raise InputError("a FITS file, whose scale Pillow does not read; save it as a TIFF of 16 bits")

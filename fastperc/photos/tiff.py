@@ -49,19 +49,19 @@ class Page(NamedTuple):
         return other_width > 2 * width and abs(width * other_height / other_width - height) <= max(1, 0.02 * height)
 
 
-def choose_page(path: Path) -> tuple[int, int]:
-    """The page of a file that holds the picture, and how many pages there are besides previews.
+def open_page(image: TiffImageFile, path: Path) -> int:
+    """Makes the page that holds the picture the current one of an opened file; returns how many there are.
 
     A page is a preview if the file says so, or if it is much smaller than another page of the same proportions.
 
     Raises:
-        InputError: the file is a camera's raw data, of which Pillow would read only a preview.
+        InputError: Pillow cannot read that page, or the file is a camera's raw data, of which it would read a preview.
     """
     pages = list(_pages(path))
     whole = [page for page in pages if not _is_reduced(page.tags)]
     pictures = [page for page in whole if not any(page.is_preview_of(other) for other in whole)] or pages
     if not pictures:
-        return 0, 1
+        return 1
     width, height = pictures[0].size
     for child in (child for page in pages for child in page.children):
         child_width, child_height = _size(child)
@@ -69,9 +69,14 @@ def choose_page(path: Path) -> tuple[int, int]:
             raise InputError(RAW)
     with path.open("rb") as file:
         is_cr2 = file.read(12)[8:] == b"CR\2\0"  # Canon's
-    if is_cr2 or DNG_VERSION in pages[0].tags:
+    tags = pictures[0].tags
+    if is_cr2 or DNG_VERSION in pages[0].tags or tags.get(PHOTOMETRIC) in RAW_PHOTOMETRICS:
         raise InputError(RAW)
-    return pictures[0].number, len(pictures)
+    try:
+        image.seek(pictures[0].number)
+    except (SyntaxError, KeyError):  # no mode, or no decoder
+        raise InputError(_description(tags)) from None
+    return len(pictures)
 
 
 def prepare(image: TiffImageFile) -> Samples:
