@@ -39,21 +39,23 @@ def save(
     Args:
         net: one of fastperc's networks.
         path: the file to write.
-        dtype: dtype in which floating-point tensors are stored. Default: their own.
+        dtype: dtype in which weights are stored; running statistics keep theirs. Default: their own.
         training: any JSON-serialisable mapping.
         optimizer: its state is stored too, so that training can resume.
         average: a network of the same shape, whose tensors are stored too: the mean of the weights so far.
 
     Raises:
-        FloatingPointError: a weight is not finite. An existing file stays as it was.
+        FloatingPointError: a weight is not finite, or not in ``dtype``. An existing file stays as it was.
         OSError: the system refuses to write the file.
     """
     if damaged_name := first_not_finite(net.state_dict()):
         raise FloatingPointError(f"the network's {damaged_name} has values that are not finite, so it is not saved")
     tensors = {
-        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        name: tensor.to(dtype) if dtype is not None and _stored_in(dtype, name, tensor) else tensor
         for name, tensor in net.state_dict().items()
     }
+    if large_name := first_not_finite(tensors):
+        raise FloatingPointError(f"the network's {large_name} has values that do not fit in {dtype}; it is not saved")
     if optimizer is not None:
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{OPTIMIZER}{index}.{name}": value for name, value in state.items()}
@@ -66,6 +68,12 @@ def save(
         training=json.dumps(training or {}),
     )
     write_tensors(path, tensors, metadata)
+
+
+def _stored_in(dtype: torch.dtype, name: str, tensor: Tensor) -> bool:
+    """Whether ``tensor`` is stored in ``dtype``: half precision may not hold a variance."""
+    statistic = name.endswith(("running_mean", "running_var"))
+    return tensor.is_floating_point() and not (statistic and dtype.itemsize < tensor.dtype.itemsize)
 
 
 def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Module:

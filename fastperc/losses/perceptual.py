@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastperc import ops, reference
 from fastperc.models.vgg import LAYERS, VGG16Features
 from fastperc.modules import TVLoss
+from fastperc.modules.norms import WideStatistics
 from fastperc.presets import CONVENTIONS
 
 
@@ -50,7 +51,7 @@ class PerceptualTerms(NamedTuple):
     tv: Tensor
 
 
-class PerceptualLoss(nn.Module):
+class PerceptualLoss(WideStatistics):
     """Content, style and total variation of an image, as one weighted sum (paper, equation 5).
 
     ``forward(output, content)`` takes RGB images in 0–1 [N, 3, H, W] and returns :class:`PerceptualTerms`. Gradients
@@ -99,12 +100,13 @@ class PerceptualLoss(nn.Module):
         if missing:
             raise ValueError(f"the loss network was built without {', '.join(missing)}")
         self.tv_loss = TVLoss(reduction="mean" if convention == "relative" else "sum")
-        scales = []
+        scales = [features.mean.new_zeros(0)]
         for layer, activation in ({} if style is None else self.style_features(style)).items():
             gram = reference.gram_matrix(activation)
             self.register_buffer(f"gram_{layer}", gram)
-            scales.append({"paper": 1.0, "means": 1 / gram.numel(), "relative": 1 / gram.square().sum()}[convention])
-        self.register_buffer("style_scales", torch.tensor(scales))
+            size: Any = {"paper": 1.0, "means": gram.numel(), "relative": gram.square().sum()}[convention]
+            scales.append(1 / (gram.new_ones(1) * size))
+        self.register_buffer("style_scales", torch.cat(scales))
 
     @torch.no_grad()
     def style_features(self, style: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastperc import ops
 from fastperc.errors import InputError
 from fastperc.files import read_tensors, write_tensors
+from fastperc.modules.norms import WideStatistics
 from fastperc.types import FrozenConv
 
 # Convolutions of each stage; a 2×2 max pooling stands between stages.
@@ -36,7 +37,7 @@ PREPROCESSING = {
 }
 
 
-class VGG16Features(nn.Module):
+class VGG16Features(WideStatistics):
     """The activations of a pretrained VGG-16: RGB in 0–1 [N, 3, H, W] → a dict from layer name to [N, C, H', W'].
 
     The network ends at the deepest layer asked for, and its weights never require gradients; gradients flow to the
@@ -122,8 +123,9 @@ class VGG16Features(nn.Module):
         return {LAYERS[i]: activation for i, activation in features.items()}
 
     def normalized(self, x: Tensor) -> Tensor:
-        """``x``, RGB in 0–1, as the first convolution expects it."""
-        return (x - self.mean) / self.std
+        """``x``, RGB in 0–1, as the first convolution expects it, in the wider dtype of ``x`` and the weights."""
+        dtype = torch.promote_types(x.dtype, self.convs["1_1"].weight.dtype)  # type: ignore[arg-type]
+        return ((x - self.mean) / self.std).to(dtype)
 
     def frozen(self) -> list[FrozenConv]:
         """The convolutions, by their indices in ``LAYERS``, as :func:`fastperc.ops.vgg_loss` takes them."""

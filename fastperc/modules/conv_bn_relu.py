@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from fastperc import ops
 from fastperc.modules.conv3x3 import Conv3x3
-from fastperc.modules.norms import PaddingMode, make_norm
+from fastperc.modules.norms import PaddingMode, WideStatistics, make_norm
 from fastperc.types import RELU
 
 
-class ConvBNReLU(nn.Module):
+class ConvBNReLU(WideStatistics):
     """``Conv2d`` → norm → ReLU; [N, in, H, W] → [N, out, H', W'].
 
     Equivalent to ``nn.Sequential(nn.Conv2d(…), nn.BatchNorm2d(out_channels), nn.ReLU())``, with the keys ``conv.*``

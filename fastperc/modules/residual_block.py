@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastperc import ops
 from fastperc.modules.conv3x3 import Conv3x3
-from fastperc.modules.norms import PaddingMode, make_norm
+from fastperc.modules.norms import PaddingMode, WideStatistics, make_norm
 from fastperc.types import RELU
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(WideStatistics):
     """Two 3×3 convolutions of ``channels`` filters; [N, C, H, W] → [N, C, H', W'], H' = H when ``padding`` is 1.
 
     Args:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from fastperc import ops
 from fastperc.modules.conv3x3 import Conv3x3
-from fastperc.modules.norms import PaddingMode, make_norm
+from fastperc.modules.norms import PaddingMode, WideStatistics, make_norm
 
 
-class SubpixelConvBNReLU(nn.Module):
+class SubpixelConvBNReLU(WideStatistics):
     """×2 upsampling convolution → norm → ReLU; [N, in, H, W] → [N, out, 2H, 2W].
 
     Args:
