@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,9 @@ from cases import SHALLOW_VGG, error
 from safetensors.torch import load_file, save_file
 
 from fastperc import InputError, VGG16Features, use_backend
+from fastperc.cli.options import add_vgg
 from fastperc.models import vgg
+from fastperc.models.vgg_weights import FIRST_FILTER, PREPROCESSING
 
 LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2")
 
@@ -71,6 +75,120 @@ def test_preprocessing_can_be_told(tmp_path, vgg_tensors):
     assert error(result, activations(x, vgg_tensors, "caffe")["relu2_2"]) < 1e-5
     with pytest.raises(ValueError, match="pixels"):
         VGG16Features(path, ["relu2_2"], preprocessing="pixels")
+
+
+def genuine(first_filter):
+    """``conv1_1.weight`` with a published first filter."""
+    weight = 0.1 * torch.randn(64, 3, 3, 3)
+    weight[0] = torch.tensor(FIRST_FILTER[first_filter]).view(3, 3, 3)
+    return weight
+
+
+RENAMINGS = {
+    "torchvision": lambda name: name,
+    "data-parallel": lambda name: f"module.{name}",
+    "parallel-features": lambda name: name.replace("features.", "features.module."),
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "in-a-loss": lambda name: f"loss.vgg.{name}",
+    "features-only": lambda name: name.removeprefix("features."),
+    "parallel-features-only": lambda name: name.replace("features.", "module."),
+    "slices": lambda name: name.replace("features.", "slice1." if name < "features.5" else "slice2."),
+}
+
+
+@pytest.mark.parametrize("published", ["caffe", "caffe-rgb", "torchvision"])
+@pytest.mark.parametrize("renaming", RENAMINGS)
+def test_published_weights_are_known_under_every_name(tmp_path, vgg_tensors, renaming, published):
+    """Caffe's weights under torchvision's names would give features 32 times too small."""
+    first = genuine(published.removesuffix("-rgb"))
+    tensors = {**vgg_tensors, "conv1_1.weight": first}
+    stored = {**tensors, "conv1_1.weight": first.flip(1) if published == "caffe-rgb" else first}
+    renamed = {RENAMINGS[renaming](name): tensor for name, tensor in under_torchvision_names(stored).items()}
+    torch.save(renamed, tmp_path / "vgg.pth")
+    x = torch.rand(1, 3, 16, 16)
+    expected = activations(x, tensors, published.removesuffix("-rgb"))["relu2_2"]
+    assert error(VGG16Features(tmp_path / "vgg.pth", ["relu2_2"])(x)["relu2_2"], expected) < 1e-5
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "net.vgg."])
+@pytest.mark.parametrize("published", ["caffe", "torchvision"])
+def test_published_weights_are_known_under_caffes_names(tmp_path, vgg_tensors, published, prefix):
+    tensors = {**vgg_tensors, "conv1_1.weight": genuine(published)}
+    path, x = tmp_path / "vgg.safetensors", torch.rand(1, 3, 16, 16)
+    save_file({prefix + name: tensor.half() for name, tensor in tensors.items()}, path)
+    expected = activations(x, tensors, published)["relu2_2"]
+    assert error(VGG16Features(path, ["relu2_2"])(x)["relu2_2"], expected) < 2e-3
+
+
+def test_a_classifier_after_dropouts_is_caffes(tmp_path, vgg_tensors):
+    tensors = {**under_torchvision_names(vgg_tensors), "classifier.1.weight": torch.full((4, 4), torch.nan)}
+    torch.save(tensors, tmp_path / "vgg.pth")
+    x = torch.rand(1, 3, 16, 16)
+    expected = activations(x, vgg_tensors, "caffe")["relu1_2"]
+    assert error(VGG16Features(tmp_path / "vgg.pth", ["relu1_2"])(x)["relu1_2"], expected) < 1e-5
+
+
+def stub(indices, batch_norm):
+    """The names of a VGG's features; no tensor of them is needed to tell what they are."""
+    tensors = {
+        f"features.{i}.{kind}": torch.zeros([1] * (4 if kind == "weight" else 1))
+        for i in indices
+        for kind in ("weight", "bias")
+    }
+    if batch_norm:
+        for i in indices:
+            tensors |= {f"features.{i + 1}.{kind}": torch.zeros(1) for kind in ("weight", "bias", "running_mean")}
+    return tensors
+
+
+OTHERS = {
+    "VGG-19": [0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34],
+    "VGG-13": [0, 2, 5, 7, 10, 12, 15, 17, 20, 22],
+    "VGG-11": [0, 3, 6, 8, 11, 13, 16, 18],
+    "VGG-16 with batch norm": [0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40],
+    "VGG-19 with batch norm": [0, 3, 7, 10, 14, 17, 20, 23, 27, 30, 33, 36, 40, 43, 46, 49],
+    "another network": [0, 3, 6, 8, 10],  # AlexNet
+}
+
+
+@pytest.mark.parametrize("renaming", RENAMINGS)
+@pytest.mark.parametrize("network", OTHERS)
+def test_another_network_is_refused_by_name(tmp_path, network, renaming):
+    tensors = stub(OTHERS[network], network.endswith("norm"))
+    torch.save({RENAMINGS[renaming](name): tensor for name, tensor in tensors.items()}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=rf"net\.pth: holds {network}; give the weights of VGG-16"):
+        VGG16Features(tmp_path / "net.pth", ["relu1_1"])
+
+
+def test_vgg19_is_refused_under_caffes_names_too(tmp_path, vgg_tensors):
+    deeper = {f"conv{stage}_{i}.weight": torch.zeros(1) for stage in (3, 4, 5) for i in (1, 2, 3, 4)}
+    save_file({**vgg_tensors, **deeper}, tmp_path / "net.safetensors")
+    with pytest.raises(InputError, match="holds VGG-19"):
+        VGG16Features(tmp_path / "net.safetensors", ["relu2_2"])
+
+
+@pytest.mark.parametrize(
+    "names", [["conv1.weight", "layer1.0.conv1.weight"], ["classifier.0.weight"], ["0.bias"]], ids=str
+)
+def test_a_file_without_vgg_is_refused(tmp_path, names):
+    torch.save({name: torch.zeros(4, 4, 1, 1) for name in names}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=f"holds no VGG-16.*its first tensor is {names[0]}"):
+        VGG16Features(tmp_path / "net.pth", ["relu1_1"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, vgg_tensors, value):
+    tensors = {**vgg_tensors, "conv1_2.bias": torch.full((64,), value)}
+    save_file(tensors, tmp_path / "vgg.safetensors")
+    with pytest.raises(InputError, match="conv1_2 has values that are not finite"):
+        VGG16Features(tmp_path / "vgg.safetensors", ["relu2_2"])
+
+
+def test_the_command_line_knows_each_preprocessing():
+    parser = argparse.ArgumentParser()
+    add_vgg(parser)
+    (option,) = (action for action in parser._actions if action.dest == "vgg_preprocessing")
+    assert option.choices == sorted(PREPROCESSING) and option.default is None
 
 
 def test_fetches_once_and_keeps_the_convolutions(tmp_path, monkeypatch, vgg_tensors):

@@ -197,10 +197,16 @@ def add_match(parser: argparse.ArgumentParser) -> None:
 
 
 def add_vgg(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--vgg``."""
+    """Adds ``--vgg`` and ``--vgg-preprocessing``."""
     parser.add_argument(
         "--vgg",
         type=path,
         metavar="FILE",
         help="VGG-16 weights (.npz, .pth or .safetensors); default: torchvision's, downloaded once",
+    )
+    parser.add_argument(
+        "--vgg-preprocessing",
+        choices=["caffe", "caffe-rgb", "torchvision"],
+        help="how those weights expect the image: caffe, BGR from 0 to 255 minus the mean; caffe-rgb, the same in RGB; "
+        "torchvision, RGB over its deviation; default: by the weights",
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastperc import ops
 from fastperc.errors import InputError
 from fastperc.files import read_tensors, write_tensors
+from fastperc.models.vgg_weights import PREPROCESSING, indices, names, vgg_weights
 from fastperc.modules.norms import WideStatistics
 from fastperc.types import FrozenConv
 
@@ -26,15 +27,8 @@ CONVOLUTIONS = tuple(
     for i, (c_in, c_out) in enumerate(pairwise(channels), start=1)
 )
 LAYERS = tuple(f"relu{name}" for name, _, _ in CONVOLUTIONS)
-# Where torchvision's `features` Sequential keeps them: conv, ReLU, …, with a pooling after each stage.
-TORCHVISION_INDEX = dict(zip((name for name, _, _ in CONVOLUTIONS), (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)))
+TORCHVISION_INDEX = dict(zip(names("VGG-16"), indices("VGG-16", batch_norm=False)))
 TORCHVISION_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-
-# What the first convolution of each set of published weights expects, as mean and deviation of RGB in 0–1.
-PREPROCESSING = {
-    "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255, 1 / 255, 1 / 255)),  # and its channels are BGR
-    "torchvision": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 
 
 class VGG16Features(WideStatistics):
@@ -44,16 +38,19 @@ class VGG16Features(WideStatistics):
     image. ``relu1_2``, ``relu2_2``, ``relu3_3`` and ``relu4_3`` are the paper's.
 
     Args:
-        weights_path: ``.npz`` with ``conv1_1.weight`` … (Caffe's original weights), torchvision's ``.pth``, or a
-            ``.safetensors`` with either's names. ``None`` fetches torchvision's weights through
-            ``torch.hub``, once (a download of 528 MB, of which 59 are kept).
+        weights_path: ``.npz``, ``.pth`` or ``.safetensors`` with the names ``conv1_1.weight`` … (Caffe's) or
+            ``features.0.weight`` … (torchvision's), with any prefix, or ``0.weight`` … (the features alone).
+            ``None`` fetches torchvision's weights through ``torch.hub``, once (a download of 528 MB, of which 59 are
+            kept).
         layers: names among ``relu1_1`` … ``relu5_3``.
-        preprocessing: ``"caffe"`` (BGR, 0–255 minus the mean) or ``"torchvision"``. Default: by the names
-            of the weights, ``conv1_1.weight`` for Caffe's and ``features.0.weight`` for torchvision's.
+        preprocessing: ``"caffe"`` (BGR, 0–255 minus the mean), ``"caffe-rgb"`` (the same in RGB) or
+            ``"torchvision"``. Default: by the first convolution, which tells the published weights apart; for others
+            by their names, ``conv1_1.weight`` for Caffe's and ``features.0.weight`` for torchvision's.
 
     Raises:
-        ValueError: an unknown layer.
-        InputError: the file is missing, unreadable or lacks a layer; no weights given and none can be fetched.
+        ValueError: an unknown layer or preprocessing.
+        InputError: the file is missing, unreadable, lacks a layer or holds another network, such as VGG-19; no weights
+            given and none can be fetched.
     """
 
     mean: Tensor
@@ -73,32 +70,26 @@ class VGG16Features(WideStatistics):
             raise ValueError(
                 f"no such VGG-16 layer: {', '.join(unknown) or '(none given)'}; there are {', '.join(LAYERS)}"
             )
+        if preprocessing not in (None, *PREPROCESSING):
+            raise ValueError(f"preprocessing must be one of {', '.join(PREPROCESSING)}, got {preprocessing!r}")
         depth = 1 + max(LAYERS.index(layer) for layer in self.layers)
 
         if weights_path is None:
             source, tensors = "torchvision's vgg16", fetch_torchvision_weights()
         else:
             source, (tensors, _) = str(weights_path), read_tensors(weights_path)
-        from_torchvision = "features.0.weight" in tensors
-        preprocessing = preprocessing or ("torchvision" if from_torchvision else "caffe")
-        if preprocessing not in PREPROCESSING:
-            raise ValueError(f"preprocessing must be one of {', '.join(PREPROCESSING)}, got {preprocessing!r}")
-
+        convolutions, expected = vgg_weights(tensors, source)
+        preprocessing = preprocessing or expected
         self.convs = nn.ModuleDict()
         for name, c_in, c_out in CONVOLUTIONS[:depth]:
-            key = f"features.{TORCHVISION_INDEX[name]}" if from_torchvision else f"conv{name}"
-            weight, bias = tensors.get(f"{key}.weight"), tensors.get(f"{key}.bias")
+            weight, bias = convolutions.get(name, (None, None))
             if weight is None or bias is None:
-                beyond = [layer for layer in self.layers if LAYERS.index(layer) >= LAYERS.index(f"relu{name}")]
+                deeper = [layer for layer in self.layers if LAYERS.index(layer) >= LAYERS.index(f"relu{name}")]
                 raise InputError(
-                    f"{source} has no conv{name}, so it cannot give {', '.join(beyond)}: leave those layers out, "
+                    f"{source} has no conv{name}, so it cannot give {', '.join(deeper)}: leave those layers out, "
                     f"or use weights that reach them"
                 )
-            if weight.shape != (c_out, c_in, 3, 3) or bias.shape != (c_out,):
-                raise InputError(
-                    f"{source}: conv{name} has weight {list(weight.shape)} and bias {list(bias.shape)}, "
-                    f"VGG-16's are {[c_out, c_in, 3, 3]} and {[c_out]}"
-                )
+            check_convolution(f"{source}: conv{name}", weight, bias, c_in, c_out)
             if name == "1_1" and preprocessing == "caffe":
                 weight = weight.flip(1)  # BGR to RGB
             conv = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -133,6 +124,17 @@ class VGG16Features(WideStatistics):
             FrozenConv(conv.weight, conv.bias, pooled=name.endswith("_1") and name != "1_1")  # type: ignore[arg-type]
             for name, conv in self.convs.items()
         ]
+
+
+def check_convolution(name: str, weight: Tensor, bias: Tensor, c_in: int, c_out: int) -> None:
+    """Raises an ``InputError`` unless these are finite tensors of a 3×3 convolution; ``name`` is what it calls them."""
+    if weight.shape != (c_out, c_in, 3, 3) or bias.shape != (c_out,):
+        raise InputError(
+            f"{name} has weight {list(weight.shape)} and bias {list(bias.shape)}, "
+            f"VGG-16's are {[c_out, c_in, 3, 3]} and {[c_out]}"
+        )
+    if not weight.isfinite().all() or not bias.isfinite().all():
+        raise InputError(f"{name} has values that are not finite")
 
 
 def fetch_torchvision_weights() -> dict[str, Tensor]:
