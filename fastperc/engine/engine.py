@@ -16,6 +16,7 @@ from fastperc.engine.frames import DTYPES, as_given, as_nchw
 from fastperc.engine.plan import Plan, cut, forward, parts, plan_of
 from fastperc.engine.tiling import Canvas, grid
 from fastperc.errors import InputError
+from fastperc.modules.chain import exporting
 from fastperc.presets import MINIMUM_SIDE
 from fastperc.progress import Watch, unwatched
 from fastperc.types import Window
@@ -82,7 +83,10 @@ class Engine:
             ValueError: another shape or dtype; pixels that are not finite (not checked on a GPU, where they stay not
                 finite); no such tile.
             InputError: there is not enough memory.
+            RuntimeError: PyTorch exports or traces the call.
         """
+        if exporting():
+            raise RuntimeError("an engine cannot be exported; export the network that was frozen, in eval mode")
         image = as_nchw(images)
         image = image.to(self.device, non_blocking=True)
         side = self._side(image, tile)

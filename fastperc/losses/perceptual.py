@@ -124,7 +124,7 @@ class PerceptualLoss(WideStatistics):
         style_term = (terms.style * self.style_scales).sum()
         tv_term = self.tv_loss(output)
         if self.convention == "paper":
-            tv_term = tv_term * 255**2 / max(len(output), 1)
+            tv_term = tv_term * 255**2 / max(output.shape[0], 1)
         elif self.convention == "means":
             tv_term = tv_term * 255**2 / 2
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fastperc import ops, reference
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
+from fastperc.modules.chain import chain, exporting
 from fastperc.presets import MINIMUM_SIDE
 
 CHAINED = (ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU)  # exactly: a subclass may do something else
@@ -16,6 +18,8 @@ CHAINED = (ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU)  # exactly: a
 
 def check_image(x: Tensor) -> None:
     """Raises a ``ValueError`` unless ``x`` is [N, 3, H, W] with both sides of at least 16 pixels."""
+    if torch.jit.is_tracing():  # which records no checks, and warns of them
+        return
     if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[-2:]) < MINIMUM_SIDE:
         raise ValueError(
             f"expected RGB images [N, 3, H, W] with H and W of at least {MINIMUM_SIDE}, got shape {list(x.shape)}"
@@ -30,7 +34,42 @@ def to_network_range(x: Tensor, output: str) -> Tensor:
 def reflect_pad_to_multiple(x: Tensor, multiple: int, border: int = 0) -> Tensor:
     """``x`` with ``border`` reflected pixels on each side, and more at the right and bottom up to the next multiple."""
     height, width = x.shape[-2:]
-    return reference.reflect_pad(x, border, border + -width % multiple, border, border + -height % multiple)
+    if _sizes_vary(x):
+        rows, columns = (_reflected(size, multiple, border, x.device) for size in (height, width))
+        return x.index_select(-2, rows).index_select(-1, columns)
+    right, bottom = _missing(width, multiple), _missing(height, multiple)
+    return reference.reflect_pad(x, border, border + right, border, border + bottom)
+
+
+def _sizes_vary(x: Tensor) -> bool:
+    """Whether a graph is recorded that serves other sizes than that of ``x`` too."""
+    if exporting() or not torch.compiler.is_compiling():
+        return exporting()
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import
+
+    return not all(has_static_value(size) for size in x.shape[-2:])
+
+
+def cropped(x: Tensor, height: int, width: int) -> Tensor:
+    """The first ``height`` rows and ``width`` columns of ``x``."""
+    if _sizes_vary(x):  # a slice that may be the whole is recorded as the one or the other
+        rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
+        return x.index_select(-2, rows).index_select(-1, columns)
+    return x[..., :height, :width]
+
+
+def _missing(size: int, multiple: int) -> int:
+    """What ``size`` lacks to the next multiple. Not ``-size % multiple``, which torch.compile takes for no integer."""
+    return (multiple - size % multiple) % multiple
+
+
+def _reflected(size: int, multiple: int, border: int, device: torch.device) -> Tensor:
+    """The indices of a row of ``size`` pixels, at least ``MINIMUM_SIDE``, that make the padded row."""
+    last, padded = size - 1, (size + multiple - 1) // multiple * multiple + 2 * border
+    positions = torch.arange(padded, device=device) - border
+    for _ in range(math.ceil((border + multiple) / (MINIMUM_SIDE - 1))):  # reflections at both ends
+        positions = last - (last - positions.abs()).abs()
+    return positions
 
 
 def in_a_row(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
@@ -38,7 +77,7 @@ def in_a_row(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
     known = all(type(module) in CHAINED for module in modules)
     if known and not any(ops.has_hooks(part) for module in modules for part in module.modules()):
         layers = [layer for module in modules for layer in module.layers()]  # type: ignore[operator]
-        return ops.conv_chain(x, layers)
+        return chain(x, layers)
     for module in modules:
         x = module(x)
     return x

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastperc import reference
 from fastperc.models.common import (
     check_image,
+    cropped,
     in_a_row,
     initialise_as_authors,
     reflect_pad_to_multiple,
@@ -94,4 +95,4 @@ class TransformNet(nn.Module):
         x = to_network_range(x, self.output)
         x = reflect_pad_to_multiple(x, 4, self.border)
         x = in_a_row(x, (self.stem, *self.down, *self.blocks, *self.up, self.head))
-        return reference.to_image_range(x[..., :height, :width], self.output)
+        return reference.to_image_range(cropped(x, height, width), self.output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastperc import ops
+from fastperc.modules.chain import chain
 from fastperc.modules.conv3x3 import Conv3x3
 from fastperc.modules.norms import PaddingMode, WideStatistics, make_norm
 from fastperc.types import RELU
@@ -50,4 +51,4 @@ class ConvBNReLU(WideStatistics):
         return (ops.Layer(self.conv, self.norm, RELU if self.relu else None),)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv_chain(x, self.layers())
+        return chain(x, self.layers())

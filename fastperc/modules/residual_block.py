@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from fastperc import ops
+from fastperc.modules.chain import chain
 from fastperc.modules.conv3x3 import Conv3x3
 from fastperc.modules.norms import PaddingMode, WideStatistics, make_norm
 from fastperc.types import RELU
@@ -50,4 +51,4 @@ class ResidualBlock(WideStatistics):
         return ops.Layer(self.conv1, self.norm1), last
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv_chain(x, self.layers())
+        return chain(x, self.layers())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastperc import ops
+from fastperc.modules.chain import chain
 from fastperc.modules.conv3x3 import Conv3x3
 from fastperc.modules.norms import PaddingMode, WideStatistics, make_norm
 
@@ -49,4 +50,4 @@ class SubpixelConvBNReLU(WideStatistics):
         return (ops.Layer(self.conv, self.norm, upsample=self.upsample),)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv_chain(x, self.layers())
+        return chain(x, self.layers())
