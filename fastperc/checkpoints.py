@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastperc._version import __version__
+from fastperc.devices import find_device
 from fastperc.errors import InputError
 from fastperc.files import PathLike, read_tensors, write_tensors
 from fastperc.models import SRCNN, SuperResolutionNet, TransformNet
+from fastperc.models.common import WRAPPER_NAMES, unwrapped
 from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 NETWORKS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (TransformNet, SuperResolutionNet, SRCNN)}
@@ -37,7 +39,7 @@ def save(
     rebuild it) and ``training`` (how it was trained). The last two are JSON.
 
     Args:
-        net: one of fastperc's networks.
+        net: one of fastperc's networks; what torch.compile, DataParallel and the like wrap is saved without them.
         path: the file to write.
         dtype: dtype in which weights are stored; running statistics keep theirs. Default: their own.
         training: any JSON-serialisable mapping.
@@ -45,14 +47,30 @@ def save(
         average: a network of the same shape, whose tensors are stored too: the mean of the weights so far.
 
     Raises:
+        TypeError: another kind of network, or one whose layers were exchanged: :func:`load` could not rebuild it.
+        ValueError: the network is on the meta device.
         FloatingPointError: a weight is not finite, or not in ``dtype``. An existing file stays as it was.
         OSError: the system refuses to write the file.
     """
-    if damaged_name := first_not_finite(net.state_dict()):
+    net = unwrapped(net)
+    if NETWORKS.get(type(net).__name__) is not type(net):
+        raise TypeError(f"save takes {', '.join(NETWORKS)}, got {type(net).__name__}; save others by torch.save")
+    weights = {WRAPPER_NAMES.sub("", name): tensor for name, tensor in net.state_dict().items()}
+    with torch.device("meta"):
+        expected = type(net)(**net.config).state_dict()  # type: ignore[arg-type]
+    differing = [name for name in {**expected, **weights} if _shape(expected, name) != _shape(weights, name)]
+    if differing:
+        raise TypeError(
+            f"layers of this {type(net).__name__} were exchanged (see {differing[0]}), so load could not rebuild it; "
+            f"save its state_dict() by torch.save"
+        )
+    if any(tensor.is_meta for tensor in weights.values()):
+        raise ValueError("the network is on the meta device, which holds no weights; load them before saving")
+    if damaged_name := first_not_finite(weights):
         raise FloatingPointError(f"the network's {damaged_name} has values that are not finite, so it is not saved")
     tensors = {
         name: tensor.to(dtype) if dtype is not None and _stored_in(dtype, name, tensor) else tensor
-        for name, tensor in net.state_dict().items()
+        for name, tensor in weights.items()
     }
     if large_name := first_not_finite(tensors):
         raise FloatingPointError(f"the network's {large_name} has values that do not fit in {dtype}; it is not saved")
@@ -68,6 +86,10 @@ def save(
         training=json.dumps(training or {}),
     )
     write_tensors(path, tensors, metadata)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
 
 
 def _stored_in(dtype: torch.dtype, name: str, tensor: Tensor) -> bool:
@@ -87,8 +109,10 @@ def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Modul
         device: the device to load it on.
 
     Raises:
-        InputError: no such file or name, a damaged file, another architecture, weights that are not finite.
+        InputError: no such file or name, a damaged file, another architecture, weights that are not finite, no such
+            device.
     """
+    target = torch.device("meta") if str(device) == "meta" else find_device(str(device))
     path = Path(name_or_path)
     if not path.exists():
         path = (STYLES | SUPER_RESOLUTION).get(str(name_or_path), path)
@@ -99,7 +123,7 @@ def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Modul
     else:
         net, tensors = _from_example(path, tensors)
     _load_weights(net, tensors, path)
-    return net.eval().to(device)
+    return net.eval().to(target)
 
 
 def load_training(
@@ -186,8 +210,10 @@ UNUSED_STATISTICS = re.compile(r"in\d\.(running_mean|running_var|num_batches_tra
 
 
 def _from_example(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    tensors = {WRAPPER_NAMES.sub("", name): tensor for name, tensor in tensors.items()}
     first = tensors.get("conv1.conv2d.weight")
+    if first is None and tensors.keys() & {"stem.conv.weight", "conv3.weight"}:
+        raise InputError(f"{path}: a state_dict alone does not say which network it is of; write it by fastperc.save")
     if first is None or first.dim() != 4 or not len(first):
         raise InputError(
             f"{path}: neither a network saved by fastperc nor a state_dict of PyTorch's fast_neural_style example "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastperc import _native, backends
-from fastperc.devices import free_memory, gigabytes
+from fastperc.devices import find_device, free_memory, gigabytes
 from fastperc.engine.cuda import Graphs, Pipeline
 from fastperc.engine.frames import DTYPES, as_given, as_nchw
 from fastperc.engine.plan import Plan, cut, forward, parts, plan_of
@@ -34,22 +34,26 @@ def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch
     """An engine that computes what ``net`` does in eval mode. It copies the weights: ``net`` may go on training.
 
     Args:
-        net: a :class:`~fastperc.TransformNet` or a :class:`~fastperc.SuperResolutionNet`.
+        net: a :class:`~fastperc.TransformNet` or a :class:`~fastperc.SuperResolutionNet`, also in torch.compile,
+            DataParallel and the like.
         dtype: of the computation: float32, bfloat16, float16 or float64. Default: that of ``net``'s weights.
         device: default: that of ``net``.
 
     On a CPU the process keeps some of the memory of a picture for the next one.
 
     Raises:
-        TypeError: another kind of network.
-        ValueError: another dtype; weights that are not finite.
+        TypeError: another kind of network, or one with layers that are not of this library.
+        ValueError: another dtype; weights that are not finite, or on the meta device.
+        InputError: no such device.
     """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"freeze takes a TransformNet or a SuperResolutionNet, got {type(net).__name__}")
     first = next(net.parameters(), torch.empty(0))
     dtype = first.dtype if dtype is None else dtype
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     with torch.no_grad():
-        return Engine(plan_of(net, dtype, torch.device(first.device if device is None else device)))
+        return Engine(plan_of(net, dtype, first.device if device is None else find_device(str(device))))
 
 
 class Engine:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastperc import backends, ops
 from fastperc.models import SuperResolutionNet, TransformNet
+from fastperc.models.common import unwrapped
 from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
 from fastperc.types import RELU, Activation, Epilogue, InstanceNorm, Padding, Sides, Window
 
 PADDING_MODES = ("zeros", "reflect")
+LAYERS = ("stem", "down", "blocks", "up", "head")  # of a network, in this order
 
 
 class Step(NamedTuple):
@@ -129,14 +132,20 @@ def plan_of(net: nn.Module, dtype: torch.dtype, device: torch.device) -> Plan:
         TypeError: not a network of this library that is a chain of its layers.
         ValueError: weights or running statistics that are not finite.
     """
-    if isinstance(net, TransformNet):
+    net = unwrapped(net)
+    if isinstance(net, TransformNet) and _computes_as(net, TransformNet):
         scale, border, multiple, output = 1, net.border, 4, net.output
-    elif isinstance(net, SuperResolutionNet):
+    elif isinstance(net, SuperResolutionNet) and _computes_as(net, SuperResolutionNet):
         scale, border, multiple, output = net.config["scale"], 0, 1, "tanh"
     else:
         raise TypeError(f"freeze takes a TransformNet or a SuperResolutionNet, got {type(net).__name__}")
     wide = torch.promote_types(dtype, torch.float32)
-    steps = [step.to(device, wide) for name, layer in net.named_children() for step in steps_of(layer, name)]
+    if any(tensor.is_meta for tensor in net.state_dict().values()):
+        raise ValueError("the network is on the meta device, which holds no weights; load them before freezing")
+    layers = [(name, layer) for name, layer in net.named_children() if name in LAYERS]
+    steps = [step.to(device, wide) for name, layer in layers for step in steps_of(layer, name)]
+    if (steps[0].name, steps[-1].name) != ("stem.conv", "head"):
+        raise TypeError("freeze takes no network without its first or last convolution, stem and head")
     for step in steps:
         tensors = (step.weight, step.bias, *(step.norm[:2] if step.norm else ()))
         if not all(tensor.isfinite().all() for tensor in tensors):
@@ -145,40 +154,69 @@ def plan_of(net: nn.Module, dtype: torch.dtype, device: torch.device) -> Plan:
     return Plan(tuple(steps), scale, border, multiple, output, dtype)
 
 
+def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module``, a ``kind`` or a subclass of it, has its forward."""
+    return type(module).forward is kind.forward
+
+
 def steps_of(layer: nn.Module, name: str = "") -> Iterator[Step]:
-    """The convolutions of a layer, or of several in a row, called ``name``, with copies of the weights in float64."""
+    """The convolutions of a layer, or of several in a row, called ``name``, with copies of the weights in float64.
 
-    def step(conv: nn.Module, norm: nn.Module | None, where: str, **changes: object) -> Step:
-        assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(conv.padding, tuple)
-        if conv.padding_mode not in PADDING_MODES:
-            raise ValueError(f"{where}: a frozen convolution cannot pad by {conv.padding_mode!r}")
-        weight, bias = conv.weight.detach().double(), conv.bias.detach().double()  # type: ignore[union-attr]
-        instance = None
-        if isinstance(norm, nn.InstanceNorm2d):
-            instance = InstanceNorm(norm.weight.detach().clone(), norm.bias.detach().clone(), norm.eps)
-        elif isinstance(norm, nn.BatchNorm2d):
-            assert norm.running_mean is not None and norm.running_var is not None
-            factor = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-            weight, bias = scaled(
-                weight, bias - norm.running_mean.double(), factor, isinstance(conv, nn.ConvTranspose2d)
-            )
-            bias = bias + norm.bias.detach().double()
-        bare = Step(where, weight, bias, conv.stride[0], conv.padding[0], conv.padding_mode, norm=instance)
-        return bare._replace(**changes)  # type: ignore[arg-type]
-
+    Raises:
+        TypeError: a layer that is none of this library's, or computes something else.
+        ValueError: a padding that a frozen convolution does not have.
+    """
+    layer = unwrapped(layer)
     if isinstance(layer, nn.Sequential):
         for child, module in layer.named_children():
             yield from steps_of(module, f"{name}.{child}")
-    elif isinstance(layer, ConvBNReLU):
-        yield step(layer.conv, layer.norm, f"{name}.conv", activation=RELU if layer.relu else None)
-    elif isinstance(layer, SubpixelConvBNReLU):
-        yield step(layer.conv, layer.norm, f"{name}.conv", stride=1, padding=1, upsample=layer.upsample)
-    elif isinstance(layer, ResidualBlock):
-        yield step(layer.conv1, layer.norm1, f"{name}.conv1")
+    elif isinstance(layer, nn.Identity):
+        return
+    elif isinstance(layer, ConvBNReLU) and _computes_as(layer, ConvBNReLU):
+        yield step_of(layer.conv, layer.norm, f"{name}.conv", activation=RELU if layer.relu else None)
+    elif isinstance(layer, SubpixelConvBNReLU) and _computes_as(layer, SubpixelConvBNReLU):
+        yield step_of(layer.conv, layer.norm, f"{name}.conv", stride=1, padding=1, upsample=layer.upsample)
+    elif isinstance(layer, ResidualBlock) and _computes_as(layer, ResidualBlock):
+        yield step_of(layer.conv1, layer.norm1, f"{name}.conv1")
         after = dict(activation=None if layer.residual is True else RELU, skip=bool(layer.residual))
-        yield step(layer.conv2, layer.norm2, f"{name}.conv2", **after)
+        yield step_of(layer.conv2, layer.norm2, f"{name}.conv2", **after)
     else:
-        yield step(layer, None, name, activation=None)
+        yield step_of(layer, None, name, activation=None)
+
+
+def step_of(conv: Any, norm: Any, name: str, **changes: Any) -> Step:
+    """The step of a convolution and its norm; ``name`` is the convolution's in the state_dict.
+
+    Raises:
+        TypeError, ValueError: as :func:`steps_of`.
+    """
+    conv, norm = unwrapped(conv), unwrapped(norm)
+    plain = isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) and conv.groups == 1 and conv.dilation == (1, 1)
+    if not plain or not isinstance(conv.padding, tuple) or conv.kernel_size[0] != conv.kernel_size[1]:
+        raise TypeError(f"freeze takes square convolutions without groups or dilation, not {conv} at {name}")
+    if conv.padding_mode not in PADDING_MODES:
+        raise ValueError(f"{name}: a frozen convolution cannot pad by {conv.padding_mode!r}")
+    weight = conv.weight.detach().double()
+    bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().double()
+    instance = None
+    if norm is not None and not isinstance(norm, nn.Identity):
+        measured = isinstance(norm, _NormBase) and norm.running_mean is not None
+        if not measured and not isinstance(norm, nn.InstanceNorm2d):
+            raise TypeError(
+                f"freeze takes instance norms, and batch norms with running statistics, not {norm} at {name}"
+            )
+        shape = conv.out_channels
+        norm_weight = torch.ones(shape, device=weight.device) if norm.weight is None else norm.weight.detach().clone()
+        norm_bias = torch.zeros(shape, device=weight.device) if norm.bias is None else norm.bias.detach().clone()
+        if measured:
+            factor = norm_weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            transposed = isinstance(conv, nn.ConvTranspose2d)
+            weight, bias = scaled(weight, bias - norm.running_mean.double(), factor, transposed)
+            bias = bias + norm_bias.double()
+        else:
+            instance = InstanceNorm(norm_weight, norm_bias, norm.eps)
+    step = Step(name, weight, bias, conv.stride[0], conv.padding[0], conv.padding_mode, norm=instance)
+    return step._replace(**changes)
 
 
 def scaled(weight: Tensor, bias: Tensor, factor: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:

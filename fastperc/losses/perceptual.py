@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastperc import ops, reference
+from fastperc.models.common import unwrapped
 from fastperc.models.vgg import LAYERS, VGG16Features
 from fastperc.modules import TVLoss
 from fastperc.modules.norms import WideStatistics
@@ -93,9 +94,12 @@ class PerceptualLoss(WideStatistics):
         self.style_weight = defaults["style_weight"] if style_weight is None else style_weight
         self.tv_weight = defaults["tv_weight"] if tv_weight is None else tv_weight
 
-        self.features = features
+        self.features = features = unwrapped(features)
         self.content_layer = content_layer
         self.style_layers = () if style is None else tuple(style_layers or features.layers)
+        if style is not None and (not isinstance(style, Tensor) or style.dim() != 4 or style.shape[:2] != (1, 3)):
+            got = f"shape {list(style.shape)}" if isinstance(style, Tensor) else type(style).__name__
+            raise ValueError(f"style must be one painting, a tensor of RGB in 0–1 [1, 3, H, W], got {got}")
         missing = [layer for layer in (content_layer, *self.style_layers) if layer not in features.layers]
         if missing:
             raise ValueError(f"the loss network was built without {', '.join(missing)}")

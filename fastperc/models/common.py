@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,20 @@ def check_image(x: Tensor) -> None:
         raise ValueError(
             f"expected RGB images [N, 3, H, W] with H and W of at least {MINIMUM_SIDE}, got shape {list(x.shape)}"
         )
+
+
+WRAPPERS = ("_orig_mod", "module")  # where torch.compile, DataParallel and AveragedModel keep what they wrap
+WRAPPER_NAMES = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")  # the same in the names of a state_dict
+
+
+def unwrapped(net: Any) -> Any:
+    """What torch.compile, DataParallel, DistributedDataParallel and AveragedModel wrap; anything else as it is."""
+    while isinstance(net, nn.Module):
+        wrapped = next((child for name, child in net.named_children() if name in WRAPPERS), None)
+        if wrapped is None:
+            break
+        net = wrapped
+    return net
 
 
 def to_network_range(x: Tensor, output: str) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastperc.errors import InputError
+from fastperc.models.common import WRAPPER_NAMES
 
 # Mean and deviation of RGB in 0–1 that the first convolution of each set of published weights expects.
 CAFFE_MEAN, LEVEL = (123.68 / 255, 116.779 / 255, 103.939 / 255), 1 / 255
@@ -46,7 +47,6 @@ NAME = re.compile(
     # torchvision's: features.0.weight, or 0.weight from the features alone, or slice1.0.weight from PyTorch's example
     r"|(?:(?:.*\.)?(?:features|slice\d+)\.)?(?P<index>\d+)\.(?P<kind_at_index>weight|bias)"
 )
-WRAPPER = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")  # of DataParallel and torch.compile
 
 
 class VGGWeights(NamedTuple):
@@ -69,7 +69,7 @@ def vgg_weights(tensors: Mapping[str, Tensor], source: str) -> VGGWeights:
     by_name: dict[str, dict[str, Tensor]] = {}
     by_index: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if match := NAME.fullmatch(WRAPPER.sub("", key)):
+        if match := NAME.fullmatch(WRAPPER_NAMES.sub("", key)):
             if match["index"] is None:
                 by_name.setdefault(f"{match['stage']}_{match['number']}", {})[match["kind"]] = tensor
             elif tensor.dim() in (1, 4):  # the others are those of a classifier
