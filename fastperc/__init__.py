@@ -5,12 +5,15 @@ Public names are imported when they are first used: ``import fastperc`` and ``fa
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastperc._version import __version__ as __version__
 
 if TYPE_CHECKING:  # for type checkers, which cannot follow the table below
+    from PIL.Image import Image
+
     from fastperc import ops as ops
     from fastperc import reference as reference
     from fastperc.backends import use_backend as use_backend
@@ -45,7 +48,27 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)
+__all__ = sorted([*_HOME_OF, "read_image"])
+
+
+def read_image(path: str | os.PathLike[str]) -> Image:
+    """Reads an image file in any format that Pillow decodes, as an upright 8-bit sRGB image: RGB, or RGBA if any of it
+    is transparent.
+
+    Its EXIF orientation is applied and its colour profile is converted. An engine takes the image as it is.
+
+    Raises:
+        InputError: the file is missing, unreadable, not an image or cut short.
+    """
+    from fastperc.photos import photo
+
+    decoded = photo.read_image(path)
+    image, profile = decoded.rgb, decoded.metadata.get("icc_profile")
+    if profile:
+        image = photo._to_srgb(image, profile) or image
+    if decoded.alpha is not None:
+        image.putalpha(decoded.alpha)
+    return image
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from cases import DEVICES, GPU, error
@@ -266,9 +265,9 @@ def test_plain_pytorch_runs_where_there_is_no_onednn(monkeypatch):
         (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "or uint8 levels, got torch.int64"),
         (torch.full((1, 3, 32, 32), torch.inf), "NaN or infinite"),
         (torch.tensor(torch.nan).expand(1, 3, 32, 32), "NaN or infinite"),
-        (np.zeros((32, 32, 3), np.uint8), "expected a tensor .torch.from_numpy"),
+        ([[0.5]], "expected a tensor, a NumPy array, a PIL image or a path, got list"),
     ],
-    ids=["channels", "3-d", "no-pixels", "too-small", "integers", "infinite", "nan", "numpy"],
+    ids=["channels", "3-d", "no-pixels", "too-small", "integers", "infinite", "nan", "list"],
 )
 def test_refuses_what_is_no_image(images, told):
     with pytest.raises(ValueError, match=told):

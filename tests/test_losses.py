@@ -103,6 +103,55 @@ def test_perceptual_loss_refuses(features):
         PerceptualLoss(features, content_layer="relu3_3")
 
 
+def test_the_default_convention_is_relative(features):
+    """The terms are about 1, as a GAN's own loss is."""
+    output, content = torch.rand(2, 1, 3, 32, 32)
+    loss = PerceptualLoss(features, torch.rand(1, 3, 24, 24))
+    assert loss.convention == "relative" and 0 < loss(output, content).total < 10
+    expected = PerceptualLoss(features, torch.zeros(1, 3, 24, 24), convention="relative", tv_weight=0.0)
+    assert (loss.content_weight, loss.style_weight) == (expected.content_weight, expected.style_weight)
+
+
+def test_a_dict_weighs_the_style_layers(features):
+    style, output, content = torch.rand(3, 1, 3, 32, 32)
+    weights = {"relu2_2": 0.25, "relu1_2": 3}
+    single = {
+        layer: PerceptualLoss(features, style, style_layers=layer, convention="means")(output, content).style
+        for layer in weights
+    }
+    both = PerceptualLoss(features, style, style_layers=weights, convention="means")(output, content).style
+    assert error(both, sum(weights[layer] * single[layer] for layer in weights)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"relu1_2": -1.0}, "weight of relu1_2 must be a finite number from 0 up, got -1.0"),
+        ({"relu1_2": float("nan")}, "got nan"),
+        ({"relu1_2": "1"}, "got '1'"),
+        ({"relu1_2": True}, "got True"),
+        ({3: "relu1_2"}, r"weight of 3 must be .* got 'relu1_2'"),
+        ({3: 1.0}, "layers are names such as 'relu2_2'"),
+        ([["relu1_2"]], "layers are names such as 'relu2_2'"),
+        ({"relu3_3": 1.0}, "without relu3_3"),
+    ],
+    ids=str,
+)
+def test_other_dicts_of_layers_are_refused(features, layers, message):
+    with pytest.raises(ValueError, match=message):
+        PerceptualLoss(features, torch.rand(1, 3, 24, 24), style_layers=layers)
+
+
+def test_layers_of_the_loss_network(vgg_file):
+    assert VGG16Features(vgg_file, "relu1_2").layers == ("relu1_2",)
+    assert VGG16Features(vgg_file, {"relu1_2": 1.0, "relu2_2": 2.0}).layers == LAYERS
+    assert VGG16Features(vgg_file, ["relu1_2", "relu1_2"]).layers == ("relu1_2",)
+    with pytest.raises(ValueError, match=r"a dict has them as keys.*got 3"):
+        VGG16Features(vgg_file, {3: "relu1_2"})
+    with pytest.raises(ValueError, match="content_layer must be one name"):
+        PerceptualLoss(VGG16Features(vgg_file, LAYERS), content_layer={"relu2_2": 1.0})
+
+
 def test_compiles_without_a_graph_break(features):
     torch.compiler.reset()
     loss = PerceptualLoss(features, torch.rand(1, 3, 24, 24), convention="relative", tv_weight=0.1)

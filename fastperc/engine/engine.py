@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fastperc import _native, backends
 from fastperc.devices import find_device, free_memory, gigabytes
 from fastperc.engine.cuda import Graphs, Pipeline
-from fastperc.engine.frames import DTYPES, as_given, as_nchw
+from fastperc.engine.frames import DTYPES, as_given, as_nchw, given
 from fastperc.engine.plan import Plan, cut, forward, parts, plan_of
 from fastperc.engine.tiling import Canvas, grid
 from fastperc.errors import InputError
@@ -61,6 +62,8 @@ class Engine:
 
         RGB in 0–1, floating-point [N, 3, H, W]                 → the same in the same dtype, not clamped
         levels, uint8 [N, 3, H, W], [N, H, W, 3] or [H, W, 3]   → the same, clamped and rounded to the nearest
+        a NumPy array of such a shape and dtype                 → a NumPy array
+        a PIL image, or the path of an image file               → a PIL image, upright, transparent where it was
 
     H and W are 16 or more; the picture's are ``scale`` times as large. The picture is returned on the image's device,
     whichever device computes it.
@@ -75,7 +78,7 @@ class Engine:
         return Engine, (self.plan,)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, tile: int | str = "auto") -> Tensor:
+    def __call__(self, images: Any, tile: int | str = "auto") -> Any:
         """The pictures of ``images``.
 
         Args:
@@ -86,11 +89,12 @@ class Engine:
         Raises:
             ValueError: another shape or dtype; pixels that are not finite (not checked on a GPU, where they stay not
                 finite); no such tile.
-            InputError: there is not enough memory.
+            InputError: there is not enough memory, or a file cannot be read.
             RuntimeError: PyTorch exports or traces the call.
         """
         if exporting():
             raise RuntimeError("an engine cannot be exported; export the network that was frozen, in eval mode")
+        images, like = given(images)
         image = as_nchw(images)
         image = image.to(self.device, non_blocking=True)
         side = self._side(image, tile)
@@ -101,11 +105,11 @@ class Engine:
             for one, result in zip(image.split(1), picture.split(1)):
                 for region, part in self._tiles(one, side, image.dtype, unwatched):
                     cut(result, Window(0, 0, *result.shape[2:]), region).copy_(part)
-        return as_given(picture, images).to(images.device)
+        return like(as_given(picture, images).to(images.device))
 
     @torch.no_grad()
     def tiles(
-        self, image: Tensor, tile: int | str = "auto", dtype: torch.dtype | None = None, watch: Watch = unwatched
+        self, image: Any, tile: int | str = "auto", dtype: torch.dtype | None = None, watch: Watch = unwatched
     ) -> Iterator[tuple[Window, Tensor]]:
         """The picture tile by tile, for pictures too large to hold as a whole: the place of each tile, and the tile.
 
@@ -119,7 +123,7 @@ class Engine:
         Raises:
             ValueError, InputError: as a call does.
         """
-        image = as_nchw(image)
+        image = as_nchw(given(image).tensor)
         if len(image) != 1:
             raise ValueError(f"expected one image, got {len(image)}")
         image, dtype = image.to(self.device, non_blocking=True), dtype or image.dtype
@@ -232,8 +236,8 @@ class Engine:
         lines += [f"{one.layer:<18}{one.operation:<23}{one.backend:<11}{one.reason}" for one in choices]
         return "\n".join(lines)
 
-    def stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The pictures of ``frames``, uint8 [H, W, 3] on the CPU, one by one, for video.
+    def stream(self, frames: Iterable[Any]) -> Iterator[Any]:
+        """The pictures of ``frames``, uint8 [H, W, 3] on the CPU or the like, one by one, for video.
 
         On a GPU, frames are copied to it and back while others are computed; a picture is returned once the next two
         frames are on their way.
@@ -244,7 +248,11 @@ class Engine:
         if self.device.type != "cuda":
             yield from map(self, frames)
             return
-        pipeline = Pipeline(self, self.device)
+        pipeline, likes = Pipeline(self, self.device), deque[Any]()
         for frame in frames:
-            yield from pipeline.put(frame)
-        yield from pipeline.drain()
+            tensor, like = given(frame)
+            likes.append(like)
+            for picture in pipeline.put(tensor):
+                yield likes.popleft()(picture)
+        for picture in pipeline.drain():
+            yield likes.popleft()(picture)

@@ -2,12 +2,72 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
+import fastperc
 from fastperc.presets import MINIMUM_SIDE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
+
+
+class Given(NamedTuple):
+    """What a caller gives, as a tensor, and how its picture becomes the like."""
+
+    tensor: Tensor
+    like: Callable[[Tensor], Any]
+
+
+def given(images: Any) -> Given:
+    """``images`` as a tensor: a tensor itself, a NumPy array, a PIL image, or the path of an image file.
+
+    The like of a path is a PIL image.
+
+    Raises:
+        ValueError: something else, or a PIL image of more than eight bits.
+        InputError: a file that cannot be read.
+    """
+    if isinstance(images, Tensor):
+        return Given(images, lambda picture: picture)
+    if isinstance(images, np.ndarray):
+        try:
+            # A copy where PyTorch cannot share the memory: it is read-only, or its strides are negative.
+            tensor = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        except TypeError:
+            raise ValueError(f"expected uint8 levels [H, W, 3] or floating-point numbers, got {images.dtype}") from None
+        return Given(tensor, lambda picture: picture.cpu().numpy())
+    if isinstance(images, (str, os.PathLike)):
+        images = fastperc.read_image(images)
+    if isinstance(images, Image.Image):
+        return _given_pil(images)
+    raise ValueError(f"expected a tensor, a NumPy array, a PIL image or a path, got {type(images).__name__}")
+
+
+def _given_pil(image: Image.Image) -> Given:
+    if image.mode not in EIGHT_BIT_MODES:
+        raise ValueError(f"a PIL image of mode {image.mode} has no known range; convert it to RGB, or give its path")
+    profile = image.info.get("icc_profile") or b""
+    image = ImageOps.exif_transpose(image)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+    def like(picture: Tensor) -> Image.Image:
+        painted = Image.fromarray(picture.cpu().numpy())
+        if profile[16:20] == b"RGB ":
+            painted.info["icc_profile"] = profile  # which Pillow writes to the file
+        if alpha is not None:
+            same = alpha.size == painted.size
+            painted.putalpha(alpha if same else alpha.resize(painted.size, Image.Resampling.BICUBIC))
+        return painted
+
+    rgb = image.convert("RGBA").convert("RGB") if alpha is not None else image.convert("RGB")
+    return Given(torch.from_numpy(np.array(rgb)), like)
 
 
 def as_nchw(images: Tensor) -> Tensor:
@@ -16,8 +76,6 @@ def as_nchw(images: Tensor) -> Tensor:
     Raises:
         ValueError: another shape or dtype, or on the CPU pixels that are not finite.
     """
-    if not isinstance(images, Tensor):
-        raise ValueError(f"expected a tensor (torch.from_numpy makes one of an array), got {type(images).__name__}")
     if images.dtype != torch.uint8 and images.dtype not in DTYPES:
         raise ValueError(f"expected RGB in 0–1 as floating-point numbers, or uint8 levels, got {images.dtype}")
     image = images

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from fastperc import ops, reference
 from fastperc.models.common import unwrapped
-from fastperc.models.vgg import LAYERS, VGG16Features
+from fastperc.models.vgg import LAYERS, VGG16Features, layer_names
 from fastperc.modules import TVLoss
 from fastperc.modules.norms import WideStatistics
 from fastperc.presets import CONVENTIONS
@@ -43,6 +45,13 @@ class PixelLoss(FeatureLoss):
     """``weight`` · ‖ŷ − y‖² / (C·H·W), averaged over the batch: :class:`FeatureLoss` on the images themselves."""
 
 
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raises a ``ValueError`` unless the weights, by name, are finite numbers from 0 up."""
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
+            raise ValueError(f"the weight of {name} must be a finite number from 0 up, got {weight!r}")
+
+
 class PerceptualTerms(NamedTuple):
     """The weighted terms of a :class:`PerceptualLoss` and their sum; scalars."""
 
@@ -63,12 +72,15 @@ class PerceptualLoss(WideStatistics):
         style: the painting, RGB in 0–1 [1, 3, H, W]; its Gram matrices are taken once. ``None``: no style term, as in
             super-resolution.
         content_layer: φ of the content term.
-        style_layers: one Gram term each. Default: every layer of ``features``.
-        convention: what the weights multiply: ``"paper"``, ``"means"`` or ``"relative"``; see ``CONVENTIONS``.
+        style_layers: one Gram term each; a dict gives each term's weight by layer. Default: every layer of
+            ``features``, with weight 1.
+        convention: what the weights multiply: ``"relative"``, ``"paper"`` or ``"means"``; see ``CONVENTIONS``. The
+            default makes each term relative to the size of its target, so that it is about 1 for any VGG and style.
         content_weight, style_weight, tv_weight: default to the convention's.
 
     Raises:
-        ValueError: unknown convention, or a layer that ``features`` was not built with.
+        ValueError: unknown convention; a layer that ``features`` was not built with; a weight that is no finite number
+            from 0 up; a style that is not one painting.
     """
 
     style_scales: Tensor
@@ -79,8 +91,8 @@ class PerceptualLoss(WideStatistics):
         style: Tensor | None = None,
         *,
         content_layer: str = "relu2_2",
-        style_layers: Iterable[str] | None = None,
-        convention: str = "paper",
+        style_layers: Iterable[str] | Mapping[str, float] | None = None,
+        convention: str = "relative",
         content_weight: float | None = None,
         style_weight: float | None = None,
         tv_weight: float | None = None,
@@ -89,6 +101,8 @@ class PerceptualLoss(WideStatistics):
         if convention not in CONVENTIONS:
             raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
         defaults = CONVENTIONS[convention]
+        if isinstance(style_layers, Mapping):
+            check_weights(style_layers)
         self.convention = convention
         self.content_weight = defaults["content_weight"] if content_weight is None else content_weight
         self.style_weight = defaults["style_weight"] if style_weight is None else style_weight
@@ -96,7 +110,9 @@ class PerceptualLoss(WideStatistics):
 
         self.features = features = unwrapped(features)
         self.content_layer = content_layer
-        self.style_layers = () if style is None else tuple(style_layers or features.layers)
+        self.style_layers = () if style is None else layer_names(style_layers or features.layers)
+        if not isinstance(content_layer, str):
+            raise ValueError(f"content_layer must be one name such as 'relu2_2', got {content_layer!r}")
         if style is not None and (not isinstance(style, Tensor) or style.dim() != 4 or style.shape[:2] != (1, 3)):
             got = f"shape {list(style.shape)}" if isinstance(style, Tensor) else type(style).__name__
             raise ValueError(f"style must be one painting, a tensor of RGB in 0–1 [1, 3, H, W], got {got}")
@@ -109,7 +125,8 @@ class PerceptualLoss(WideStatistics):
             gram = reference.gram_matrix(activation)
             self.register_buffer(f"gram_{layer}", gram)
             size: Any = {"paper": 1.0, "means": gram.numel(), "relative": gram.square().sum()}[convention]
-            scales.append(1 / (gram.new_ones(1) * size))
+            weight = style_layers[layer] if isinstance(style_layers, Mapping) else 1.0
+            scales.append(weight / (gram.new_ones(1) * size))
         self.register_buffer("style_scales", torch.cat(scales))
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ class VGG16Features(WideStatistics):
             ``features.0.weight`` … (torchvision's), with any prefix, or ``0.weight`` … (the features alone).
             ``None`` fetches torchvision's weights through ``torch.hub``, once (a download of 528 MB, of which 59 are
             kept).
-        layers: names among ``relu1_1`` … ``relu5_3``.
+        layers: names among ``relu1_1`` … ``relu5_3``; one name, or several in any collection.
         preprocessing: ``"caffe"`` (BGR, 0–255 minus the mean), ``"caffe-rgb"`` (the same in RGB) or
             ``"torchvision"``. Default: by the first convolution, which tells the published weights apart; for others
             by their names, ``conv1_1.weight`` for Caffe's and ``features.0.weight`` for torchvision's.
@@ -64,7 +64,7 @@ class VGG16Features(WideStatistics):
         preprocessing: str | None = None,
     ) -> None:
         super().__init__()
-        self.layers = tuple(layers)
+        self.layers = layer_names(layers)
         unknown = [layer for layer in self.layers if layer not in LAYERS]
         if unknown or not self.layers:
             raise ValueError(
@@ -104,7 +104,7 @@ class VGG16Features(WideStatistics):
 
     def forward(self, x: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The activations of ``layers`` (default: all those built), computing no deeper than they ask."""
-        wanted = tuple(self.layers if layers is None else layers)
+        wanted = self.layers if layers is None else layer_names(layers)
         if not set(wanted) <= set(self.layers):
             raise ValueError(f"layers built are {', '.join(self.layers)}, asked for {', '.join(sorted(wanted))}")
         if x.dim() != 4 or x.shape[1] != 3:
@@ -124,6 +124,18 @@ class VGG16Features(WideStatistics):
             FrozenConv(conv.weight, conv.bias, pooled=name.endswith("_1") and name != "1_1")  # type: ignore[arg-type]
             for name, conv in self.convs.items()
         ]
+
+
+def layer_names(layers: Iterable[str]) -> tuple[str, ...]:
+    """The names in ``layers``, each once: one name, a collection, or a dict by name.
+
+    Raises:
+        ValueError: something that is no name.
+    """
+    names = (layers,) if isinstance(layers, str) else tuple(layers)
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"layers are names such as 'relu2_2' (a dict has them as keys), got {wrong[0]!r}")
+    return tuple(dict.fromkeys(names))
 
 
 def check_convolution(name: str, weight: Tensor, bias: Tensor, c_in: int, c_out: int) -> None:
