@@ -87,8 +87,8 @@ class Engine:
                 many pixels of the image a side; ``"off"`` uses none. The picture is the same but for rounding.
 
         Raises:
-            ValueError: another shape or dtype; pixels that are not finite (not checked on a GPU, where they stay not
-                finite); no such tile.
+            ValueError: another shape or dtype; pixels that are not finite or far from 0–1 (not checked on a GPU, where
+                those that are not finite stay so); no such tile.
             InputError: there is not enough memory, or a file cannot be read.
             RuntimeError: PyTorch exports or traces the call.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import fastperc
+from fastperc.models.image_range import check_values
 from fastperc.presets import MINIMUM_SIDE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,7 +76,7 @@ def as_nchw(images: Tensor) -> Tensor:
     """``images`` as [N, 3, H, W].
 
     Raises:
-        ValueError: another shape or dtype, or on the CPU pixels that are not finite.
+        ValueError: another shape or dtype, or on the CPU pixels that are not finite or far from 0–1.
     """
     if images.dtype != torch.uint8 and images.dtype not in DTYPES:
         raise ValueError(f"expected RGB in 0–1 as floating-point numbers, or uint8 levels, got {images.dtype}")
@@ -86,9 +88,11 @@ def as_nchw(images: Tensor) -> Tensor:
             f"expected RGB images [N, 3, H, W], or uint8 [N, H, W, 3] or [H, W, 3], with H and W of at least "
             f"{MINIMUM_SIDE}, got {images.dtype} {list(images.shape)}"
         )
-    checked = image.is_floating_point() and image.device.type == "cpu" and image.numel() > 0
-    if checked and not torch.stack(image.aminmax()).isfinite().all():
-        raise ValueError("the image has pixels that are NaN or infinite")
+    if image.is_floating_point() and image.device.type == "cpu" and image.numel() > 0:
+        low, high = torch.stack(image.detach().aminmax()).tolist()
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("the image has pixels that are NaN or infinite")
+        check_values("the image", low, high)
     return image
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastperc import ops, reference
 from fastperc.models.common import unwrapped
+from fastperc.models.image_range import check_range
 from fastperc.models.vgg import LAYERS, VGG16Features, layer_names
 from fastperc.modules import TVLoss
 from fastperc.modules.norms import WideStatistics
@@ -65,7 +66,7 @@ class PerceptualLoss(WideStatistics):
     """Content, style and total variation of an image, as one weighted sum (paper, equation 5).
 
     ``forward(output, content)`` takes RGB images in 0–1 [N, 3, H, W] and returns :class:`PerceptualTerms`. Gradients
-    flow to ``output`` only.
+    flow to ``output`` only. It raises a ``ValueError`` if ``content`` has another range, and warns once of ``output``.
 
     Args:
         features: the loss network, built with the layers named here.
@@ -136,6 +137,8 @@ class PerceptualLoss(WideStatistics):
         return {layer: features[layer] for layer in self.style_layers}
 
     def forward(self, output: Tensor, content: Tensor) -> PerceptualTerms:
+        check_range("the loss's output", output, computed=True)
+        check_range("the loss's content", content)
         grams = {LAYERS.index(layer): self.get_buffer(f"gram_{layer}") for layer in self.style_layers}
         normalized = self.features.normalized
         terms = ops.vgg_loss(

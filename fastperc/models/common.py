@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastperc import ops, reference
+from fastperc.models.image_range import check_range
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 from fastperc.modules.chain import chain, exporting
 from fastperc.presets import MINIMUM_SIDE
@@ -19,13 +20,14 @@ CHAINED = (ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU)  # exactly: a
 
 
 def check_image(x: Tensor) -> None:
-    """Raises a ``ValueError`` unless ``x`` is [N, 3, H, W] with both sides of at least 16 pixels."""
+    """Raises a ``ValueError`` unless ``x`` is RGB in 0–1 [N, 3, H, W] with both sides of at least 16 pixels."""
     if torch.jit.is_tracing():  # which records no checks, and warns of them
         return
     if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[-2:]) < MINIMUM_SIDE:
         raise ValueError(
             f"expected RGB images [N, 3, H, W] with H and W of at least {MINIMUM_SIDE}, got shape {list(x.shape)}"
         )
+    check_range("the network's input", x)
 
 
 WRAPPERS = ("_orig_mod", "module")  # where torch.compile, DataParallel and AveragedModel keep what they wrap

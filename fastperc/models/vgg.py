@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastperc import ops
 from fastperc.errors import InputError
 from fastperc.files import read_tensors, write_tensors
+from fastperc.models.image_range import check_range
 from fastperc.models.vgg_weights import PREPROCESSING, indices, names, vgg_weights
 from fastperc.modules.norms import WideStatistics
 from fastperc.types import FrozenConv
@@ -109,6 +110,7 @@ class VGG16Features(WideStatistics):
             raise ValueError(f"layers built are {', '.join(self.layers)}, asked for {', '.join(sorted(wanted))}")
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"expected RGB images [N, 3, H, W], got shape {list(x.shape)}")
+        check_range("the loss network's input", x)
         taps = {LAYERS.index(layer) for layer in wanted}
         features = ops.vgg_features(self.normalized(x), self.frozen(), taps)
         return {LAYERS[i]: activation for i, activation in features.items()}
