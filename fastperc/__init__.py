@@ -9,7 +9,11 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastperc._version import __version__ as __version__
+from fastperc._checkout import use_installed
+
+use_installed()  # before any other import from this folder
+
+from fastperc._version import __version__ as __version__  # noqa: E402
 
 if TYPE_CHECKING:  # for type checkers, which cannot follow the table below
     from PIL.Image import Image

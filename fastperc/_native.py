@@ -6,6 +6,7 @@ Where a function fills a tensor, the caller has allocated it. "Channels-last" me
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,14 @@ try:
     from fastperc import _C
 
     _missing, _has_cuda = None, bool(_C.build_info()["cuda"])  # once: torch.compile cannot trace a call of _C
-except ImportError as error:  # never built, or built for another Python
+except ImportError as error:  # installed without a compiler, or broken
     _C, _has_cuda = None, False  # type: ignore[assignment]
-    _missing = f"the compiled module fastperc._C cannot be imported ({error}); run `pip install .`"
+    _missing = f"the compiled module fastperc._C cannot be imported ({error})"
+    warnings.warn(
+        "fastperc has no compiled kernels: networks and losses run in plain PyTorch, up to three times slower on a "
+        "CPU; install a C++ compiler and Python's headers, then fastperc again",
+        stacklevel=1,
+    )
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 WINOGRAD_PANEL = 32  # winograd_panel in csrc/conv3x3.h
