@@ -80,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.vgg,
         arguments.style_layers,
         arguments.content_layer,
+        vgg_preprocessing=arguments.vgg_preprocessing,
         content_weight=arguments.content_weight,
         tv_weight=arguments.tv_weight,
     ).to(device)

@@ -24,6 +24,7 @@ def build_loss(
     style_layers: Sequence[str],
     content_layer: str,
     convention: str = "relative",
+    vgg_preprocessing: str | None = None,
     **weights: float | None,
 ) -> PerceptualLoss:
     """The loss that trains a network to paint in the style of an image.
@@ -34,6 +35,7 @@ def build_loss(
         vgg: the file of VGG-16's weights. Default: torchvision's, which are downloaded once.
         style_layers, content_layer: names of VGG-16's layers, such as ``"relu2_2"``.
         convention: what the weights multiply, see :class:`fastperc.losses.PerceptualLoss`.
+        vgg_preprocessing: what VGG-16's weights expect, see :class:`fastperc.models.VGG16Features`.
         weights: ``content_weight``, ``style_weight`` and ``tv_weight``; ``None``: the convention's.
 
     Raises:
@@ -41,7 +43,8 @@ def build_loss(
     """
     painting = read_style(style, style_size)
     try:
-        features = VGG16Features(vgg, dict.fromkeys((*style_layers, content_layer)))
+        layers = dict.fromkeys((*style_layers, content_layer))
+        features = VGG16Features(vgg, layers, preprocessing=vgg_preprocessing)
         return PerceptualLoss(
             features, painting, content_layer=content_layer, style_layers=style_layers, convention=convention, **weights
         )
@@ -79,15 +82,18 @@ class ReconstructionLoss(nn.Module):
     Args:
         kind: ``"pixel"`` compares pixels, ``"feature"`` VGG-16's features at ``FEATURE_LAYER``.
         vgg: the file of VGG-16's weights. Default: torchvision's.
+        vgg_preprocessing: what these weights expect, see :class:`fastperc.models.VGG16Features`.
 
     Raises:
         InputError: the file of the weights cannot be read.
     """
 
-    def __init__(self, kind: str, vgg: str | None) -> None:
+    def __init__(self, kind: str, vgg: str | None, vgg_preprocessing: str | None = None) -> None:
         super().__init__()
-        by_features = kind == "feature"
-        self.distance = PerceptualLoss(VGG16Features(vgg, (FEATURE_LAYER,))) if by_features else PixelLoss()
+        self.distance: nn.Module = PixelLoss()
+        if kind == "feature":
+            features = VGG16Features(vgg, (FEATURE_LAYER,), preprocessing=vgg_preprocessing)
+            self.distance = PerceptualLoss(features, convention="paper")
 
     def forward(self, output: Tensor, photos: Tensor) -> Terms:
         distance = self.distance(output, photos)

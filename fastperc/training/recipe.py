@@ -36,6 +36,7 @@ class Recipe:
 
     data: str
     vgg: str | None = None  # None: torchvision's weights
+    vgg_preprocessing: str | None = None  # None: by the weights
     init: str | None = None  # a network of the same shape to start from
     iterations: int = 40_000
     size: int = 256  # side of the training crops, pixels

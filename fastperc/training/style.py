@@ -47,6 +47,7 @@ class StyleRecipe(Recipe):
             self.style_layers,
             self.content_layer,
             self.convention,
+            self.vgg_preprocessing,
             content_weight=self.content_weight,
             style_weight=self.style_weight,
             tv_weight=self.tv_weight,

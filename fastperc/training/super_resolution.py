@@ -41,6 +41,6 @@ class SuperResolutionRecipe(Recipe):
         return Task(
             f"×{self.scale} · {self.arch} network · {self.loss} loss",
             NETWORKS[self.arch](self.scale),
-            ReconstructionLoss(self.loss, self.vgg),
+            ReconstructionLoss(self.loss, self.vgg, self.vgg_preprocessing),
             partial(degrade, scale=self.scale, blur=self.blur),
         )
