@@ -56,16 +56,7 @@ def save(
     if NETWORKS.get(type(net).__name__) is not type(net):
         raise TypeError(f"save takes {', '.join(NETWORKS)}, got {type(net).__name__}; save others by torch.save")
     weights = {WRAPPER_NAMES.sub("", name): tensor for name, tensor in net.state_dict().items()}
-    with torch.device("meta"):
-        expected = type(net)(**net.config).state_dict()  # type: ignore[arg-type]
-    differing = [name for name in {**expected, **weights} if _shape(expected, name) != _shape(weights, name)]
-    if differing:
-        raise TypeError(
-            f"layers of this {type(net).__name__} were exchanged (see {differing[0]}), so load could not rebuild it; "
-            f"save its state_dict() by torch.save"
-        )
-    if any(tensor.is_meta for tensor in weights.values()):
-        raise ValueError("the network is on the meta device, which holds no weights; load them before saving")
+    _check_can_be_rebuilt(net, weights)
     if damaged_name := first_not_finite(weights):
         raise FloatingPointError(f"the network's {damaged_name} has values that are not finite, so it is not saved")
     tensors = {
@@ -86,6 +77,20 @@ def save(
         training=json.dumps(training or {}),
     )
     write_tensors(path, tensors, metadata)
+
+
+def _check_can_be_rebuilt(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises a ``TypeError`` or a ``ValueError`` unless ``weights`` are what the network's ``config`` builds."""
+    with torch.device("meta"):
+        expected = type(net)(**net.config).state_dict()  # type: ignore[arg-type]
+    differing = [name for name in {**expected, **weights} if _shape(expected, name) != _shape(weights, name)]
+    if differing:
+        raise TypeError(
+            f"layers of this {type(net).__name__} were exchanged (see {differing[0]}), so load could not rebuild it; "
+            f"save its state_dict() by torch.save"
+        )
+    if any(tensor.is_meta for tensor in weights.values()):
+        raise ValueError("the network is on the meta device, which holds no weights; load them before saving")
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:

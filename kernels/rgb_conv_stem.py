@@ -5,8 +5,8 @@
                            their inputs are 3·(k+3) consecutive numbers in memory, multiplied by 4·O columns
 
 Where a column has no tap, its weight is zero: at k = 9 with 32 channels the tensor cores compute 1.4 times the products
-needed. On an H200 the kernel waits for its loads, half of them from the L1 cache; with the weights kept in shared memory
-from tile to tile it was slower. A NaN or infinite number also reaches the pixels that share its product.
+needed. On an H200 the kernel waits for its loads, half of them from the L1 cache; with the weights kept in shared
+memory from tile to tile it was slower. A NaN or infinite number also reaches the pixels that share its product.
 
 In training, the same kernel gives the gradient of the last convolution's input: from the gradient of the picture.
 """
