@@ -25,16 +25,16 @@ NETWORKS = {
 }
 
 
-def onnx(net, path, dynamo):
+def onnx(net, path, dynamo, example=EXAMPLE):
     """The network in ONNX Runtime, exported by the new or the old exporter of PyTorch."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     if dynamo:
-        torch.onnx.export(net, (EXAMPLE,), path, dynamo=True, dynamic_shapes=(DYNAMIC,), verbose=False)
+        torch.onnx.export(net, (example,), path, dynamo=True, dynamic_shapes=(DYNAMIC,), verbose=False)
     else:
         axes = {name: {0: "n", 2: f"h{name}", 3: f"w{name}"} for name in ("x", "y")}
         names = dict(input_names=["x"], output_names=["y"], dynamic_axes=axes)
-        torch.onnx.export(net, (EXAMPLE,), path, dynamo=False, opset_version=17, **names)
+        torch.onnx.export(net, (example,), path, dynamo=False, opset_version=17, **names)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
@@ -118,6 +118,24 @@ def test_an_image_too_small_for_the_network_is_refused_by_the_exported_one():
     ).module()
     with pytest.raises((AssertionError, RuntimeError), match="16"):
         exported(torch.rand(1, 3, 15, 40))
+
+
+@pytest.mark.parametrize("net", [TransformNet("paper", width=4), SuperResolutionNet(2, width=4), SRCNN(2)], ids=type)
+def test_scripting_says_that_it_is_not_supported(net):
+    with pytest.raises(RuntimeError, match=r"^torch.jit.script cannot compile fastperc's networks; use torch.export"):
+        torch.jit.script(net)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamo", [True, False], ids=["onnx", "onnx-torchscript"])
+@pytest.mark.parametrize("preset", ["paper", "instance"])
+def test_half_precision_in_onnx(tmp_path, preset, dynamo):
+    """Batch norms keep their statistics in float32, which ONNX does not mix with half precision."""
+    net = TransformNet(preset, width=4).eval().half()
+    with torch.no_grad():
+        recorded = onnx(net, str(tmp_path / "net.onnx"), dynamo, EXAMPLE.half())
+        x = torch.rand(1, 3, 33, 41).half()
+        assert error(recorded(x), copy.deepcopy(net).float()(x.float())) < 2e-2
 
 
 class Wrapped(torch.nn.Module):

@@ -30,6 +30,15 @@ def check_image(x: Tensor) -> None:
     check_range("the network's input", x)
 
 
+class Network(nn.Module):
+    """Base of the networks."""
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            "torch.jit.script cannot compile fastperc's networks; use torch.export, torch.onnx or compile"
+        )
+
+
 WRAPPERS = ("_orig_mod", "module")  # where torch.compile, DataParallel and AveragedModel keep what they wrap
 WRAPPER_NAMES = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")  # the same in the names of a state_dict
 

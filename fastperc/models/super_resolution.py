@@ -7,11 +7,11 @@ import math
 from torch import Tensor, nn
 
 from fastperc import reference
-from fastperc.models.common import check_image, in_a_row, initialise_as_authors, to_network_range
+from fastperc.models.common import Network, check_image, in_a_row, initialise_as_authors, to_network_range
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 
 
-class SuperResolutionNet(nn.Module):
+class SuperResolutionNet(Network):
     """Johnson et al.'s super-resolution network: RGB in 0–1 [N, 3, H, W] → RGB [N, 3, scale·H, scale·W].
 
     9×9 conv, four residual blocks of ``width`` filters, log2(scale) ½-stride convs, 9×9 conv; zero padding, batch
@@ -43,7 +43,7 @@ class SuperResolutionNet(nn.Module):
         return reference.to_image_range(x, "tanh")
 
 
-class SRCNN(nn.Module):
+class SRCNN(Network):
     """Dong et al.'s network, the paper's super-resolution baseline: RGB in 0–1 [N, 3, H, W] → [N, 3, scale·H, scale·W].
 
     Bicubic upscaling, then three convolutions on the luma alone (1→64→32→1, ReLU between); the chroma stays bicubic.

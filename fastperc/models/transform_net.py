@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastperc import reference
 from fastperc.models.common import (
+    Network,
     check_image,
     cropped,
     in_a_row,
@@ -21,7 +22,7 @@ from fastperc.presets import PRESETS
 BORDER = 40  # pixels that "reflect40" adds to a side: 10 at a quarter of the size, and five blocks trim 2 each
 
 
-class TransformNet(nn.Module):
+class TransformNet(Network):
     """Johnson et al.'s style network: RGB in 0–1 [N, 3, H, W] → RGB [N, 3, H, W], any H and W from 16 up.
 
     9×9 conv, two stride-2 convs, five residual blocks, two ½-stride convs, 9×9 conv. The networks work on multiples

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastperc import ops
 
@@ -20,6 +20,20 @@ def exporting() -> bool:
 
 def chain(x: Tensor, layers: Sequence[ops.Layer]) -> Tensor:
     """``layers`` one after the other; see :func:`fastperc.ops.conv_chain`."""
-    if exporting():  # ops.norm_relu asks whether an instance norm has a single image, which would fix the batch
-        layers = [layer._replace(norm=layer.norm and layer.norm.__call__) for layer in layers]
+    if exporting():
+        layers = [layer._replace(norm=layer.norm and _recordable(layer.norm)) for layer in layers]
     return ops.conv_chain(x, layers)
+
+
+def _recordable(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``norm`` as a function, in its own dtype.
+
+    ops.norm_relu would ask whether an instance norm has a single image, which fixes the batch. ONNX has no norms of
+    half precision by float32.
+    """
+    weight = getattr(norm, "weight", None)
+
+    def normalise(x: Tensor) -> Tensor:
+        return norm(x if weight is None else x.to(weight.dtype)).to(x.dtype)
+
+    return normalise
