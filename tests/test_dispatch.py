@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastperc import TVLoss, dispatch, ops, use_backend
+from fastperc import TVLoss, devices, dispatch, ops, use_backend
 from fastperc.backends import Implementation, Operation
 from fastperc.dispatch import Key
 from fastperc.ops import OPERATIONS
@@ -121,14 +121,16 @@ def test_operations_ask_for_what_is_tuned(name, monkeypatch):
             asked.clear()
 
 
-def test_under_autocast_the_loss_network_is_looked_up_in_the_dtype_it_computes_in(monkeypatch):
+@pytest.mark.parametrize("native", [True, False])
+def test_under_autocast_the_loss_network_is_looked_up_in_the_dtype_it_computes_in(native, monkeypatch):
+    monkeypatch.setattr(devices, "_cpu_computes_in", lambda dtype: native)
     dispatch.save(CPU, {key(): measured("native", "reference")})
     asked = []
     monkeypatch.setattr(dispatch, "_measured", lambda device, key: asked.append(key) or ())
     case = next(case for case in tuning.cases(1, 16) if case.operation == "vgg_loss" and case.dtype == "float32")
     with torch.autocast("cpu", torch.bfloat16):
         ops.vgg_loss(*OPERATIONS["vgg_loss"].tuning_cases.call(*tuning.tensors_of(case, CPU)))
-    assert [key.dtype for key in asked if key.operation == "vgg_loss"] == ["bfloat16"]
+    assert [key.dtype for key in asked if key.operation == "vgg_loss"] == ["bfloat16" if native else "float32"]
 
 
 def test_threads_read_one_table(monkeypatch):

@@ -37,7 +37,8 @@ def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch
     Args:
         net: a :class:`~fastperc.TransformNet` or a :class:`~fastperc.SuperResolutionNet`, also in torch.compile,
             DataParallel and the like.
-        dtype: of the computation: float32, bfloat16, float16 or float64. Default: that of ``net``'s weights.
+        dtype: of the computation: float32, bfloat16, float16 or float64. Default: that of ``net``'s weights. A CPU
+            where half precision is slow computes in float32 instead; ``explain()`` says so.
         device: default: that of ``net``.
 
     On a CPU the process keeps some of the memory of a picture for the next one.
@@ -233,6 +234,9 @@ class Engine:
         with backends.recorded() as choices, torch.no_grad():
             self._pass(torch.zeros(1, 3, height, width, device=self.device), torch.float32)
         lines = [f"{'layer':<18}{'kernel':<23}{'backend':<11}reason"]
+        if self.plan.asked_for is not None:
+            asked_for = str(self.plan.asked_for).removeprefix("torch.")
+            lines.insert(0, f"{asked_for} asked for, float32 computed: {asked_for} is slow on this processor")
         lines += [f"{one.layer:<18}{one.operation:<23}{one.backend:<11}{one.reason}" for one in choices]
         return "\n".join(lines)
 

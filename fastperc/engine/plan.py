@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastperc import backends, ops
+from fastperc.devices import computes_in
 from fastperc.models import SuperResolutionNet, TransformNet
 from fastperc.models.common import unwrapped
 from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
@@ -100,6 +101,7 @@ class Plan(NamedTuple):
     multiple: int  # of which the frame's sides are multiples
     output: str  # "tanh" or "linear": see fastperc.ops.rgb_conv_head
     dtype: torch.dtype  # of the computation
+    asked_for: torch.dtype | None = None  # another dtype, which is slow on this device
 
     @property
     def input_range(self) -> tuple[float, float]:
@@ -128,6 +130,8 @@ class Plan(NamedTuple):
 def plan_of(net: nn.Module, dtype: torch.dtype, device: torch.device) -> Plan:
     """``net`` in eval mode, with batch norms folded in float64 and weights in float32 (for float64, in that).
 
+    Where ``dtype`` is slow on ``device`` the plan computes in float32.
+
     Raises:
         TypeError: not a network of this library that is a chain of its layers.
         ValueError: weights or running statistics that are not finite.
@@ -151,7 +155,9 @@ def plan_of(net: nn.Module, dtype: torch.dtype, device: torch.device) -> Plan:
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise ValueError(f"the network's {step.name} has weights or statistics that are not finite")
     steps[0], steps[-1] = steps[0]._replace(end="first"), steps[-1]._replace(end="last")
-    return Plan(tuple(steps), scale, border, multiple, output, dtype)
+    if computes_in(dtype, device):
+        return Plan(tuple(steps), scale, border, multiple, output, dtype)
+    return Plan(tuple(steps), scale, border, multiple, output, torch.float32, asked_for=dtype)
 
 
 def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastperc import _native
+from fastperc.devices import computes_in
 from fastperc.types import RELU, Epilogue, Padding
 
 T = TypeVar("T")
@@ -56,12 +58,25 @@ def why_not_cpp(x: Tensor) -> str | None:
     return _native.why_not(x)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that convolutions of ``x`` compute in: autocast's choice, or that of ``x``."""
+def storage_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of ``x`` returns: autocast's choice, or that of ``x``."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that convolutions of ``x`` compute in: as they return or, where that is slow, float32."""
+    dtype = storage_dtype(x)
+    return dtype if computes_in(dtype, x.device) else torch.float32
+
+
+def without_slow_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """The block runs without autocast where that would choose a slow dtype."""
+    if compute_dtype(x) == storage_dtype(x):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def symmetric(padding: Padding) -> bool:

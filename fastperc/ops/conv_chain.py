@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastperc import backends, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.ops.common import compute_dtype, why_not_here
+from fastperc.ops.common import compute_dtype, storage_dtype, why_not_here
 from fastperc.ops.conv3x3 import CONV3X3
 from fastperc.ops.conv_bn_relu import CONV_BN_RELU
 from fastperc.ops.fused_chain import cropped, fused_chain
@@ -107,13 +107,23 @@ def one_by_one(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     layer_input = x
     for layer in layers:
         wide = F.interpolate(x, scale_factor=2, mode="nearest") if layer.upsample == "nearest" else x
-        y = layer.conv(wide)
+        y = _convolved(layer.conv, wide)
         skip = cropped(layer_input, y) if layer.skip else None
         layer_input = x
         relu = layer.norm is not None and layer.activation == RELU
         x = y if layer.norm is None else norm_relu(y, layer.norm, relu, skip)
         x = x if relu else reference.activate(x, layer.activation)
     return x
+
+
+def _convolved(conv: Any, x: Tensor) -> Tensor:
+    """``conv(x)``, in float32 where half precision is slow: then that is only how its input and output are stored."""
+    dtype, wide = storage_dtype(x), compute_dtype(x)
+    if wide == dtype or torch.compiler.is_compiling() or not isinstance(conv, nn.Module):
+        return conv(x)
+    parameters = {name: parameter.to(wide) for name, parameter in conv.named_parameters()}
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.func.functional_call(conv, parameters, (x.to(wide),)).to(dtype)
 
 
 def _composed(x: Tensor, layers: Sequence[Layer]) -> Tensor:

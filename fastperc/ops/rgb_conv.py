@@ -15,7 +15,15 @@ from torch import Tensor
 from fastperc import reference
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
 from fastperc.ops import onednn
-from fastperc.ops.common import COMMON_SOURCES, channels_last, compute_dtype, empty_like, why_not_here
+from fastperc.ops.common import (
+    COMMON_SOURCES,
+    channels_last,
+    compute_dtype,
+    empty_like,
+    storage_dtype,
+    why_not_here,
+    without_slow_autocast,
+)
 from fastperc.types import Padding, same_sides
 
 
@@ -47,13 +55,14 @@ def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding) -
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding) -> Tensor:
-    dtype = compute_dtype(x)
+    dtype, stored = compute_dtype(x), storage_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
     zeros = padding.sides[0]  # columns of zeros are no part of the product
     if padding.mode != "zeros":
         x, zeros = reference.pad(x, padding), 0
-    products = F.conv2d(channels_last(x), channels_last(taps_as_filters(weight)), padding=(zeros, 0))
-    return (_Fold.apply(products, weight.shape[3], zeros) + bias.view(-1, 1, 1)).to(dtype)
+    with without_slow_autocast(x):
+        products = F.conv2d(channels_last(x), channels_last(taps_as_filters(weight)), padding=(zeros, 0))
+    return (_Fold.apply(products, weight.shape[3], zeros) + bias.view(-1, 1, 1)).to(stored)
 
 
 class _Fold(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastperc import _native, backends, reference
 from fastperc.backends import CannotServe, Implementation, Operation, TuningCases, register
-from fastperc.ops.common import COMMON_CPP_SOURCES, compute_dtype
+from fastperc.ops.common import COMMON_CPP_SOURCES, compute_dtype, without_slow_autocast
 from fastperc.ops.gram_loss import GRAM_LOSS, gram_loss
 from fastperc.ops.vgg_chain import (
     VGG_CONV,
@@ -43,7 +43,9 @@ def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) 
         convs: the network. Gradients flow to ``x`` only.
         taps: indices into ``convs``.
     """
-    return VGG_FEATURES(x.to(compute_dtype(x)), convs, taps)
+    dtype = compute_dtype(x)
+    with without_slow_autocast(x):
+        return VGG_FEATURES(x.to(dtype), convs, taps)
 
 
 def vgg_loss(
@@ -67,7 +69,8 @@ def vgg_loss(
     if output.shape != content.shape:
         raise ValueError(f"content must have the output's shape {list(output.shape)}, got {list(content.shape)}")
     dtype = compute_dtype(output)
-    return VGG_LOSS(output.to(dtype), content.detach().to(dtype), convs, content_layer, grams)
+    with without_slow_autocast(output):
+        return VGG_LOSS(output.to(dtype), content.detach().to(dtype), convs, content_layer, grams)
 
 
 def plain_vgg_loss(
@@ -152,7 +155,7 @@ class _VGGFeatures(torch.autograd.Function):
                 total = above.add_(given[i]) if i in given else above
             return torch.ops.aten.threshold_backward(total, features, 0)
 
-        with backends.on_device(x):
+        with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
             return backward_chain(layers, ctx.convs, tap_gradient, passes), None, None, None
 
 
@@ -261,7 +264,7 @@ class _VGGLoss(torch.autograd.Function):
             tapes = run(output, content, *ctx.arguments)[1]
         grad = torch.empty_like(output)
         passes = PASSES[backend]
-        with backends.on_device(output):
+        with backends.on_device(output), torch.autocast(output.device.type, enabled=False):
             for images in reversed(chunks(output)):
                 share = len(output[images]) / len(output)
                 tape = tapes.pop()

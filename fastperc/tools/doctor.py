@@ -12,6 +12,7 @@ import torch
 from fastperc import _native, dispatch
 from fastperc._version import __version__
 from fastperc.backends import Operation
+from fastperc.devices import HALF, computes_in
 from fastperc.ops import OPERATIONS
 from fastperc.tools.tuning import cases, tensors_of
 
@@ -33,6 +34,8 @@ def report() -> str:
         cuda = f"CUDA {build['cuda']} for sm {build['architectures']}" if build["cuda"] else "no CUDA"
         lines.append(f"compiled      {build['compiler']}, {cuda}")
     devices = [torch.device("cpu")]
+    slow = [str(dtype).removeprefix("torch.") for dtype in HALF if not computes_in(dtype, devices[0])]
+    lines.append(f"cpu           {' and '.join(slow) or 'no dtype'} computed in float32, which is faster here")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices.append(torch.device("cuda", index))

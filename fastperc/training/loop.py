@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastperc.devices import computes_in
 from fastperc.errors import InputError
 from fastperc.files import check_writable
 from fastperc.progress import say, silent
@@ -112,7 +113,10 @@ def run_iterations(run: Run) -> int:
     recipe, out, processes, task, state, crops, contents, start = run
     preview_photos = previews.preview_photos(crops, processes.device)
     net = data_parallel(task.net, processes, recipe.sync_bn)
-    train_step = TrainStep(net, task.loss, state.optimizer, recipe.amp, task.inputs)
+    amp = recipe.amp and computes_in(torch.bfloat16, processes.device)
+    if recipe.amp and not amp:
+        say("--amp: this processor is slow in bfloat16; training goes on in float32")
+    train_step = TrainStep(net, task.loss, state.optimizer, amp, task.inputs)
     say_what_is_trained(run)
 
     unreadable: set[str] = set()
