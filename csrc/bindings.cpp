@@ -40,7 +40,9 @@ Output output_from_name(const std::string& name) {
 ImageStrides image_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 RowStrides row_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
 WeightStrides weight_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
-WinogradShape winograd_shape(const std::array<std::int64_t, 6>& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
+WinogradShape winograd_shape(const std::array<std::int64_t, 7>& s) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
+}
 
 }  // namespace
 
@@ -198,16 +200,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "winograd_weights_cpu",
       [](Address weight, Address transformed, std::int64_t in, std::int64_t out,
-         const std::array<std::int64_t, 4>& strides, int threads) {
+         const std::array<std::int64_t, 4>& strides, std::int64_t tile, int threads) {
         py::gil_scoped_release release;
         winograd_weights_cpu(pointer<float>(weight), pointer<float>(transformed), in, out, weight_strides(strides),
-                             threads);
+                             tile, threads);
       },
       py::arg("weight"), py::arg("transformed"), py::arg("in_channels"), py::arg("out_channels"), py::arg("strides"),
-      py::arg("threads"));
+      py::arg("tile"), py::arg("threads"));
   m.def(
       "winograd_conv_cpu",
-      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 6>& shape,
+      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 7>& shape,
          const std::array<std::int64_t, 4>& skip_strides, bool relu, int threads) {
         py::gil_scoped_release release;
         winograd_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(skip),
@@ -217,7 +219,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("skip_strides"), py::arg("relu"), py::arg("threads"));
   m.def(
       "winograd_weight_gradient_cpu",
-      [](Address x, Address grad, Address weight, Address bias, const std::array<std::int64_t, 6>& shape,
+      [](Address x, Address grad, Address weight, Address bias, const std::array<std::int64_t, 7>& shape,
          const std::array<std::int64_t, 4>& strides, int threads) {
         py::gil_scoped_release release;
         winograd_weight_gradient_cpu(pointer<float>(x), pointer<float>(grad), pointer<float>(weight),

@@ -1,10 +1,10 @@
-// 3×3 convolutions of stride 1 on the CPU, float32, NHWC, by Winograd's F(2×2, 3×3), which takes 16 products
-// instead of 36.
+// 3×3 convolutions of stride 1 on the CPU, float32, NHWC, by Winograd's F(t×t, 3×3): for t = 2 it takes 4 products for
+// an output where the definition takes 9, for t = 4 it takes 2.25, loses some digits, and wastes more at the border.
 //
-//   a tile: 4×4 pixels of x at every second row and column     d [4, 4, I]
-//   its transform                                              V = Bᵀ d B  [16, I]
-//   16 products with the transformed weights U = G g Gᵀ        M = V · U   [16, O]
-//   four pixels of the output                                  y = Aᵀ M A  [2, 2, O]
+//   a tile: (t+2)×(t+2) pixels of x at every t-th row and column     d [t+2, t+2, I]
+//   its transform                                                    V = Bᵀ d B  [(t+2)², I]
+//   (t+2)² products with the transformed weights U = G g Gᵀ          M = V · U   [(t+2)², O]
+//   t×t pixels of the output                                         y = Aᵀ M A  [t, t, O]
 //
 // A thread takes a block of tiles at a time, whose V stays in its L2 cache, and computes one panel of output channels
 // after the other. So each panel of U is read once for a block. Bias, skip and ReLU are applied when the pixels of a
@@ -40,13 +40,14 @@ struct Convolution {
   std::int64_t product_step() const { return padded() * panel + skew; }
 };
 
-// Stores the four pixels of a tile, made of M [16, step], for a panel of output channels from `first` on.
-template <int lanes>
-FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t tile, const float* m, std::int64_t step,
+// Stores the pixels of a tile, made of M [(tile + 2)², step], for a panel of output channels from `first` on.
+template <int lanes, int tile>
+FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t index, const float* m, std::int64_t step,
                                 std::int64_t first) {
+  constexpr int width = tile + 2;
   const WinogradShape& s = conv.shape;
-  const Place p = place(s, tile);
-  const bool has_below = p.row + 1 < s.out_rows(), has_right = p.column + 1 < s.out_columns();
+  const Place p = place(s, index);
+  const std::int64_t rows_inside = s.out_rows() - p.row, columns_inside = s.out_columns() - p.column;
   float* out = conv.out + ((p.image * s.out_rows() + p.row) * s.out_columns() + p.column) * s.out + first;
   const std::int64_t down = s.out_columns() * s.out;
   const ImageStrides& strides = conv.skip_strides;
@@ -54,21 +55,22 @@ FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t tile, cons
       conv.skip ? conv.skip + p.image * strides.image + p.row * strides.row + p.column * strides.column + first
                 : nullptr;
   for (std::int64_t o = 0; o < panel; o += lanes) {
-    Vector<lanes> rows[2][4];
+    Vector<lanes> rows[tile][width], products[width], pixels[tile];
+#pragma GCC unroll 6
+    for (int j = 0; j < width; ++j) {
+#pragma GCC unroll 6
+      for (int i = 0; i < width; ++i) products[i] = at<lanes>(m + (width * i + j) * step + o);
+      Transform<tile>::output(products, pixels);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Vector<lanes> m0 = at<lanes>(m + j * step + o), m1 = at<lanes>(m + (4 + j) * step + o);
-      const Vector<lanes> m2 = at<lanes>(m + (8 + j) * step + o), m3 = at<lanes>(m + (12 + j) * step + o);
-      rows[0][j] = m0 + m1 + m2;
-      rows[1][j] = m1 - m2 - m3;
+      for (int i = 0; i < tile; ++i) rows[i][j] = pixels[i];
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      if (i == 1 && !has_below) break;
-      Vector<lanes> pixels[2] = {rows[i][0] + rows[i][1] + rows[i][2], rows[i][1] - rows[i][2] - rows[i][3]};
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        if (j == 1 && !has_right) break;
+#pragma GCC unroll 4
+    for (int i = 0; i < tile; ++i) {
+      if (i >= rows_inside) break;
+      Transform<tile>::output(rows[i], pixels);
+#pragma GCC unroll 4
+      for (int j = 0; j < tile; ++j) {
+        if (j >= columns_inside) break;
         if (conv.bias) pixels[j] += at<lanes>(conv.bias + first + o);
         if (skip) pixels[j] += at<lanes>(skip + i * strides.row + j * strides.column + o);
         if (conv.relu) relu(pixels[j]);
@@ -79,19 +81,20 @@ FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t tile, cons
 }
 
 // Computes the block of `count` tiles from `first` on.
-template <int lanes, int rows, int vectors>
+template <int lanes, int rows, int vectors, int tile>
 FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t first, std::int64_t count, float* transformed,
                               float* products) {
+  constexpr std::int64_t points = (tile + 2) * (tile + 2);
   const WinogradShape& s = conv.shape;
   const std::int64_t pitch = conv.pitch(), padded = conv.padded();
   const std::int64_t transformed_step = conv.transformed_step(), product_step = conv.product_step();
   for (std::int64_t t = 0; t < count; ++t) {
-    transform_tile<lanes>(conv.x, s, first + t, 0, s.in, transformed + t * pitch, transformed_step);
+    transform_tile<lanes, tile>(conv.x, s, first + t, 0, s.in, transformed + t * pitch, transformed_step);
   }
   for (std::int64_t t = count; t < padded; ++t) {
     for (std::int64_t i = 0; i < points; ++i) {
-      float* tile = transformed + i * transformed_step + t * pitch;
-      std::fill(tile, tile + s.in, 0.0f);
+      float* unused = transformed + i * transformed_step + t * pitch;
+      std::fill(unused, unused + s.in, 0.0f);
     }
   }
   for (std::int64_t o = 0; o < s.out; o += panel) {
@@ -100,13 +103,14 @@ FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t first, std::
                                                  conv.weights + (o * points + i * panel) * s.in,
                                                  products + i * product_step, s.in, padded);
     }
-    for (std::int64_t t = 0; t < count; ++t) store_tile<lanes>(conv, first + t, products + t * panel, product_step, o);
+    for (std::int64_t t = 0; t < count; ++t) store_tile<lanes, tile>(conv, first + t, products + t * panel, product_step, o);
   }
 }
 
-// to [16, in, panel] = U of a panel of output channels.
-template <int lanes>
+// to [(tile + 2)², in, panel] = U of a panel of output channels.
+template <int lanes, int tile>
 FASTPERC_INLINE void transform_weights(const float* weight, const WeightStrides& strides, std::int64_t in, float* to) {
+  constexpr int width = tile + 2;
   float taps[9][lanes][panel];
   for (std::int64_t first = 0; first < in; first += lanes) {
     for (int tap = 0; tap < 9; ++tap) {
@@ -117,24 +121,22 @@ FASTPERC_INLINE void transform_weights(const float* weight, const WeightStrides&
     }
     for (std::int64_t i = 0; i < lanes; ++i) {
       for (std::int64_t o = 0; o < panel; o += lanes) {
-        Vector<lanes> rows[4][3];
+        Vector<lanes> rows[width][3], made[width];
 #pragma GCC unroll 3
         for (int j = 0; j < 3; ++j) {
-          const Vector<lanes> g0 = at<lanes>(&taps[j][i][o]), g1 = at<lanes>(&taps[3 + j][i][o]),
-                              g2 = at<lanes>(&taps[6 + j][i][o]);
-          rows[0][j] = g0;
-          rows[1][j] = 0.5f * (g0 + g1 + g2);
-          rows[2][j] = 0.5f * (g0 - g1 + g2);
-          rows[3][j] = g2;
+          const Vector<lanes> column[3] = {at<lanes>(&taps[j][i][o]), at<lanes>(&taps[3 + j][i][o]),
+                                           at<lanes>(&taps[6 + j][i][o])};
+          Transform<tile>::weight(column, made);
+#pragma GCC unroll 6
+          for (int r = 0; r < width; ++r) rows[r][j] = made[r];
         }
-        const std::int64_t step = in * panel;
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-          float* row = to + 4 * r * step + (first + i) * panel + o;
-          at<lanes>(row) = rows[r][0];
-          at<lanes>(row + step) = 0.5f * (rows[r][0] + rows[r][1] + rows[r][2]);
-          at<lanes>(row + 2 * step) = 0.5f * (rows[r][0] - rows[r][1] + rows[r][2]);
-          at<lanes>(row + 3 * step) = rows[r][2];
+#pragma GCC unroll 6
+        for (int r = 0; r < width; ++r) {
+          Transform<tile>::weight(rows[r], made);
+#pragma GCC unroll 6
+          for (int c = 0; c < width; ++c) {
+            at<lanes>(to + ((width * r + c) * in + first + i) * panel + o) = made[c];
+          }
         }
       }
     }
@@ -145,10 +147,19 @@ FASTPERC_INLINE void transform_weights(const float* weight, const WeightStrides&
   attributes int floats_in_register() { return lanes; }                                                               \
   attributes void convolve_block(const Convolution& conv, std::int64_t first, std::int64_t count, float* transformed, \
                                  float* products) {                                                                   \
-    convolve<lanes, rows, vectors>(conv, first, count, transformed, products);                                        \
+    if (conv.shape.tile == 2) {                                                                                       \
+      convolve<lanes, rows, vectors, 2>(conv, first, count, transformed, products);                                   \
+    } else {                                                                                                          \
+      convolve<lanes, rows, vectors, 4>(conv, first, count, transformed, products);                                   \
+    }                                                                                                                 \
   }                                                                                                                   \
-  attributes void weights_panel(const float* weight, const WeightStrides& strides, std::int64_t in, float* to) {      \
-    transform_weights<lanes>(weight, strides, in, to);                                                                \
+  attributes void weights_panel(const float* weight, const WeightStrides& strides, std::int64_t in, float* to,        \
+                                std::int64_t tile) {                                                                  \
+    if (tile == 2) {                                                                                                  \
+      transform_weights<lanes, 2>(weight, strides, in, to);                                                           \
+    } else {                                                                                                          \
+      transform_weights<lanes, 4>(weight, strides, in, to);                                                           \
+    }                                                                                                                 \
   }
 FASTPERC_VERSIONS(FASTPERC_VERSION)
 
@@ -157,9 +168,10 @@ FASTPERC_VERSIONS(FASTPERC_VERSION)
 int winograd_lanes() { return floats_in_register(); }
 
 void winograd_weights_cpu(const float* weight, float* transformed, std::int64_t in, std::int64_t out,
-                          const WeightStrides& strides, int threads) {
+                          const WeightStrides& strides, std::int64_t tile, int threads) {
+  const std::int64_t floats = (tile + 2) * (tile + 2) * in * panel;
   parallel_for(out / panel, threads, [&](std::int64_t p) {
-    weights_panel(weight + p * panel * strides.out, strides, in, transformed + p * panel * points * in);
+    weights_panel(weight + p * panel * strides.out, strides, in, transformed + p * floats, tile);
   });
 }
 
@@ -167,6 +179,7 @@ void winograd_conv_cpu(const float* x, const float* weights, const float* bias, 
                        const WinogradShape& shape, const ImageStrides& skip_strides, bool relu, int threads) {
   const std::int64_t tiles = shape.tiles();
   if (tiles == 0) return;
+  const std::int64_t points = (shape.tile + 2) * (shape.tile + 2);
   const std::int64_t most = std::max(block_floats / (points * (shape.in + skew)), fewest_tiles);
   const std::int64_t turns = (tiles + threads * most - 1) / (threads * most);  // blocks for each thread
   const std::int64_t per_block = std::max((tiles + threads * turns - 1) / (threads * turns), fewest_tiles);

@@ -1,4 +1,4 @@
-// 3×3 convolutions of stride 1 by Winograd's F(2×2, 3×3): shapes, and the layout of transformed weights.
+// 3×3 convolutions of stride 1 by Winograd's F(t×t, 3×3), t = 2 or 4: shapes, and the layout of transformed weights.
 #pragma once
 
 #include <cstdint>
@@ -6,17 +6,17 @@
 namespace fastperc {
 
 // The number of channels that are computed together. I and O are multiples of it. Transformed weights have the shape
-// [O / panel, 16, I, panel].
+// [O / panel, (t + 2)², I, panel].
 constexpr std::int64_t winograd_panel = 32;
 
 // x [N, H, W, I] → y [N, H + 2·padding − 2, W + 2·padding − 2, O].
 struct WinogradShape {
-  std::int64_t images, rows, columns, in, out, padding;
+  std::int64_t images, rows, columns, in, out, padding, tile;  // the tile is of t×t pixels of y
 
   std::int64_t out_rows() const { return rows + 2 * padding - 2; }
   std::int64_t out_columns() const { return columns + 2 * padding - 2; }
-  std::int64_t tiles_down() const { return (out_rows() + 1) / 2; }
-  std::int64_t tiles_across() const { return (out_columns() + 1) / 2; }
+  std::int64_t tiles_down() const { return (out_rows() + tile - 1) / tile; }
+  std::int64_t tiles_across() const { return (out_columns() + tile - 1) / tile; }
   std::int64_t tiles() const { return images * tiles_down() * tiles_across(); }
 };
 

@@ -1,4 +1,4 @@
-// The gradient of the weights of 3×3 convolutions by Winograd, on the CPU. It is the convolution of conv3x3.cpp run
+// The gradient of the weights of 3×3 convolutions by Winograd's F(2×2, 3×3), on the CPU. It is the convolution of conv3x3.cpp run
 // backwards, with 16 products summed over the tiles.
 //
 //   the transforms of a tile and of its output's gradient   V = Bᵀ d B  [16, I],  W = A dy Aᵀ  [16, O]
@@ -16,6 +16,8 @@ namespace fastperc {
 namespace {
 
 using namespace winograd;
+
+constexpr std::int64_t points = 16;
 
 // The sums over a chunk of tiles, for a panel of input channels by a panel of output channels.
 struct Partial {
@@ -76,7 +78,7 @@ FASTPERC_INLINE void add_up(const WeightGradient& task, Partial& partial, float*
   for (std::int64_t done = 0; done < task.count; done += gradient_tiles) {
     const std::int64_t count = std::min(gradient_tiles, task.count - done);
     for (std::int64_t t = 0; t < count; ++t) {
-      transform_tile<lanes>(task.x, task.shape, task.first + done + t, task.first_in, panel, transformed + t * panel,
+      transform_tile<lanes, 2>(task.x, task.shape, task.first + done + t, task.first_in, panel, transformed + t * panel,
                             step);
       transform_gradient<lanes>(task, task.first + done + t, gradients + t * panel, step);
     }

@@ -1,4 +1,4 @@
-// The transform of a tile and the matrix products, shared by the 3×3 convolution and by the gradient of its weights.
+// The transforms of a tile and the matrix products, shared by the 3×3 convolution and by the gradient of its weights.
 // Both compile them for several instruction sets: see FASTPERC_VERSIONS.
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace fastperc::winograd {
 
-constexpr std::int64_t panel = winograd_panel, points = 16;
+constexpr std::int64_t panel = winograd_panel;
 constexpr std::int64_t skew = 16;  // added to strides: powers of two would share the same lines of the cache
 
 // A vector of as many floats as a register holds.
@@ -61,47 +61,104 @@ void take_turns(std::int64_t tasks, int threads, F&& f) {
   });
 }
 
+// The transforms along one axis: Bᵀ of t + 2 pixels, G of three taps, Aᵀ of t + 2 products.
+template <int tile>
+struct Transform;
+
+template <>
+struct Transform<2> {
+  template <typename V>
+  static FASTPERC_INLINE void input(const V (&d)[4], V (&v)[4]) {
+    v[0] = d[0] - d[2];
+    v[1] = d[1] + d[2];
+    v[2] = d[2] - d[1];
+    v[3] = d[1] - d[3];
+  }
+  template <typename V>
+  static FASTPERC_INLINE void weight(const V (&g)[3], V (&u)[4]) {
+    u[0] = g[0];
+    u[1] = 0.5f * (g[0] + g[1] + g[2]);
+    u[2] = 0.5f * (g[0] - g[1] + g[2]);
+    u[3] = g[2];
+  }
+  template <typename V>
+  static FASTPERC_INLINE void output(const V (&m)[4], V (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] - m[3];
+  }
+};
+
+template <>
+struct Transform<4> {
+  template <typename V>
+  static FASTPERC_INLINE void input(const V (&d)[6], V (&v)[6]) {
+    const V even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1], inner = d[4] - d[2], outer = 2.0f * (d[3] - d[1]);
+    v[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
+    v[1] = even + odd;
+    v[2] = even - odd;
+    v[3] = inner + outer;
+    v[4] = inner - outer;
+    v[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
+  }
+  template <typename V>
+  static FASTPERC_INLINE void weight(const V (&g)[3], V (&u)[6]) {
+    const V sum = g[0] + g[2], scaled = (1.0f / 24) * g[0] + (1.0f / 6) * g[2], middle = (1.0f / 12) * g[1];
+    u[0] = 0.25f * g[0];
+    u[1] = (-1.0f / 6) * (sum + g[1]);
+    u[2] = (-1.0f / 6) * (sum - g[1]);
+    u[3] = scaled + middle;
+    u[4] = scaled - middle;
+    u[5] = g[2];
+  }
+  template <typename V>
+  static FASTPERC_INLINE void output(const V (&m)[6], V (&y)[4]) {
+    const V near = m[1] + m[2], far = m[3] + m[4], near_difference = m[1] - m[2], far_difference = m[3] - m[4];
+    y[0] = m[0] + near + far;
+    y[1] = near_difference + 2.0f * far_difference;
+    y[2] = near + 4.0f * far;
+    y[3] = near_difference + 8.0f * far_difference + m[5];
+  }
+};
+
 // The position of the first output of a tile.
 struct Place {
   std::int64_t image, row, column;
 };
-FASTPERC_INLINE Place place(const WinogradShape& s, std::int64_t tile) {
+FASTPERC_INLINE Place place(const WinogradShape& s, std::int64_t index) {
   const std::int64_t across = s.tiles_across(), down = s.tiles_down();
-  return {tile / across / down, tile / across % down * 2, tile % across * 2};
+  return {index / across / down, index / across % down * s.tile, index % across * s.tile};
 }
 
-// to [16, step] = V of a tile, for `channels` channels from `first` on.
-template <int lanes>
-FASTPERC_INLINE void transform_tile(const float* x, const WinogradShape& s, std::int64_t tile, std::int64_t first,
+// to [(tile + 2)², step] = V of a tile, for `channels` channels from `first` on.
+template <int lanes, int tile>
+FASTPERC_INLINE void transform_tile(const float* x, const WinogradShape& s, std::int64_t index, std::int64_t first,
                                     std::int64_t channels, float* to, std::int64_t step) {
-  const Place p = place(s, tile);
-  const float* pixels[points];  // null outside the image
-  for (std::int64_t i = 0; i < points; ++i) {
-    const std::int64_t row = p.row - s.padding + i / 4, column = p.column - s.padding + i % 4;
-    const bool inside = row >= 0 && row < s.rows && column >= 0 && column < s.columns;
-    pixels[i] = inside ? x + ((p.image * s.rows + row) * s.columns + column) * s.in + first : nullptr;
+  constexpr int width = tile + 2;
+  const Place p = place(s, index);
+  const float* pixels[width][width];  // null outside the image
+  for (int i = 0; i < width; ++i) {
+    for (int j = 0; j < width; ++j) {
+      const std::int64_t row = p.row - s.padding + i, column = p.column - s.padding + j;
+      const bool inside = row >= 0 && row < s.rows && column >= 0 && column < s.columns;
+      pixels[i][j] = inside ? x + ((p.image * s.rows + row) * s.columns + column) * s.in + first : nullptr;
+    }
   }
   const Vector<lanes> zero = {};
   for (std::int64_t c = 0; c < channels; c += lanes) {
-    Vector<lanes> rows[4][4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Vector<lanes> d0 = pixels[j] ? at<lanes>(pixels[j] + c) : zero,
-                          d1 = pixels[4 + j] ? at<lanes>(pixels[4 + j] + c) : zero;
-      const Vector<lanes> d2 = pixels[8 + j] ? at<lanes>(pixels[8 + j] + c) : zero,
-                          d3 = pixels[12 + j] ? at<lanes>(pixels[12 + j] + c) : zero;
-      rows[0][j] = d0 - d2;
-      rows[1][j] = d1 + d2;
-      rows[2][j] = d2 - d1;
-      rows[3][j] = d1 - d3;
+    Vector<lanes> rows[width][width], from[width], made[width];
+#pragma GCC unroll 6
+    for (int j = 0; j < width; ++j) {
+#pragma GCC unroll 6
+      for (int i = 0; i < width; ++i) from[i] = pixels[i][j] ? at<lanes>(pixels[i][j] + c) : zero;
+      Transform<tile>::input(from, made);
+#pragma GCC unroll 6
+      for (int i = 0; i < width; ++i) rows[i][j] = made[i];
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      float* row = to + 4 * i * step + c;
-      at<lanes>(row) = rows[i][0] - rows[i][2];
-      at<lanes>(row + step) = rows[i][1] + rows[i][2];
-      at<lanes>(row + 2 * step) = rows[i][2] - rows[i][1];
-      at<lanes>(row + 3 * step) = rows[i][1] - rows[i][3];
+#pragma GCC unroll 6
+    for (int i = 0; i < width; ++i) {
+      Transform<tile>::input(rows[i], made);
+#pragma GCC unroll 6
+      for (int j = 0; j < width; ++j) at<lanes>(to + (width * i + j) * step + c) = made[j];
     }
   }
 }

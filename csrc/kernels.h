@@ -63,16 +63,16 @@ void norm_gradient_cpu(const void* x, const void* grad, const NormPointers& norm
 
 // How many floats a vector register holds in the three launchers that follow, on this processor.
 int winograd_lanes();
-// transformed [O / panel, 16, I, panel] = the transform of weight [O, I, 3, 3] (see conv3x3.h). The channels of all
-// three launchers are multiples of the panel.
+// transformed [O / panel, (tile + 2)², I, panel] = the transform of weight [O, I, 3, 3] (see conv3x3.h); tile is 2 or
+// 4. The channels of all three launchers are multiples of the panel.
 void winograd_weights_cpu(const float* weight, float* transformed, std::int64_t in, std::int64_t out,
-                          const WeightStrides& strides, int threads);
+                          const WeightStrides& strides, std::int64_t tile, int threads);
 // out [N, H', W', O] = relu?(x [N, H, W, I] convolved with the transformed weights + bias [O] + skip). bias and skip
 // may be null; the channels of skip have stride 1.
 void winograd_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
                        const WinogradShape& shape, const ImageStrides& skip_strides, bool relu, int threads);
-// weight [O, I, 3, 3] = the gradient of the weights, made of x and grad [N, H', W', O]. Unless bias [O] is null, it
-// gets the gradient of the bias.
+// weight [O, I, 3, 3] = the gradient of the weights, made of x and grad [N, H', W', O], by tiles of 2×2. Unless bias
+// [O] is null, it gets the gradient of the bias.
 void winograd_weight_gradient_cpu(const float* x, const float* grad, float* weight, float* bias,
                                   const WinogradShape& shape, const WeightStrides& strides, int threads);
 

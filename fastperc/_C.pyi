@@ -100,6 +100,7 @@ def winograd_weights_cpu(
     in_channels: int,
     out_channels: int,
     strides: tuple[int, int, int, int],
+    tile: int,
     threads: int,
 ) -> None: ...
 def winograd_conv_cpu(
@@ -108,7 +109,7 @@ def winograd_conv_cpu(
     bias: int,
     skip: int,
     out: int,
-    shape: tuple[int, int, int, int, int, int],
+    shape: tuple[int, int, int, int, int, int, int],
     skip_strides: tuple[int, int, int, int],
     relu: bool,
     threads: int,
@@ -118,7 +119,7 @@ def winograd_weight_gradient_cpu(
     grad: int,
     weight: int,
     bias: int,
-    shape: tuple[int, int, int, int, int, int],
+    shape: tuple[int, int, int, int, int, int, int],
     strides: tuple[int, int, int, int],
     threads: int,
 ) -> None: ...

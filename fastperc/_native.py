@@ -5,6 +5,7 @@ Where a function fills a tensor, the caller has allocated it. "Channels-last" me
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from typing import Any, NamedTuple
@@ -250,21 +251,22 @@ def winograd_lanes() -> int:
     return _C.winograd_lanes()
 
 
-def winograd_weights(weight: Tensor, data_gradient: bool) -> Tensor:
-    """The transform of ``weight`` that :func:`winograd_conv` takes: [O / 32, 16, I, 32].
+def winograd_weights(weight: Tensor, data_gradient: bool, tile: int) -> Tensor:
+    """The transform of ``weight`` that :func:`winograd_conv` takes: [O / 32, (tile + 2)², I, 32].
 
     Args:
         weight: float32 [O, I, 3, 3]; O and I are multiples of 32.
         data_gradient: whether to transform the weights of the gradient's convolution instead: turned by 180°, with
-            input and output channels exchanged. The result is then [I / 32, 16, O, 32].
+            input and output channels exchanged. The result is then [I / 32, (tile + 2)², O, 32].
+        tile: 2 or 4, the pixels of the output that a tile has a side.
     """
     (o, i), strides, first = weight.shape[:2], _strides(weight), weight.data_ptr()
     if data_gradient:  # negative strides from the last tap on
         stride_o, stride_i, stride_row, stride_column = strides
         first += 2 * (stride_row + stride_column) * weight.itemsize
         (o, i), strides = (i, o), (stride_i, stride_o, -stride_row, -stride_column)
-    transformed = weight.new_empty(o // WINOGRAD_PANEL, 16, i, WINOGRAD_PANEL)
-    _C.winograd_weights_cpu(first, transformed.data_ptr(), i, o, strides, torch.get_num_threads())
+    transformed = weight.new_empty(o // WINOGRAD_PANEL, (tile + 2) ** 2, i, WINOGRAD_PANEL)
+    _C.winograd_weights_cpu(first, transformed.data_ptr(), i, o, strides, tile, torch.get_num_threads())
     return transformed
 
 
@@ -275,7 +277,7 @@ def winograd_conv(
 
     Args:
         x: [N, I, H, W], channels-last.
-        weights: the result of :func:`winograd_weights`.
+        weights: the result of :func:`winograd_weights`, whose size tells the tile.
         bias: [O], or ``None``.
         padding: zeros on each side.
         skip: of the shape of ``out``, with channels of stride 1, or ``None``.
@@ -288,7 +290,7 @@ def winograd_conv(
         0 if bias is None else bias.data_ptr(),
         0 if skip is None else skip.data_ptr(),
         out.data_ptr(),
-        _winograd_shape(x, out, padding),
+        _winograd_shape(x, out, padding, math.isqrt(weights.shape[1]) - 2),
         (0, 0, 0, 0) if skip is None else _strides(skip),
         relu,
         torch.get_num_threads(),
@@ -306,16 +308,16 @@ def winograd_weight_gradient(x: Tensor, grad: Tensor, padding: int, weight: Tens
         bias: [O], or ``None``.
     """
     pointers = x.data_ptr(), grad.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-    shape, strides = _winograd_shape(x, grad, padding), _strides(weight)
+    shape, strides = _winograd_shape(x, grad, padding, 2), _strides(weight)
     _C.winograd_weight_gradient_cpu(*pointers, shape, strides, torch.get_num_threads())
 
 
-def _winograd_shape(x: Tensor, y: Tensor, padding: int) -> tuple[int, int, int, int, int, int]:
+def _winograd_shape(x: Tensor, y: Tensor, padding: int, tile: int) -> tuple[int, int, int, int, int, int, int]:
     """``WinogradShape`` in csrc/conv3x3.h of the convolution from ``x`` to ``y``."""
     (n, h, w, i), (_, rows, columns, o) = _image_shape(x), _image_shape(y)
     assert (rows, columns) == (h + 2 * padding - 2, w + 2 * padding - 2)
     assert i % WINOGRAD_PANEL == 0 and o % WINOGRAD_PANEL == 0
-    return n, h, w, i, o, padding
+    return n, h, w, i, o, padding, tile
 
 
 def _pointers(norm: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:

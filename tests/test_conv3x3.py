@@ -9,14 +9,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import error, no_worse
+from cases import LAYER_ERROR_4X4, NETWORK_ERROR_4X4, error, no_worse
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fastperc import _native, backends, ops, use_backend
+import fastperc
+from fastperc import _native, backends, freeze, ops, use_backend
 from fastperc.modules import Conv3x3, ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
+from fastperc.ops.conv3x3 import winograd
 from fastperc.ops.vgg_chain import convolve_relu, pack
 from fastperc.types import FrozenConv
+from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 # batch, in, out, height, width: single, thin, odd, and large enough for several blocks of tiles and of their sums
 SHAPES = [
@@ -292,3 +295,36 @@ def test_the_loss_network_uses_it():
         assert used == (["library", "winograd", "winograd", "library"] if backend == "native" else [])
     for exact, stock, ours in zip(*results):
         no_worse(ours, stock, exact)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "padding"),
+    [(shape, padding) for shape in SHAPES for padding in PADDINGS if min(shape[3:]) + 2 * padding >= 3],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else f"padding-{value}",
+)
+def test_tiles_of_4x4_match_the_formula(shape, padding, relu):
+    n, i, o, h, w = shape
+    x, (weight, bias) = maps(n, i, h, w), parameters(i, o)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
+    skip = maps(*exact.shape)
+    exact = (exact + skip).relu() if relu else exact + skip
+    y, again = (winograd(x, weight, bias, padding, relu, skip=skip, tile=4) for _ in range(2))
+    assert torch.equal(y, again) and error(y, exact) < LAYER_ERROR_4X4
+
+
+@pytest.mark.parametrize("name", [name for name in (*STYLES, *SUPER_RESOLUTION) if not name.endswith("srcnn")])
+def test_tiles_of_4x4_in_networks_that_ship(name):
+    net = fastperc.load(name).eval()
+    engine, x = freeze(net), torch.rand(1, 3, 64, 68)
+    assert "winograd_4x4" in {choice.implementation for choice in chosen_by(engine, x)}
+    with torch.no_grad():
+        y, exact = engine(x), net.double()(x.double())
+    assert error(y, exact) < NETWORK_ERROR_4X4 and (y - exact).abs().max() < 0.01 / 255
+
+
+def chosen_by(engine, x):
+    with backends.recorded() as choices:
+        engine(x)
+    return choices

@@ -1,7 +1,8 @@
-"""3×3 convolutions of stride 1, forward and backward: float32 on a CPU by Winograd's F(2×2, 3×3), in NHWC.
+"""3×3 convolutions of stride 1, forward and backward: float32 on a CPU by Winograd's algorithm, in NHWC.
 
-Winograd multiplies 16 times where the definition multiplies 36; csrc/conv3x3.cpp says how. :func:`conv3x3` is for
-training. Frozen networks use :func:`winograd` through ``ops.conv_bn_relu``, VGG through ``ops.vgg_chain``.
+By tiles of 2×2 pixels Winograd multiplies 16 times where the definition multiplies 36, by tiles of 4×4 only 9 times;
+csrc/conv3x3.cpp says how. :func:`conv3x3`, for training, takes tiles of 2×2. Frozen networks use :func:`winograd`
+through ``ops.conv_bn_relu`` with either, VGG through ``ops.vgg_chain`` with those of 2×2.
 """
 
 from __future__ import annotations
@@ -86,22 +87,23 @@ def winograd(
     relu: bool = False,
     turned: bool = False,
     skip: Tensor | None = None,
+    tile: int = 2,
 ) -> Tensor:
     """conv(``x``) + ``bias`` + ``skip``, then a ReLU if ``relu``, without gradients, of an
     ``x`` in NHWC that :func:`why_not_winograd` accepts.
 
     ``turned`` takes ``weight`` rotated by 180° with input and output channels exchanged, as the gradient to the input
     wants it. A weight that needs no gradient is transformed once, and kept as long as it lives. ``skip``, in float32,
-    has the shape of the output.
+    has the shape of the output. Tiles of 4×4 pixels take fewer products than those of 2×2, and lose some digits.
 
     Raises:
         ValueError: ``skip`` has another shape or dtype.
     """
 
     def pack() -> Tensor:
-        return _native.winograd_weights(weight, turned)
+        return _native.winograd_weights(weight, turned, tile)
 
-    weights = pack() if weight.requires_grad else packed(("winograd", turned), pack, weight)
+    weights = pack() if weight.requires_grad else packed(("winograd", turned, tile), pack, weight)
     n, _, h, w = x.shape
     channels = weight.shape[1 if turned else 0]
     out = empty_like(x, (n, channels, h + 2 * padding - 2, w + 2 * padding - 2))

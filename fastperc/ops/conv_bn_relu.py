@@ -6,6 +6,7 @@ In training ``modules.ConvBNReLU`` is a layer of ``ops.conv_chain``; ``ops/kinds
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from fastperc.ops.common import (
 from fastperc.ops.conv3x3 import CONV3X3, WIDEST_PADDING, why_not_winograd, why_slow_winograd, winograd
 from fastperc.ops.instance_norm import INSTANCE_NORM, native_instance_norm, triton_finish
 from fastperc.types import Epilogue, Padding, Sides, same_sides
+
+MOST_FILTERS_4X4 = 256 * 256  # by tiles of 4×4 more filters, 9 MB of them transformed, were no faster than by 2×2
 
 
 def conv_bn_relu(
@@ -117,12 +120,31 @@ def _why_slow_winograd(
     return why_slow_winograd(len(x) * (x.shape[2] + top + bottom - 2) * (x.shape[3] + left + right - 2))
 
 
-def _winograd(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
-    x, (zeros, _) = padded(channels_last(x), padding)
-    if epilogue.norm is None:
-        return winograd(x, weight, bias, zeros, epilogue.activation is not None, skip=epilogue.skip)
-    y = winograd(x, weight, bias, zeros)
-    return native_instance_norm(y, epilogue, y)
+def _why_slow_winograd_4x4(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+) -> str | None:
+    """Why tiles of 4×4 pixels are expected to be slower than those of 2×2."""
+    if reason := _why_slow_winograd(x, weight, bias, stride, padding, epilogue):
+        return reason
+    if weight.shape[0] * weight.shape[1] > MOST_FILTERS_4X4:
+        return "the transformed weights are too large for the cache"
+    left, right, top, bottom = padding.sides
+    height, width = x.shape[2] + top + bottom - 2, x.shape[3] + left + right - 2
+    products = {tile: -(-height // tile) * -(-width // tile) * (tile + 2) ** 2 for tile in (2, 4)}
+    return "tiles of 4×4 waste too much at the border" if products[4] > 0.9 * products[2] else None
+
+
+def _winograd(tile: int) -> Callable[..., Tensor]:
+    """The convolution by tiles of ``tile`` × ``tile`` pixels."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
+        x, (zeros, _) = padded(channels_last(x), padding)
+        if epilogue.norm is None:
+            return winograd(x, weight, bias, zeros, epilogue.activation is not None, skip=epilogue.skip, tile=tile)
+        y = winograd(x, weight, bias, zeros, tile=tile)
+        return native_instance_norm(y, epilogue, y)
+
+    return run
 
 
 def _why_not_onednn(
@@ -189,7 +211,8 @@ CONV_BN_RELU = register(
         "Conv, norm, ReLU",
         (
             Implementation("triton", _triton, _why_not_triton),
-            Implementation("native", _winograd, _why_not_winograd, _why_slow_winograd, "winograd"),
+            Implementation("native", _winograd(4), _why_not_winograd, _why_slow_winograd_4x4, "winograd_4x4"),
+            Implementation("native", _winograd(2), _why_not_winograd, _why_slow_winograd, "winograd"),
             Implementation("native", _onednn, _why_not_onednn, label="onednn"),
             Implementation("native", _cudnn, _why_not_cudnn, label="cudnn"),
             Implementation("reference", _plain),
