@@ -103,7 +103,8 @@ FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t first, std::
                                                  conv.weights + (o * points + i * panel) * s.in,
                                                  products + i * product_step, s.in, padded);
     }
-    for (std::int64_t t = 0; t < count; ++t) store_tile<lanes, tile>(conv, first + t, products + t * panel, product_step, o);
+    for (std::int64_t t = 0; t < count; ++t)
+      store_tile<lanes, tile>(conv, first + t, products + t * panel, product_step, o);
   }
 }
 

@@ -1,5 +1,5 @@
-// The gradient of the weights of 3×3 convolutions by Winograd's F(2×2, 3×3), on the CPU. It is the convolution of conv3x3.cpp run
-// backwards, with 16 products summed over the tiles.
+// The gradient of the weights of 3×3 convolutions by Winograd's F(2×2, 3×3), on the CPU. It is the convolution of
+// conv3x3.cpp run backwards, with 16 products summed over the tiles.
 //
 //   the transforms of a tile and of its output's gradient   V = Bᵀ d B  [16, I],  W = A dy Aᵀ  [16, O]
 //   16 products                                             dU = Σ Vᵀ · W  [16, I, O]
@@ -79,7 +79,7 @@ FASTPERC_INLINE void add_up(const WeightGradient& task, Partial& partial, float*
     const std::int64_t count = std::min(gradient_tiles, task.count - done);
     for (std::int64_t t = 0; t < count; ++t) {
       transform_tile<lanes, 2>(task.x, task.shape, task.first + done + t, task.first_in, panel, transformed + t * panel,
-                            step);
+                               step);
       transform_gradient<lanes>(task, task.first + done + t, gradients + t * panel, step);
     }
     for (std::int64_t i = 0; i < points; ++i) {
