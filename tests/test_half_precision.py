@@ -49,7 +49,7 @@ def test_an_engine(preset, dtype, native):
     assert engine.dtype == (dtype if native else torch.float32)
     assert native or not convolutions.dtypes & {*HALF}
     name = str(dtype).removeprefix("torch.")
-    assert engine.explain(32, 32).startswith(f"{name} asked for, float32 computed") == (not native)
+    assert engine.explain(32, 32).startswith(f"{name} stored, float32 computed") == (not native)
     assert freeze(net.float()).explain(32, 32).startswith("layer")
 
 

@@ -236,7 +236,7 @@ class Engine:
         lines = [f"{'layer':<18}{'kernel':<23}{'backend':<11}reason"]
         if self.plan.asked_for is not None:
             asked_for = str(self.plan.asked_for).removeprefix("torch.")
-            lines.insert(0, f"{asked_for} asked for, float32 computed: {asked_for} is slow on this processor")
+            lines.insert(0, f"{asked_for} stored, float32 computed: this processor is slow in {asked_for}")
         lines += [f"{one.layer:<18}{one.operation:<23}{one.backend:<11}{one.reason}" for one in choices]
         return "\n".join(lines)
 
