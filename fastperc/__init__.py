@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot follow the table below
     from fastperc.modules import ResidualBlock as ResidualBlock
     from fastperc.modules import SubpixelConvBNReLU as SubpixelConvBNReLU
     from fastperc.modules import TVLoss as TVLoss
-    from fastperc.reference import gram_matrix as gram_matrix
+    from fastperc.ops.gram_matrix import gram_matrix as gram_matrix
 
 _HOMES = {
     "fastperc": ("ops", "reference"),
@@ -48,7 +48,7 @@ _HOMES = {
     "fastperc.losses": ("FeatureLoss", "PerceptualLoss", "PixelLoss"),
     "fastperc.models": ("SRCNN", "SuperResolutionNet", "TransformNet", "VGG16Features"),
     "fastperc.modules": ("ConvBNReLU", "GramLoss", "ResidualBlock", "SubpixelConvBNReLU", "TVLoss"),
-    "fastperc.reference": ("gram_matrix",),
+    "fastperc.ops": ("gram_matrix",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastperc import ops, reference
+from fastperc import ops
 
 
 class GramLoss(nn.Module):
@@ -22,7 +22,7 @@ class GramLoss(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        gram = reference.gram_matrix(target) if target.dim() == 4 else target
+        gram = ops.gram_matrix(target) if target.dim() == 4 else target
         return self.weight * ops.gram_loss((x,), (gram,))[0]
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from fastperc.ops.conv3x3 import conv3x3
 from fastperc.ops.conv_bn_relu import conv_bn_relu
 from fastperc.ops.conv_chain import conv_chain
 from fastperc.ops.gram_loss import gram_loss
+from fastperc.ops.gram_matrix import gram_matrix
 from fastperc.ops.image_io import image_io
 from fastperc.ops.instance_norm import instance_norm, instance_statistics
 from fastperc.ops.kinds import Layer
@@ -30,6 +31,7 @@ __all__ = [
     "conv_bn_relu",
     "conv_chain",
     "gram_loss",
+    "gram_matrix",
     "has_hooks",
     "image_io",
     "instance_norm",

@@ -99,7 +99,7 @@ def _blas_forward(
 ) -> None:
     scales.fill_(1)
     for layer, (x, target, delta) in enumerate(zip(features, targets, deltas)):
-        for psi, first in _wide_blocks(x):
+        for psi, first in wide_blocks(x):
             delta.baddbmm_(psi, psi.mT, beta=0 if first else 1)
         delta.div_(x[0].numel()).sub_(target)
         losses[layer] = delta.square().sum(dim=(1, 2)).mean()
@@ -114,7 +114,7 @@ def _blas_backward(
         if grad.dtype == slopes.dtype:
             torch.bmm(slopes, x.flatten(2), out=grad.flatten(2))
             continue
-        for (psi, _), out in zip(_wide_blocks(x), grad.flatten(2).split(PIXELS_AT_ONCE, dim=2)):
+        for (psi, _), out in zip(wide_blocks(x), grad.flatten(2).split(PIXELS_AT_ONCE, dim=2)):
             out.copy_(torch.bmm(slopes, psi))
 
 
@@ -168,8 +168,8 @@ def dense_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _wide_blocks(x: Tensor) -> Iterator[tuple[Tensor, bool]]:
-    """ψ [N, C, pixels] in float32 or wider, block by block of pixels, and whether a block is the first.
+def wide_blocks(x: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    """ψ [N, C, PIXELS_AT_ONCE or fewer] in float32 or wider, block by block, and whether a block is the first.
 
     Summing in two steps keeps the error small, and half precision needs float32 memory for one block only.
     """
