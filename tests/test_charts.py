@@ -49,3 +49,9 @@ def test_values_without_a_logarithm_are_refused(values):
 
 def test_one_iteration_makes_a_chart():
     assert charts.loss_chart([charts.Panel("", [charts.Curve([1.0], "black")])]).size[0] > 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("title", ["no text \udcff.png", "a$_x$b$.png", "$\\frac$", "日本.png", "new\nline"])
+def test_the_name_of_any_file_is_a_title(title):
+    assert charts.loss_chart([charts.Panel(title, [charts.Curve([1.0, 2.0], "black")])]).size[0] > 0

@@ -36,6 +36,24 @@ def test_a_closed_stdout_is_quiet(here, monkeypatch, command, buffered):
     assert status == PIPE_CLOSED or (not buffered and "-" in command), "argparse ignores what it cannot write"
 
 
+@pytest.mark.parametrize("command", ["figure2", "sr train", "train"])
+def test_a_training_command_that_nobody_reads_leaves_its_files(photo_folder, vgg_file, here, command):
+    options = train_options(photo_folder, vgg_file, here)[1:]
+    if command == "sr train":
+        options = ["--data", photo_folder, "--size", 64, "--batch", 1, "--device", "cpu"]
+    options += ["--iterations", 1, "--workers", 0, "--out", "run"]
+    status, errors = with_closed_reader("stdout", *command.split(), *options, cwd=here)
+    assert status == (PIPE_CLOSED if command == "figure2" else 0), "figure2 alone prints a table"
+    assert errors.splitlines()[-1].startswith("drew run" if command == "figure2" else "finished at iteration 1: run")
+    assert Path("run", {"figure2": "figure2.png"}.get(command, "model.safetensors")).exists()
+
+
+@pytest.mark.parametrize("command", ["tune --show", "doctor", "bench --sizes 16 --device cpu"])
+def test_a_report_does_not_need_stderr(here, command):
+    status, out = with_closed_reader("stderr", *command.split(), cwd=here)
+    assert status == 0 and out
+
+
 @pytest.mark.parametrize("command", ["doctor now", "stylize nowhere.png", "train --out run"])
 def test_a_refusal_that_nobody_reads_is_quiet(here, command):
     status, out = with_closed_reader("stderr", *command.split(), cwd=here)

@@ -13,6 +13,7 @@ import pytest
 from pictures import picture
 from refusals import contents
 from rich.console import Console
+from training_runs import train_options
 
 from fastperc.photos import jobs
 from fastperc.photos.photo import read_image
@@ -53,6 +54,31 @@ def test_names_that_the_terminal_cannot_print(here, model, name, environment):
     assert result.stderr.endswith(b".png: not an image, or in a format that Pillow cannot read\n")
     result = fastperc(b"stylize", b"data", "photo.png", "-o", "out", "--model", model, **environment)
     assert result.returncode == 2 and result.stderr.startswith(b"skipped data/")
+
+
+@pytest.mark.parametrize("command", ["doctor", "tune --show", "bench --sizes 16,33x24 --device cpu --model"])
+def test_commands_about_the_machine_print_on_a_terminal_without_unicode(here, model, command):
+    result = fastperc(*command.split(), *([model] if "bench" in command else []), **ASCII)
+    assert (result.returncode, result.stderr) == (0, b"") and result.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("train", BYTES), ("sr train", UNICODE), ("figure2", BYTES)], ids=["train", "sr", "figure2"]
+)
+def test_training_on_a_terminal_without_unicode(here, photo_folder, vgg_file, command, name):
+    picture(40, 30).save("painting.png")
+    options = train_options(photo_folder, vgg_file, here)[1:]
+    os.rename("painting.png", name)
+    if command == "sr train":
+        options = ["--data", str(photo_folder), "--size", "64", "--batch", "1", "--iterations", "2", "--device", "cpu"]
+    else:
+        options[options.index("--style") + 1] = name
+        options += ["--iterations", "2"]
+    result = fastperc(*command.split(), *options, "--workers", "0", "--out", b"run", **ASCII)
+    assert result.returncode == 0, result.stderr.decode()
+    assert result.stderr.isascii() and b"finished at iteration 2: run" in result.stderr
+    bad = fastperc(*command.split(), "--resume", "--out", name, **ASCII)
+    assert (bad.returncode, bad.stderr.count(b"\n")) == (2, 1) and b"holds no run to resume" in bad.stderr
 
 
 SLOW = """

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TextIO
 from fastperc._version import __version__
 from fastperc.cli import bench, doctor, figure2, optimize, sr, stylize, train, tune
 from fastperc.cli.options import EXIT_STATUS
+from fastperc.cli.terminal import guarded, print_any_name
 from fastperc.errors import BAD_INPUT, InputError
 
 COMMANDS = stylize, train, figure2, sr, optimize, tune, bench, doctor  # in the order of --help
@@ -24,10 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Anything but success prints one line on stderr. argparse exits by itself, with 2, if the options are wrong. If the
     reader of stdout is gone, as in ``fastperc doctor | head -1``, the command ends without a line, with status 141.
+    SIGTERM and SIGHUP end it with 143 and 129. Characters that the terminal cannot print are printed as escapes.
 
     Args:
         argv: the arguments; default: those of the process.
     """
+    print_any_name()
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and not stream.closed]
     try:
         try:
@@ -57,7 +60,7 @@ def run_command(argv: Sequence[str] | None) -> int:
     arguments = parser.parse_args(argv)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Pillow's exceptions say what its log says
     try:
-        return arguments.run(arguments)
+        return guarded(arguments.run)(arguments)
     except InputError as error:
         status, message = BAD_INPUT, str(error)
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fastperc.cli.options import add_device, add_layers, add_vgg, output, path, positive, positive_float, weight
-from fastperc.cli.terminal import guarded
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -53,7 +52,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run)
 
 
-@guarded
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.devices import find_device

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastperc.cli.networks import METHODS, load_painter, super_resolution_file
 from fastperc.cli.options import add_device, add_match, names, output, path, square, weight
-from fastperc.cli.terminal import guarded
 from fastperc.errors import InputError
 from fastperc.presets import SCALES
 from fastperc.weights import SUPER_RESOLUTION
@@ -70,7 +69,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run)
 
 
-@guarded
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.devices import find_device

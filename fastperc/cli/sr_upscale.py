@@ -8,7 +8,6 @@ from typing import Any
 
 from fastperc.cli.networks import METHODS, load_painter, super_resolution_file
 from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_match, add_tile, path
-from fastperc.cli.terminal import guarded
 from fastperc.errors import BAD_INPUT, InputError
 from fastperc.presets import SCALES
 
@@ -45,7 +44,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run)
 
 
-@guarded
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.devices import find_device

@@ -8,7 +8,6 @@ from typing import Any
 
 from fastperc.cli.networks import add_style_network, load_style, style_file
 from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_tile, fraction, positive
-from fastperc.cli.terminal import guarded
 from fastperc.errors import BAD_INPUT
 from fastperc.weights import STYLES
 
@@ -49,7 +48,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run)
 
 
-@guarded
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.devices import find_device

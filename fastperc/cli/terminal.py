@@ -54,14 +54,13 @@ def print_any_name() -> None:
 
 
 def guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Decorates a command's function: it prints any name, and SIGTERM and SIGHUP end it as Ctrl-C does.
+    """The function ``run`` of a command, which SIGTERM and SIGHUP then end as Ctrl-C does.
 
     The exit status is then 128 plus the number of the signal, after one line on stderr.
     """
 
     @wraps(run)
     def guarded_run(arguments: argparse.Namespace) -> int:
-        print_any_name()
         try:
             with stop_signals():
                 return run(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import accumulate
@@ -108,14 +109,17 @@ def loss_chart(panels: Sequence[Panel]) -> Image.Image:
         all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axes, panel in zip(all_axes, panels):
             _draw(axes, panel)
-        canvas.draw()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about characters of a title that the font lacks
+            canvas.draw()
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axes.set_title(panel.title, loc="left", pad=22)
+    title = panel.title.encode("utf-8", "replace").decode()  # the name of a file may be no text
+    axes.set_title(title, loc="left", pad=22, parse_math=False)
     axes.set_xlabel("iteration", loc="right")
     axes.set_ylabel("loss (log scale)", loc="top")
     axes.set_yscale("log")
