@@ -20,6 +20,12 @@ class ProgressConsole(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
+    def _check_buffer(self) -> None:  # which writes
+        try:
+            super()._check_buffer()
+        except OSError:  # the terminal was closed, or the disk of a log file is full
+            self.on_broken_pipe()
+
 
 console = ProgressConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 SECONDS_BETWEEN_LINES = 15.0

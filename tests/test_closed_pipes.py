@@ -64,3 +64,18 @@ def test_work_goes_on_where_nobody_reads_its_progress(photo_folder, vgg_file, he
     options = train_options(photo_folder, vgg_file, here)
     assert with_closed_reader("stderr", *options, "--out", "run", "--workers", 0, cwd=here) == (0, "")
     assert training_metadata(Path("run/model.safetensors"))["step"] == 12
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
+@pytest.mark.parametrize("command", ["--version", "tune --show", "doctor", "train --help"])
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])
+def test_an_output_on_a_full_disk_is_one_line(here, monkeypatch, command, buffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", "" if buffered else "1")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "fastperc", *command.split()], stdout=full, stderr=subprocess.PIPE)
+    if buffered or "-" not in command:  # argparse ignores what it cannot write
+        assert done.returncode == 1 and done.stderr.endswith(b": No space left on device\n")
+    assert done.stderr.count(b"\n") <= 1
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "fastperc", *command.split()], stderr=full, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and done.stdout, "stderr has nothing to say"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from training_runs import finish, losses, run_here, start, tensors, train_option
 from fastperc import TransformNet, TVLoss
 from fastperc.cli import build_parser, main
 from fastperc.cli.train import recipe_from
+from fastperc.training import signals
 from fastperc.training.objective import build_loss
 from fastperc.training.recipe import Recipe, learning_rate
 from fastperc.training.step import train_step
@@ -66,22 +70,71 @@ def test_the_result_stylizes(finished, tmp_path):
     assert main([*command, "--model", str(out / "checkpoint.safetensors")]) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_signals_save_and_stop(options, tmp_path, number):
-    out = tmp_path / "run"
-    process = start([*options, "--iterations", "100000", "--checkpoint-every", "100000"], out)
-    for line in process.stderr:
-        if "photos ·" in line:
-            break
+def wait_for_losses(process, out):
     while not (out / "losses.csv").exists():
         assert process.poll() is None
         time.sleep(0.02)
+
+
+ENDLESS = "--iterations", "100000", "--checkpoint-every", "100000"
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda number: number.name)
+def test_signals_save_and_stop(options, tmp_path, number):
+    out = tmp_path / "run"
+    process = start([*options, *ENDLESS], out)
+    for line in process.stderr:
+        if "photos ·" in line:
+            break
+    wait_for_losses(process, out)
     process.send_signal(number)
     status, errors = finish(process)
     assert status == 0, errors
     step = training_metadata(out / "model.safetensors")["step"]
     assert step > 0 and f"stopped at iteration {step}" in errors and "Traceback" not in errors
     assert losses(out)[1][-1][0] == step
+    assert not [path for path in out.rglob(".*")]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_nohup_goes_on_without_its_terminal(options, tmp_path):
+    out = tmp_path / "run"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start([*options, *ENDLESS], out)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for_losses(process, out)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.terminate()
+    status, errors = finish(process)
+    assert status == 0 and "stopped at iteration" in errors, errors
+    assert losses(out)[1][-1][0] == training_metadata(out / "model.safetensors")["step"]
+
+
+@pytest.mark.skipif(not Path("/dev/ptmx").exists(), reason="no pseudo-terminals here")
+@pytest.mark.parametrize("nohup", [False, True], ids=["hangup", "nohup"])
+def test_a_terminal_that_is_closed(options, tmp_path, nohup):
+    """It ends the run, which saves; what writes to it fails from then on."""
+    import pty
+
+    out = tmp_path / "run"
+    iterations = ("--iterations", "60") if nohup else ENDLESS
+    pid, terminal = pty.fork()
+    if not pid:
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.environ.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(tmp_path))
+        command = [sys.executable, "-m", "fastperc", *options, *iterations, "--out", str(out), "--workers", "0"]
+        os.execv(sys.executable, command)
+    while not (out / "losses.csv").exists():
+        os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    step = training_metadata(out / "model.safetensors")["step"]
+    assert losses(out)[1][-1][0] == step and (step == 60 or not nohup)
     assert not [path for path in out.rglob(".*")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import select
@@ -31,17 +32,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; default: those of the process.
     """
     print_any_name()
-    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and not stream.closed]
     try:
-        try:
-            return run_command(argv)
-        finally:
-            for stream in streams:
-                stream.flush()
+        status = run_command(argv)
     except BrokenPipeError:
-        for stream in filter(lost_its_reader, streams):  # Python flushes them once more when it exits
+        status = PIPE_CLOSED
+    except SystemExit:  # of argparse
+        if failure := flush_streams():
+            return failure
+        raise
+    return flush_streams() or status
+
+
+def flush_streams() -> int:
+    """Flushes stdout and stderr; returns 0, or the exit status if nobody reads one any more or stdout cannot be written.
+
+    Python flushes them once more when it exits. What is left in one that fails goes nowhere then.
+    """
+    status = 0
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            continue
+        try:
+            stream.flush()
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return PIPE_CLOSED
+            if isinstance(error, BrokenPipeError) or error.errno == errno.EIO:  # a closed pipe, a closed terminal
+                status = status or PIPE_CLOSED
+            elif name == "stdout":
+                print(f"fastperc: the output cannot be written: {error.strerror}", file=sys.stderr)
+                status = FAILED
+    return status
 
 
 def lost_its_reader(stream: TextIO) -> bool:
