@@ -119,6 +119,60 @@ def test_eval_writes_over_no_input(refused, here, sr_model, option):
     )
 
 
+WRITTEN = ["model.safetensors", "checkpoint.safetensors", "losses.csv", ".lock"]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("option", ["--style", "--vgg", "--init"])
+def test_train_writes_over_no_input(refused, here, photo_folder, vgg_file, model, option, name):
+    inputs = {"--style": "photo.png", "--vgg": str(vgg_file), "--init": str(model)}
+    Path("run").mkdir()
+    shutil.copy(inputs[option], f"run/{name}")
+    Path("link").symlink_to(f"run/{name}")
+    for path in (f"run/{name}", "link"):
+        options = [text for pair in (inputs | {option: path}).items() for text in pair]
+        says = (
+            "run: holds a run already" if "check" in name else f"run/{name}: would overwrite an input ({here / 'run'}"
+        )
+        refused("train", "--data", photo_folder, *options, "--size", 16, "--out", "run", says=says)
+
+
+def test_training_writes_over_no_network_and_no_photo(refused, here, photo_folder, vgg_options, model, sr_model):
+    train = "train", "--style", "photo.png", "--size", 16, *vgg_options
+    sr_train = "sr", "train", "--size", 64, "--iterations", 1
+    Path("run").mkdir()
+    shutil.copy(sr_model, "run/model.safetensors")
+    for options in (train, sr_train):
+        refused(
+            *options, "--data", photo_folder, "--out", "run", says="run/model.safetensors: would be overwritten; na"
+        )
+    says = f"run/model.safetensors: would overwrite an input ({here / 'run/model.safetensors'}); name another output"
+    refused(*sr_train, "--data", photo_folder, "--init", "run/model.safetensors", "--out", "run", says=says)
+    Path("run/model.safetensors").unlink()
+    Path("run/previews").mkdir()
+    picture(70, 70).save("run/previews/000001.png")
+    says = f"run/previews/000001.png: would overwrite an input ({here / 'run/previews/000001.png'})"
+    for options in (train, sr_train):
+        refused(*options, "--data", "run", "--cache", "off", "--out", "run", says=says)
+
+
+def test_figure2_writes_over_no_input(refused, here, photo_folder, vgg_file, vgg_options):
+    Path("out/residual").mkdir(parents=True)
+    Path("photo.png").rename("out/figure2.png")
+    options = "figure2", "--out", "out", "--size", 16, "--data", photo_folder, "--style"
+    says = f"out/figure2.png: would overwrite an input ({here / 'out/figure2.png'}); name another output"
+    refused(*options, "out/figure2.png", *vgg_options, says=says)
+    refused(*options, photo_folder / "0.jpg", *vgg_options, "--data", "out", says=says)
+    for folder in ("residual", "non-residual"):
+        file = Path("out", folder, "losses.csv")
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(vgg_file, file)
+        refused(
+            *options, photo_folder / "0.jpg", "--vgg", file, says=f"{file}: would overwrite an input ({here / file})"
+        )
+        file.unlink()
+
+
 def test_upper_case_is_no_disguise_where_the_system_ignores_case(ignoring_case, here, run, refused, model):
     refused(
         "stylize", "photo.png", "-o", "PHOTO.PNG", "--model", model, says="PHOTO.PNG: would overwrite an input (photo"

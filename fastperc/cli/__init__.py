@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def flush_streams() -> int:
-    """Flushes stdout and stderr; returns 0, or the exit status if nobody reads one any more or stdout cannot be written.
+    """Flushes stdout and stderr; returns 0, or the exit status if one has no reader or stdout cannot be written.
 
     Python flushes them once more when it exits. What is left in one that fails goes nowhere then.
     """

@@ -36,10 +36,17 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.cli.train import recipe_from
-    from fastperc.training.figure2 import table, train_both
-    from fastperc.training.run_folder import RESIDUAL
+    from fastperc.files import check_overwrites
+    from fastperc.photos.folders import search
+    from fastperc.training.figure2 import RUNS, table, train_both, with_blocks
+    from fastperc.training.resume import check_inputs
+    from fastperc.training.run_folder import FIGURE, RESIDUAL, is_output
 
     recipe = recipe_from(arguments, arguments.out / RESIDUAL)
+    photos = (path for path in search(recipe.data).images if not is_output(path))
+    check_overwrites([arguments.out / FIGURE], [recipe.style, *filter(None, [recipe.vgg]), *photos])
+    for name, residual in RUNS.items():  # before the first is trained
+        check_inputs(with_blocks(recipe, residual), arguments.out / name, arguments.resume)
     command = resume_command("figure2", arguments.out)
     losses = train_both(recipe, arguments.out, arguments.resume, command)
     if losses is not None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastperc.devices import computes_in
 from fastperc.errors import InputError
-from fastperc.files import check_writable
+from fastperc.files import check_overwrites, check_writable
 from fastperc.progress import say, silent
 from fastperc.training import previews
 from fastperc.training.average import WeightAverage, first_averaged
@@ -25,6 +25,7 @@ from fastperc.training.resume import (
     State,
     iterations_done,
     load_checkpoint,
+    check_inputs,
     load_initial_weights,
     save,
 )
@@ -60,14 +61,15 @@ def train(recipe: Recipe, out: Path, resume: bool = False, command: str | None =
     says where it stopped.
 
     Raises:
-        InputError: something in the recipe cannot be used, ``out`` holds a run and ``resume`` is false, or another
-            process trains there.
+        InputError: something in the recipe cannot be used, ``out`` holds a run and ``resume`` is false, a file there
+            that would be written is an input, or another process trains there.
         FloatingPointError: the loss or a weight is no longer finite. The last checkpoint stays as it was.
     """
     with join_processes(recipe.device) as processes, silent(not processes.is_first):
         if recipe.batch % processes.count:
             raise InputError(f"a batch of {recipe.batch} cannot be shared evenly by {processes.count} processes")
         with processes.first_before_others():  # the check creates folders and removes them again
+            check_inputs(recipe, out, resume)
             check_writable(out / CHECKPOINT)
         with locked(out) if processes.is_first else nullcontext():
             step = run_iterations(prepare(recipe, out, resume, processes))
@@ -98,6 +100,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool, processes: Processes) -> Ru
     state = State(task.net, adam(task.net.parameters(), recipe.lr, device), average)
     with processes.first_before_others():  # the first may pack the photos
         crops = PhotoCrops(recipe.data, recipe.size, recipe.seed, recipe.resize, cache=recipe.cache == "auto")
+    check_overwrites((out / PREVIEWS).glob("[0-9]*.png"), crops.paths)
     contents = contents_of(getattr(recipe, "style", None), task.loss, recipe.data, crops.paths)
     if start:
         load_checkpoint(recipe, contents, out, state)

@@ -16,10 +16,11 @@ from torch import nn
 
 from fastperc import checkpoints
 from fastperc.errors import InputError
+from fastperc.files import check_overwrites
 from fastperc.training.average import WeightAverage, first_averaged
 from fastperc.training.contents import check_same_contents
 from fastperc.training.recipe import FILES, FREE_TO_CHANGE, Recipe
-from fastperc.training.run_folder import CHECKPOINT, MODEL
+from fastperc.training.run_folder import CHECKPOINT, LOCK, LOSSES, MODEL
 
 
 class State(NamedTuple):
@@ -89,6 +90,23 @@ def iterations_done(recipe: Recipe, out: Path, resume: bool) -> int:
     saved_run = read_run(type(recipe), checkpoint)
     check_same_recipe(saved_run, recipe, checkpoint)
     return saved_run.step
+
+
+def check_inputs(recipe: Recipe, out: Path, resume: bool) -> None:
+    """Checks that the run in ``out`` writes over no file that it reads, and over no network that another run has left.
+
+    Photos are not looked at.
+
+    Raises:
+        InputError: it would, or as :func:`iterations_done`.
+    """
+    start = iterations_done(recipe, out, resume)
+    read = {name: getattr(recipe, name, None) for name in FILES - {"data"}}
+    if start:
+        read["init"] = None  # the checkpoint takes its place
+    check_overwrites((out / name for name in (MODEL, CHECKPOINT, LOSSES, LOCK)), filter(None, read.values()))
+    if not resume and (out / MODEL).exists():
+        raise InputError(f"{out / MODEL}: would be overwritten; name another folder")
 
 
 def check_same_recipe(saved_run: SavedRun, recipe: Recipe, checkpoint: Path) -> None:
