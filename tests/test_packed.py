@@ -9,9 +9,11 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pictures import picture
+from PIL import Image
 
 from fastperc import InputError
 from fastperc.files import cache_folder
@@ -96,6 +98,33 @@ def test_damaged_packs_are_made_anew(photos, damage):
         (place / "index.json").write_text('{"bytes": 1000, "pho')
     assert same(PhotoCrops(photos, 16), PhotoCrops(photos, 16, cache=True))
     assert len(packs()) == 1 and packs()[0] == place
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["packed", "decoded"])
+@pytest.mark.parametrize("resize", [True, False, (24, 40)], ids=["resized", "own-pixels", "several-scales"])
+def test_colors_hidden_under_transparency_are_not_seen(tmp_path, resize, cache):
+    levels = np.zeros((40, 40, 4), np.uint8)  # black that is transparent, and a white disc
+    y, x = np.mgrid[:40, :40] - 19.5
+    levels[x**2 + y**2 < 15**2] = 255
+    Image.fromarray(levels).save(tmp_path / "disc.png")
+    crops = PhotoCrops(tmp_path, 24, 0, resize, cache=cache)
+    assert all((crops[i][0] == 255).all() for i in range(4))
+
+
+def test_packs_of_an_older_version_are_neither_read_nor_kept(photos, monkeypatch):
+    version = packed.FORMAT
+    monkeypatch.setattr(packed, "FORMAT", 1)
+    PhotoCrops(photos, 16, cache=True)
+    (older,) = packs()
+    monkeypatch.setattr(packed, "FORMAT", version)
+    PhotoCrops(photos, 16, cache=True)
+    assert version > 1 and len(packs()) == 1 and packs() != [older]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_not_waited_for(photos):
+    os.mkfifo(photos / "pipe.png")
+    assert same(PhotoCrops(photos, 16), PhotoCrops(photos, 16, cache=True))
 
 
 def test_a_killed_runs_folder_is_never_read_and_is_removed_later(photos, monkeypatch):

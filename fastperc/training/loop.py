@@ -23,9 +23,9 @@ from fastperc.training.processes import Processes, data_parallel, join_processes
 from fastperc.training.recipe import Recipe, Task, learning_rate
 from fastperc.training.resume import (
     State,
+    check_inputs,
     iterations_done,
     load_checkpoint,
-    check_inputs,
     load_initial_weights,
     save,
 )

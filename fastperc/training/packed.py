@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 from fastperc.errors import InputError
-from fastperc.files import PathLike, cache_folder
+from fastperc.files import PathLike, cache_folder, check_readable
 from fastperc.photos.photo import MAX_PIXELS, read_image
 from fastperc.progress import say, track
 from fastperc.training.prefetch import prefetch
 
-FORMAT = 1  # version of the two files
+FORMAT = 2  # version of the two files
 PIXELS_FILE, INDEX_FILE = "photos.u8", "index.json"
 MAX_BYTES = 32 << 30  # photos that would take more than this, or more than half of the free disk space, are not packed
 ABANDONED_AFTER = 3600.0  # seconds since the last write, after which a temporary folder is a killed run's
@@ -94,7 +94,7 @@ def open_or_pack(source: PhotoSource) -> PackedPhotos | None:
         return None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_outdated(target)
+        _remove_outdated(source, target)
         if needed > min(MAX_BYTES, shutil.disk_usage(target.parent).free // 2):
             say(f"not packing the photos, which would take {_format_bytes(needed)}; decoding them as needed")
             return None
@@ -113,7 +113,7 @@ def read_for_crops(path: PathLike, size: int, fit: Fit) -> np.ndarray[Any, Any]:
     Raises:
         InputError: it cannot be read, or is so long and thin that it would have more than ``MAX_PIXELS`` pixels.
     """
-    image = read_image(path, enough=None if fit == "at least" else size).rgb
+    image = read_image(path, enough=None if fit == "at least" else size).visible()
     scale = _scale_of(image, size, fit)
     width, height = (max(1 if fit == "at most" else size, round(side * scale)) for side in image.size)
     if width * height > MAX_PIXELS:
@@ -168,25 +168,32 @@ def _write_files(source: PhotoSource, folder: Path) -> None:
 
 def _cached_folder(source: PhotoSource) -> Path:
     """Where the packed photos belong. The name is two hashes: of what they are packed for, and of the files' state."""
-    fit = {"exactly": True, "at least": False}.get(source.fit, source.fit)  # so that older packs are found
-    purpose = [FORMAT, os.path.realpath(source.folder), source.size, fit]
     files = []
     for path in source.paths:
         with suppress(OSError):  # a file that is gone counts as unreadable later
             status = path.stat()
             files.append([str(path.relative_to(source.folder)), status.st_size, status.st_mtime_ns])
-    return cache_folder() / "photos" / f"{_hash(purpose)}-{_hash(files)}"
+    return cache_folder() / "photos" / f"{_purpose(source, FORMAT)}-{_hash(files)}"
+
+
+def _purpose(source: PhotoSource, version: int) -> str:
+    """A hash of what photos are packed for, in files of ``version``."""
+    fit = {"exactly": True, "at least": False}.get(source.fit, source.fit)  # as version 1 has it
+    return _hash([version, os.path.realpath(source.folder), source.size, fit])
 
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogateescape")).hexdigest()[:20]
 
 
-def _remove_outdated(target: Path) -> None:
-    """Removes what ``target`` replaces, packed from an older state of the files or damaged, and killed runs' rests."""
-    purpose = target.name.partition("-")[0]
-    for outdated in target.parent.glob(f"{purpose}-*"):
-        shutil.rmtree(outdated, ignore_errors=True)
+def _remove_outdated(source: PhotoSource, target: Path) -> None:
+    """Removes what ``target`` replaces: photos packed from older files or in an older version, or damaged.
+
+    Removes the temporary folders that killed runs have left, too.
+    """
+    for version in range(1, FORMAT + 1):
+        for outdated in target.parent.glob(f"{_purpose(source, version)}-*"):
+            shutil.rmtree(outdated, ignore_errors=True)
     for temporary in target.parent.glob(".*"):
         with suppress(OSError):
             last_write = max(entry.stat().st_mtime for entry in (temporary, *temporary.iterdir()))
@@ -199,7 +206,7 @@ def _bytes_needed(source: PhotoSource) -> int:
 
     def area(path: Path) -> float:
         try:
-            with Image.open(path) as image:
+            with Image.open(check_readable(path)) as image:
                 width, height = image.size
                 return width * height * _scale_of(image, source.size, source.fit) ** 2
         except Exception:  # Pillow raises whatever the damage provokes
