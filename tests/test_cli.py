@@ -142,9 +142,13 @@ def test_bench_times_each_size(run, model):
     status, out, err = run("bench", "--model", model, "--sizes", "16,33x24", "--device", "cpu")
     assert status == 0, err
     head, *lines = out.splitlines()[1:]
-    assert head.split() == ["image", "PyTorch", "fastperc", "in", "bfloat16", "pictures/s"]
-    assert [line.split()[0] for line in lines] == ["16×16", "33×24"]
-    assert all(float(number) > 0 for line in lines for number in line.split()[1:])
+    assert head.split() == ["image", "PyTorch", "fastperc", "pictures/s", "in", "bfloat16", "pictures/s"]
+    assert [line.split()[0] for line in lines] == ["16x16", "33x24"]
+    for line in lines:
+        stock, *frozen = map(float, line.split()[1:])
+        assert stock > 0
+        for milliseconds, speed in zip(frozen[::2], frozen[1::2], strict=True):
+            assert speed == pytest.approx(1000 / milliseconds, rel=2e-3)
 
 
 @pytest.mark.parametrize("sizes", ["15", "16x", "16x16x16", "large", "-20"])

@@ -211,3 +211,18 @@ def test_a_line_says_that_the_first_frame_alone_is_used(run, here, model, sr_mod
     status, _, err = run(*command.split(), *options)
     assert status == 0
     assert err.count(f"data/a.{suffix}: holds 3 frames; only the first is used\n") == 1
+
+
+@pytest.mark.parametrize("command", ["optimize", "train"])
+def test_the_frames_of_a_painting_are_counted(run, here, vgg_options, command):
+    frames = [picture(32, 24, seed=i) for i in range(3)]
+    frames[0].save("painting.gif", save_all=True, append_images=frames[1:])
+    options = "--style", "painting.gif", "--style-size", 16, "--iterations", 1, *vgg_options
+    if command == "optimize":
+        result = run("optimize", "photo.png", "-o", "out.png", *options)
+    else:
+        Path("photos").mkdir()
+        Path("photo.png").rename("photos/photo.png")
+        result = run("train", "--data", "photos", "--out", "run", "--size", 16, "--workers", 0, *options)
+    assert result.status == 0, result.err
+    assert result.err.count("painting.gif: holds 3 frames; only the first is used\n") == 1

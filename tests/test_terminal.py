@@ -60,6 +60,7 @@ def test_names_that_the_terminal_cannot_print(here, model, name, environment):
 def test_commands_about_the_machine_print_on_a_terminal_without_unicode(here, model, command):
     result = fastperc(*command.split(), *([model] if "bench" in command else []), **ASCII)
     assert (result.returncode, result.stderr) == (0, b"") and result.stdout.isascii()
+    assert b"\\x" not in result.stdout, "nothing had to be escaped"
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,13 @@ from fastperc.engine import freeze
 from fastperc.tools.tuning import seconds
 
 ROUNDS = 5
+SPEED = "pictures/s"
 
 
 def report(net: nn.Module, sizes: Iterable[tuple[int, int]], device: torch.device) -> str:
     """A table with one line for each size: milliseconds a picture in plain PyTorch, frozen in float32 and in bfloat16.
+
+    The pictures a second beside each time of a frozen network are of that time.
 
     Args:
         net: a style network on ``device``, in eval mode.
@@ -28,16 +31,20 @@ def report(net: nn.Module, sizes: Iterable[tuple[int, int]], device: torch.devic
         "fastperc": freeze(net),
         "in bfloat16": freeze(net, torch.bfloat16),
     }
+    columns = [name for painter in painters for name in ([painter] if painter == "PyTorch" else [painter, SPEED])]
     lines = [
         f"{device_name(device)}, torch {torch.__version__}; milliseconds a picture, the median of {ROUNDS}",
-        f"{'image':<12}" + "".join(f"{name:>13}" for name in painters) + f"{'pictures/s':>13}",
+        f"{'image':<12}" + "".join(f"{name:>13}" for name in columns),
     ]
     for width, height in sizes:
         image = torch.rand(1, 3, height, width, device=device).contiguous(memory_format=torch.channels_last)
-        times = [1000 * measure(paint, image, device) for paint in painters.values()]
-        lines.append(
-            f"{f'{width}×{height}':<12}" + "".join(f"{ms:13.4g}" for ms in times) + f"{1000 / times[-1]:13.4g}"
-        )
+        line = f"{f'{width}x{height}':<12}"
+        for name, paint in painters.items():
+            seconds_a_picture = measure(paint, image, device)
+            line += f"{1000 * seconds_a_picture:13.4g}"
+            if name != "PyTorch":
+                line += f"{1 / seconds_a_picture:13.4g}"
+        lines.append(line)
     return "\n".join(lines)
 
 

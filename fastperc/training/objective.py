@@ -11,7 +11,7 @@ from fastperc.errors import InputError
 from fastperc.files import PathLike
 from fastperc.losses import PerceptualLoss, PixelLoss
 from fastperc.models import VGG16Features
-from fastperc.photos.photo import read_image
+from fastperc.photos.photo import read_first_frame
 from fastperc.presets import MINIMUM_SIDE
 
 FEATURE_LAYER = "relu2_2"  # of VGG-16: what super-resolution compares
@@ -57,12 +57,14 @@ def build_loss(
 def read_style(path: PathLike, short_side: int) -> Tensor:
     """A painting, RGB in 0–1 [1, 3, H, W], resized to ``short_side`` pixels on its shorter side.
 
+    Of several frames it is the first, and a line says so.
+
     Raises:
         InputError: it cannot be read, or would be too small or too large.
     """
     if short_side < MINIMUM_SIDE:
         raise InputError(f"the painting's shorter side must have at least {MINIMUM_SIDE} pixels, not {short_side}")
-    photo = read_image(path)
+    photo = read_first_frame(path)
     width, height = photo.rgb.size
     try:
         return photo.resized(round(short_side * max(width, height) / min(width, height))).tensor()
