@@ -256,6 +256,37 @@ def test_train_refuses_bad_data(refused, here, vgg_options, kind):
             says=says.get(kind, "data: no such folder"))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--data", "."], ": no images in this folder"),
+        (["--init", "nowhere"], "nowhere: no such file"),
+    ],
+    ids=["data", "no-photos", "init"],
+)
+@pytest.mark.parametrize("command", ["train", "figure2", "sr train"])
+def test_nothing_is_downloaded_before_the_files_are_there(
+    refused, here, monkeypatch, photo_folder, command, options, says
+):
+    def fetch():
+        raise AssertionError
+
+    monkeypatch.setattr("fastperc.models.vgg.fetch_torchvision_weights", fetch)
+    if command == "figure2" and "--init" in options:
+        pytest.skip("figure2 has no --init")
+    Path("photo.png").unlink()
+    task = ["--loss", "feature"] if command == "sr train" else ["--style", photo_folder / "0.jpg"]
+    refused(*command.split(), "--data", photo_folder, *task, *options, "--out", "new/run", says=says)
+
+
+def test_train_without_options_names_the_run_in_the_folder(refused, here):
+    Path("run").mkdir()
+    Path("run/checkpoint.safetensors").touch()
+    for command in (["train"], ["sr", "train"]):
+        refused(*command, "--out", "run", says="run: holds a run, which --resume continues; to begin another, the foll")
+
+
 def test_train_refuses_a_folder_that_holds_a_run(refused, here, photo_folder, vgg_options):
     Path("run").mkdir()
     Path("run/checkpoint.safetensors").write_bytes(b"another run")

@@ -272,7 +272,11 @@ def recipe_of(
         return replace(saved, **recipe_fields(kind, {"device": saved.device} | given), **others)
     missing = [option for option in arguments.required if option.removeprefix("--") not in given]
     if missing:
-        reason = f"{arguments.out}: holds no run to resume; " if arguments.resume else ""
+        reason = ""
+        if arguments.resume:
+            reason = f"{arguments.out}: holds no run to resume; "
+        elif run is not None and (run / CHECKPOINT).exists():
+            reason = f"{arguments.out}: holds a run, which --resume continues; to begin another, "
         raise InputError(f"{reason}the following arguments are required: {', '.join(missing)}")
     options = arguments.defaults | given
     return kind(**recipe_fields(kind, options), **(other_fields(options, None) if other_fields else {}))

@@ -16,7 +16,8 @@ from torch import nn
 
 from fastperc import checkpoints
 from fastperc.errors import InputError
-from fastperc.files import check_overwrites
+from fastperc.files import check_overwrites, check_readable
+from fastperc.photos.folders import search, search_and_say
 from fastperc.training.average import WeightAverage, first_averaged
 from fastperc.training.contents import check_same_contents
 from fastperc.training.recipe import FILES, FREE_TO_CHANGE, Recipe
@@ -93,18 +94,20 @@ def iterations_done(recipe: Recipe, out: Path, resume: bool) -> int:
 
 
 def check_inputs(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Checks that the run in ``out`` writes over no file that it reads, and over no network that another run has left.
-
-    Photos are not looked at.
+    """Checks that the files of ``recipe`` are there, before anything is downloaded or computed, and that the run in
+    ``out`` writes over none of them and over no network that another run has left.
 
     Raises:
-        InputError: it would, or as :func:`iterations_done`.
+        InputError: a file is missing or would be overwritten, there are no photos, or as :func:`iterations_done`.
     """
     start = iterations_done(recipe, out, resume)
-    read = {name: getattr(recipe, name, None) for name in FILES - {"data"}}
-    if start:
-        read["init"] = None  # the checkpoint takes its place
-    check_overwrites((out / name for name in (MODEL, CHECKPOINT, LOSSES, LOCK)), filter(None, read.values()))
+    names = [name for name in ("style", "vgg", "init") if not (start and name == "init")]  # the checkpoint replaces it
+    files = [file for file in (getattr(recipe, name, None) for name in names) if file is not None]
+    for file in files:
+        check_readable(file)
+    if not search(recipe.data).images:
+        search_and_say(recipe.data)  # raises the error
+    check_overwrites((out / name for name in (MODEL, CHECKPOINT, LOSSES, LOCK)), files)
     if not resume and (out / MODEL).exists():
         raise InputError(f"{out / MODEL}: would be overwritten; name another folder")
 
