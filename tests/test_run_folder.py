@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from pictures import picture
+from refusals import check_refused
 
 from fastperc.errors import InputError
 from fastperc.training.run_folder import CHECKPOINT, LOCK, is_output, locked
@@ -76,3 +81,50 @@ def test_the_figure_of_two_runs_is_no_photo(tmp_path):
     (tmp_path / "residual").mkdir()
     (tmp_path / "residual" / CHECKPOINT).touch()
     assert is_output(tmp_path / "figure2.png") and not is_output(tmp_path / "figure3.png")
+
+
+NOT_FILES = {
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "loop": lambda path: path.symlink_to(path.name),
+    "huge": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FILES)
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "model.safetensors", "losses.csv", "previews", ".lock"])
+def test_what_is_in_the_way_in_a_folder_is_refused_before_training(
+    run, here, photo_folder, vgg_options, monkeypatch, kind, name
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here.parent / "cache"))
+    options = "--data", photo_folder, "--size", 16, "--workers", 0, "--width", 4, "--batch", 1, *vgg_options
+    assert run("train", "--style", "photo.png", "--out", "run", "--iterations", 1, *options).status == 0
+    path = Path("run", name)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    NOT_FILES[kind](path)
+    resume = "train", "--resume", "--out", "run", "--iterations", 2
+    if (kind, name) in {("huge", "model.safetensors"), ("folder", "previews")}:
+        assert run(*resume).status == 0
+    elif (kind, name) == ("loop", "checkpoint.safetensors"):
+        check_refused(run, here, *resume, says="run: holds no run to resume")
+    elif (kind, name) == ("loop", "model.safetensors"):
+        check_refused(run, here, *resume, says="run/model.safetensors: cannot be written (")
+    else:
+        check_refused(run, here, *resume, says=f"run/{name}")
+
+
+@pytest.mark.parametrize("option", ["--style", "--vgg", "--data", "--init"])
+def test_an_input_that_is_a_loop_of_links_is_refused(run, here, photo_folder, vgg_file, option):
+    Path("loop").symlink_to("loop")
+    picture(40, 30).save("painting.png")
+    inputs = {"--style": "painting.png", "--vgg": vgg_file, "--data": photo_folder, option: "loop"}
+    options = [text for pair in inputs.items() for text in pair]
+    check_refused(run, here, "train", *options, "--size", 16, "--out", "new", says="loop: ")
+
+
+def test_a_painting_of_a_terabyte_is_refused(run, here, photo_folder, vgg_options):
+    os.truncate("photo.png", 1 << 40)
+    options = "--style", "photo.png", "--data", photo_folder, *vgg_options, "--size", 16, "--out", "new"
+    check_refused(run, here, "train", *options, says="photo.png: has more than 4 GiB")

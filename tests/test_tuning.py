@@ -116,3 +116,17 @@ def test_a_cache_that_cannot_be_written_is_told_before_measuring(run, tmp_path, 
     status, out, err = run("tune", "--device", "cpu")
     assert (status, out) == (2, "") and err.startswith("fastperc tune: ") and "cannot be written" in err
     assert not fake_operation
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_damaged_table_is_a_line(run, tmp_path):
+    path = dispatch.path_of(CPU)
+    path.parent.mkdir(parents=True)
+    path.write_text("no table")
+    status, out, err = run("tune", "--show", "--device", "cpu")
+    assert (status, out) == (0, f"there is no table, {path}\n")
+    assert err.startswith(f"fastperc tune: {path}: ignored, not a table of `fastperc tune` or damaged")
+    assert err.count("\n") == 1
+    path.unlink()
+    path.mkdir()
+    assert run("tune", "--clear", "--device", "cpu") == (2, "", f"fastperc tune: {path}: is a folder, not a table\n")

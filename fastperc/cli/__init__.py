@@ -8,6 +8,7 @@ import logging
 import os
 import select
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
@@ -80,8 +81,14 @@ def run_command(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Pillow's exceptions say what its log says
+
+    def print_warning(message: Warning | str, *details: object, **more: object) -> None:
+        print(f"{arguments.prog}: {one_line(str(message))}", file=sys.stderr)
+
     try:
-        return guarded(arguments.run)(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = print_warning
+            return guarded(arguments.run)(arguments)
     except InputError as error:
         status, message = BAD_INPUT, str(error)
     except KeyboardInterrupt:

@@ -305,5 +305,5 @@ def recipe_fields(recipe: type[Recipe], given: Mapping[str, Any]) -> dict[str, A
     from fastperc.training.recipe import FILES
 
     values = {field.name: given[field.name] for field in fields(recipe) if field.name in given}
-    files = {name: str(values[name].resolve()) for name in FILES if values.get(name)}
+    files = {name: os.path.realpath(values[name]) for name in FILES if values.get(name)}
     return values | files | dict(device=str(find_device(given["device"])))

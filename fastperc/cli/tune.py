@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from fastperc.cli.options import add_device, positive
+from fastperc.errors import InputError
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -40,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = find_device(arguments.device)
     path = dispatch.path_of(device)
     if arguments.clear:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, not a table")
         print(f"removed {path}" if dispatch.clear(device) else f"there was no table, {path}")
         return 0
     if arguments.show:

@@ -29,7 +29,7 @@ from fastperc.training.resume import (
     load_initial_weights,
     save,
 )
-from fastperc.training.run_folder import CHECKPOINT, MODEL, PREVIEWS, locked
+from fastperc.training.run_folder import CHECKPOINT, LOCK, LOSSES, MODEL, PREVIEWS, locked
 from fastperc.training.signals import stop_requests
 from fastperc.training.step import TrainStep, adam
 
@@ -70,7 +70,8 @@ def train(recipe: Recipe, out: Path, resume: bool = False, command: str | None =
             raise InputError(f"a batch of {recipe.batch} cannot be shared evenly by {processes.count} processes")
         with processes.first_before_others():  # the check creates folders and removes them again
             check_inputs(recipe, out, resume)
-            check_writable(out / CHECKPOINT)
+            for name in (CHECKPOINT, MODEL, LOSSES, f"{PREVIEWS}/{1:06d}.png", LOCK):
+                check_writable(out / name)
         with locked(out) if processes.is_first else nullcontext():
             step = run_iterations(prepare(recipe, out, resume, processes))
         if step >= recipe.iterations:

@@ -23,6 +23,8 @@ from fastperc.training.contents import check_same_contents
 from fastperc.training.recipe import FILES, FREE_TO_CHANGE, Recipe
 from fastperc.training.run_folder import CHECKPOINT, LOCK, LOSSES, MODEL
 
+MAX_BYTES = 4 << 30  # of each file that a run reads whole
+
 
 class State(NamedTuple):
     """What changes while a network is trained."""
@@ -103,8 +105,10 @@ def check_inputs(recipe: Recipe, out: Path, resume: bool) -> None:
     start = iterations_done(recipe, out, resume)
     names = [name for name in ("style", "vgg", "init") if not (start and name == "init")]  # the checkpoint replaces it
     files = [file for file in (getattr(recipe, name, None) for name in names) if file is not None]
-    for file in files:
-        check_readable(file)
+    written_before = [out / name for name in (LOSSES, LOCK) if (out / name).exists()]
+    for file in (*files, *written_before):
+        if check_readable(file).stat().st_size > MAX_BYTES:
+            raise InputError(f"{file}: has more than {MAX_BYTES >> 30} GiB")
     if not search(recipe.data).images:
         search_and_say(recipe.data)  # raises the error
     check_overwrites((out / name for name in (MODEL, CHECKPOINT, LOSSES, LOCK)), files)
