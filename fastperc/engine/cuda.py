@@ -3,17 +3,80 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastperc.engine.frames import as_nchw
 
+T = TypeVar("T")
 GRAPHS = 8  # the shapes whose CUDA graphs are kept
 SHAPES = 64  # the shapes that are remembered
+
+
+def record(run: Callable[[], T], stream: torch.cuda.Stream, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Records ``run`` as a CUDA graph on ``stream``; computes nothing.
+
+    Args:
+        run: launches what the graph computes; all of it has run before on ``stream``, so that libraries have chosen.
+        stream: not the default one.
+        pool: of ``torch.cuda.graph_pool_handle``, for graphs that never run at the same time. Default: a new one.
+
+    Returns:
+        The graph, and what ``run`` returned: each replay overwrites it.
+
+    Raises:
+        RuntimeError: an operation in ``run`` cannot be recorded. ``run`` can then be called without recording.
+    """
+    pool = pool or torch.cuda.graph_pool_handle()
+    graph = torch.cuda.CUDAGraph()
+    first: BaseException | None = None
+    try:
+        # The outer block restores the current stream: the inner one does not if the capture failed. "thread_local":
+        # other threads may go on pinning memory.
+        capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(stream), capture:
+            try:
+                result = run()
+            except BaseException as error:
+                first = error
+                raise
+    except BaseException as error:
+        _end_failed_capture(stream.device, pool)
+        raise first or error from None  # ending the capture raised another error, which says less
+    finally:
+        del first  # its traceback holds this frame, and tensors of the failed run
+    return graph, result
+
+
+def _end_failed_capture(device: torch.device, pool: Any) -> None:
+    """Ends what PyTorch leaves under way when a capture fails.
+
+    Up to torch 2.11 at least, ``capture_end`` raises the capture's error before it tells the allocator and the random
+    number generator that the capture is over. Then freeing memory and drawing random numbers would fail.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except (AttributeError, RuntimeError):  # PyTorch has done it itself, and so releases the pool with the graph
+        pass
+    else:
+        torch._C._cuda_releasePool(device.index, pool)
+    generator = torch.cuda.default_generators[device.index]
+    offset = generator.get_offset()
+    try:
+        torch.rand((), device=device)
+    except RuntimeError:  # a copy of the generator's state is not in a capture
+        generator.graphsafe_set_state(generator.clone_state())
+    generator.set_offset(offset)
+
+
+def reason_of(error: RuntimeError) -> str:
+    """``error`` in a line, for a message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class Graph(NamedTuple):
@@ -28,7 +91,8 @@ class Graphs:
     """The CUDA graphs of an engine's passes, one for each shape; the least recently used is dropped first.
 
     A shape's second call records its graph: for a single picture that would take longer than it saves. Only one runs
-    at a time, also with several streams and threads, so all share one pool of memory.
+    at a time, also with several streams and threads, so all share one pool of memory. If a pass cannot be recorded,
+    every pass runs operation by operation from then on, after a warning that says why.
     """
 
     def __init__(self) -> None:
@@ -37,6 +101,7 @@ class Graphs:
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None  # recorded after the last replay
         self._pool: Any = None
+        self._may_record = True
 
     def run(self, key: Hashable, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Tensor:
         """``paint(image)``; from the second call with a ``key`` on by its graph."""
@@ -46,7 +111,9 @@ class Graphs:
             stream = torch.cuda.current_stream()
             if self._done is not None:
                 stream.wait_event(self._done)
-            kept = self._kept.pop(key, None) or self._record(image, paint)
+            kept = self._kept.pop(key, None) or self._try_to_record(image, paint)
+            if kept is None:
+                return paint(image)
             self._kept[key] = kept
             kept.image.copy_(image)
             kept.graph.replay()
@@ -67,6 +134,17 @@ class Graphs:
                 self._seen.popitem(last=False)
         return new
 
+    def _try_to_record(self, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Graph | None:
+        """The graph, or ``None`` if it cannot be recorded."""
+        try:
+            return self._record(image, paint) if self._may_record else None
+        except torch.OutOfMemoryError:  # for this picture: a graph keeps memory of its own
+            return None
+        except RuntimeError as error:
+            self._may_record = False
+            warnings.warn(f"painting goes on without CUDA graphs: {reason_of(error)}", stacklevel=2)
+            return None
+
     @torch.inference_mode(False)  # tensors made in that mode could not be written outside of it
     @torch.no_grad()
     def _record(self, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Graph:
@@ -79,9 +157,7 @@ class Graphs:
                 paint(static)
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            picture = paint(static)
+        graph, picture = record(lambda: paint(static), stream, self._pool)
         return Graph(graph, static, picture)
 
 

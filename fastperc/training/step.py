@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastperc.engine import cuda
 from fastperc.progress import say
 from fastperc.training.transfer import DirectTransfer, OverlappedTransfer
 
@@ -63,12 +64,9 @@ def record(run: Callable[[], Any]) -> Recording:
     """Records ``run`` as a CUDA graph on the current stream, without computing anything.
 
     Raises:
-        RuntimeError: an operation in it cannot be recorded.
+        RuntimeError: an operation in it cannot be recorded. It can then run without recording.
     """
-    graph = torch.cuda.CUDAGraph()
-    # "thread_local": other threads may go on pinning memory for later batches.
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-        terms = run()
+    graph, terms = cuda.record(run, torch.cuda.current_stream())
     return Recording(graph.replay, terms)
 
 
@@ -139,8 +137,7 @@ class TrainStep:
             self.recording = record(lambda: self._run(levels))
         except RuntimeError as error:
             self.may_record = False
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            say(f"training goes on without a CUDA graph: {reason}")
+            say(f"training goes on without a CUDA graph: {cuda.reason_of(error)}")
 
     def _set_learning_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
