@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from test_step import FixedAddress, Terms, batches, build, equal, objective, rate, trained
+from steps import FixedAddress, Terms, batches, build, equal, objective, rate, trained
 
 from fastperc import TransformNet
 from fastperc.engine import cuda
