@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastperc import backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
-from fastperc.ops import onednn
+from fastperc.ops import cudnn, onednn
 from fastperc.ops.common import (
     channels_adjacent,
     channels_last,
@@ -166,24 +165,17 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Paddi
 def _why_not_cudnn(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
 ) -> str | None:
-    if x.device.type != "cuda":
-        return f"cuDNN runs on GPUs, not on {x.device.type} tensors"
     if reason := why_not_frozen(x, weight, bias, epilogue=epilogue):
         return reason
-    if not torch.backends.cudnn.is_available() or x.dtype == torch.float64:
-        return "cuDNN is not available, or not for this dtype"
     if epilogue.norm is not None or epilogue.activation is None or not symmetric(padding):
         return "cuDNN fuses a bias, a skip and a ReLU, no less and no more"
-    return None
+    return cudnn.why_not(x, weight, stride, epilogue.skip is not None)
 
 
 def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
-    x, weight, bias = channels_last(x), in_dtype(weight, x.dtype), bias.to(x.dtype)
-    left, _, top, _ = padding.sides
-    geometry = [stride, stride], [top, left], [1, 1], 1
-    if epilogue.skip is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-    return torch.cudnn_convolution_add_relu(x, weight, channels_last(epilogue.skip), 1.0, bias, *geometry)
+    x, zeros = padded(channels_last(x), padding)
+    skip = None if epilogue.skip is None else channels_last(epilogue.skip)
+    return cudnn.convolution_relu(x, in_dtype(weight, x.dtype), bias.to(x.dtype), stride, zeros, skip)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
@@ -223,6 +215,7 @@ CONV_BN_RELU = register(
             *INSTANCE_NORM.sources,
             "fastperc/ops/conv_bn_relu.py",
             "fastperc/ops/onednn.py",
+            "fastperc/ops/cudnn.py",
             "kernels/conv_bn_relu.py",
             "kernels/configs.py",
         ),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastperc import backends, kernels
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
+from fastperc.ops import cudnn
 from fastperc.ops.common import channels_last, empty_like, packed
 from fastperc.ops.conv3x3 import CONV3X3, why_not_winograd, why_slow_winograd, winograd
 from fastperc.types import RELU, Epilogue, FrozenConv, Window, same_sides
@@ -190,13 +191,11 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _why_not_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    if x.device.type != "cuda" or not torch.backends.cudnn.is_available():
-        return "cuDNN is not available here"
-    return "there is no ReLU to fuse" if bias is None else None
+    return "there is no ReLU to fuse" if bias is None else cudnn.why_not(x, weight)
 
 
-def _cudnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.cudnn_convolution_relu(x, weight, bias, [1, 1], [1, 1], [1, 1], 1)
+def _cudnn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return cudnn.convolution_relu(x, weight, bias, padding=(1, 1))
 
 
 def _library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -222,6 +221,7 @@ VGG_CONV = register(
         (
             *CONV3X3.sources,
             "fastperc/ops/vgg_chain.py",
+            "fastperc/ops/cudnn.py",
             "kernels/configs.py",
             "kernels/conv_bn_relu.py",
             "kernels/rgb_conv_stem.py",
