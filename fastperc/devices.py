@@ -74,6 +74,11 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
     return torch.cpu._is_amx_tile_supported() or (is_amd and torch.cpu._is_avx512_bf16_supported())
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating-point dtype that ``device`` computes in: Apple's GPU has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def free_memory(device: torch.device) -> float:
     """Free memory in bytes: of the GPU, or of the machine. Infinity where the system does not report it."""
     if device.type == "cuda":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastperc import _native, backends
-from fastperc.devices import find_device, free_memory, gigabytes
+from fastperc.devices import find_device, free_memory, gigabytes, widest_dtype
 from fastperc.engine.cuda import Graphs, Pipeline
 from fastperc.engine.frames import DTYPES, as_given, as_nchw, given
 from fastperc.engine.plan import Plan, cut, forward, parts, plan_of
@@ -54,8 +54,11 @@ def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch
     dtype = first.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+    target = first.device if device is None else find_device(str(device))
+    if torch.promote_types(dtype, widest_dtype(target)) != widest_dtype(target):
+        raise ValueError(f"{target.type} has no {str(dtype).removeprefix('torch.')}; choose another dtype or the CPU")
     with torch.no_grad():
-        return Engine(plan_of(net, dtype, first.device if device is None else find_device(str(device))))
+        return Engine(plan_of(net, dtype, target))
 
 
 class Engine:

@@ -71,17 +71,21 @@ class Step(NamedTuple):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Step:
         """The step with its tensors on ``device`` and in ``dtype``."""
-        norm = self.norm and InstanceNorm(
-            self.norm.weight.to(device, dtype), self.norm.bias.to(device, dtype), self.norm.eps
-        )
-        return self._replace(weight=self.weight.to(device, dtype), bias=self.bias.to(device, dtype), norm=norm)
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(dtype).to(device)  # in this order: not every device can hold the float64 it comes from
+
+        norm = self.norm and InstanceNorm(moved(self.norm.weight), moved(self.norm.bias), self.norm.eps)
+        return self._replace(weight=moved(self.weight), bias=moved(self.bias), norm=norm)
 
     def with_statistics(self, mean: Tensor, variance: Tensor) -> Step:
-        """The step with its instance norm folded in, for an image with these statistics [C], float64."""
+        """The step with its instance norm folded in, for an image with these statistics [C], float64 on the CPU."""
         assert self.norm is not None
-        scale = self.norm.weight.double() / (variance + self.norm.eps).sqrt()
-        weight, bias = scaled(self.weight, self.bias, scale, self.upsample == "transposed")
-        return self._replace(weight=weight, bias=bias + (self.norm.bias - mean * scale).to(bias.dtype), norm=None)
+        device, dtype = self.weight.device, self.weight.dtype
+        scale = self.norm.weight.cpu().double() / (variance + self.norm.eps).sqrt()
+        weight, bias = scaled(self.weight.cpu(), self.bias.cpu(), scale, self.upsample == "transposed")
+        bias = bias + (self.norm.bias.cpu() - mean * scale).to(bias.dtype)
+        return self._replace(weight=weight, bias=bias, norm=None).to(device, dtype)
 
 
 class Part(NamedTuple):
@@ -166,7 +170,8 @@ def _computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def steps_of(layer: nn.Module, name: str = "") -> Iterator[Step]:
-    """The convolutions of a layer, or of several in a row, called ``name``, with copies of the weights in float64.
+    """The convolutions of a layer, or of several in a row, called ``name``, with copies of the weights in float64, on
+    the CPU.
 
     Raises:
         TypeError: a layer that is none of this library's, or computes something else.
@@ -202,8 +207,8 @@ def step_of(conv: Any, norm: Any, name: str, **changes: Any) -> Step:
         raise TypeError(f"freeze takes square convolutions without groups or dilation, not {conv} at {name}")
     if conv.padding_mode not in PADDING_MODES:
         raise ValueError(f"{name}: a frozen convolution cannot pad by {conv.padding_mode!r}")
-    weight = conv.weight.detach().double()
-    bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().double()
+    channels = conv.out_channels
+    weight, bias = _wide(conv.weight, torch.empty(0)), _wide(conv.bias, torch.zeros(channels))
     instance = None
     if norm is not None and not isinstance(norm, nn.Identity):
         measured = isinstance(norm, _NormBase) and norm.running_mean is not None
@@ -211,18 +216,21 @@ def step_of(conv: Any, norm: Any, name: str, **changes: Any) -> Step:
             raise TypeError(
                 f"freeze takes instance norms, and batch norms with running statistics, not {norm} at {name}"
             )
-        shape = conv.out_channels
-        norm_weight = torch.ones(shape, device=weight.device) if norm.weight is None else norm.weight.detach().clone()
-        norm_bias = torch.zeros(shape, device=weight.device) if norm.bias is None else norm.bias.detach().clone()
+        norm_weight, norm_bias = _wide(norm.weight, torch.ones(channels)), _wide(norm.bias, torch.zeros(channels))
         if measured:
-            factor = norm_weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-            transposed = isinstance(conv, nn.ConvTranspose2d)
-            weight, bias = scaled(weight, bias - norm.running_mean.double(), factor, transposed)
-            bias = bias + norm_bias.double()
+            mean, variance = _wide(norm.running_mean, bias), _wide(norm.running_var, bias)
+            factor = norm_weight / (variance + norm.eps).sqrt()
+            weight, bias = scaled(weight, bias - mean, factor, isinstance(conv, nn.ConvTranspose2d))
+            bias = bias + norm_bias
         else:
             instance = InstanceNorm(norm_weight, norm_bias, norm.eps)
     step = Step(name, weight, bias, conv.stride[0], conv.padding[0], conv.padding_mode, norm=instance)
     return step._replace(**changes)
+
+
+def _wide(x: Tensor | None, default: Tensor) -> Tensor:
+    """A copy of ``x``, or ``default`` where there is none, in float64, on the CPU."""
+    return (default if x is None else x.detach()).to("cpu", torch.float64, copy=True)
 
 
 def scaled(weight: Tensor, bias: Tensor, factor: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:

@@ -78,18 +78,19 @@ class Canvas:
             y = self._run([*self.steps[self.start : i], bare], region)
             if kept is not None:
                 kept.write(region, y)
-            mean_here, m2_here = ops.instance_statistics(y)[0].cpu()
+            mean_here, m2_here = ops.instance_statistics(y)[0].cpu().double()
             here = region.height * region.width  # Chan's formula
             count, before = count + here, count
             mean, m2 = (
                 mean + (mean_here - mean) * here / count,
                 m2 + m2_here + (mean_here - mean) ** 2 * before * here / count,
             )
-        mean, variance = mean.to(self.image.device), (m2 / count).to(self.image.device)
+        variance = m2 / count
         self.steps[i] = step.with_statistics(mean, variance)
         if kept is not None:
             for region in regions:
-                kept.write(region, self._normalised(i, step, kept.read(region).to(mean.device), region, mean, variance))
+                y = kept.read(region).to(self.image.device)
+                kept.write(region, self._normalised(i, step, y, region, mean, variance))
             self.maps[i + 1], self.start = kept, i + 1
             needed = i if i + 1 < len(self.steps) and self.steps[i + 1].skip else i + 1
             self.maps = {number: kept for number, kept in self.maps.items() if number >= needed}
@@ -104,7 +105,7 @@ class Canvas:
         """The output of step ``i``, from that without norm, activation and skip."""
         assert step.norm is not None
         wide = torch.promote_types(y.dtype, torch.float32)
-        mean, variance = mean.to(wide), variance.to(wide)
+        mean, variance = mean.to(wide).to(y.device), variance.to(wide).to(y.device)
         y = F.batch_norm(y.to(wide), mean, variance, step.norm.weight, step.norm.bias, eps=step.norm.eps)
         if step.skip:
             y += self.maps[i - 1].read(step.added(region)).to(y.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastperc import _native, backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
+from fastperc.devices import widest_dtype
 from fastperc.ops.common import COMMON_CPP_SOURCES, channels_adjacent, channels_last, why_not_cpp, why_not_frozen
 from fastperc.types import NO_EPILOGUE, Deferred, Epilogue, InstanceNorm
 
@@ -84,10 +85,11 @@ def _triton_apply(x: Tensor, partials: Tensor, epilogue: Epilogue, out: Tensor) 
 
 
 def instance_statistics(x: Tensor) -> Tensor:
-    """Mean and Σ (x - mean)² of each channel of each image of ``x`` [N, C, H, W]: float64 [N, 2, C]."""
+    """Mean and Σ (x - mean)² of each channel of each image of ``x`` [N, C, H, W]: [N, 2, C], float64 where the device
+    has that, else float32."""
     if why_not_cpp(x) is None and x.numel():
         return _native.channel_mean_m2(channels_last(x))
-    variance, mean = torch.var_mean(x.double(), dim=(2, 3), correction=0)
+    variance, mean = torch.var_mean(x.to(widest_dtype(x.device)), dim=(2, 3), correction=0)
     return torch.stack([mean, variance * x[0, 0].numel()], dim=1)
 
 

@@ -33,18 +33,11 @@ def report() -> str:
     else:
         cuda = f"CUDA {build['cuda']} for sm {build['architectures']}" if build["cuda"] else "no CUDA"
         lines.append(f"compiled      {build['compiler']}, {cuda}")
-    devices = [torch.device("cpu")]
+    gpus = _gpus()
+    devices = [torch.device("cpu"), *gpus]
     slow = [str(dtype).removeprefix("torch.") for dtype in HALF if not computes_in(dtype, devices[0])]
     lines.append(f"cpu           {' and '.join(slow) or 'no dtype'} computed in float32, which is faster here")
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        devices.append(torch.device("cuda", index))
-        lines.append(
-            f"cuda:{index:<8} {properties.name}, sm_{properties.major}{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB, driver CUDA {torch.version.cuda}"
-        )
-    if len(devices) == 1:
-        lines.append("gpu           none")
+    lines += [f"{device!s:<13} {description}" for device, description in gpus.items()] or ["gpu           none"]
     for device in devices:
         table = dispatch.table(device)
         tuned = f"{table.path}, {table.date}, {len(table.times)} entries" if table else "no; `fastperc tune` measures"
@@ -56,6 +49,23 @@ def report() -> str:
             backend, reason = _choice(operation, device)
             lines.append(f"{name:<23}{device!s:<9}{backend:<11}{reason}")
     return "\n".join(lines)
+
+
+def _gpus() -> dict[torch.device, str]:
+    """The GPUs that PyTorch sees, each with a description."""
+    gpus = {}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        if torch.version.hip:
+            name = properties.gcnArchName.partition(":")[0]
+            details = f"{name}, {memory}, ROCm {torch.version.hip}; plain PyTorch runs here"
+        else:
+            details = f"sm_{properties.major}{properties.minor}, {memory}, PyTorch for CUDA {torch.version.cuda}"
+        gpus[torch.device("cuda", index)] = f"{properties.name}, {details}"
+    if torch.mps.is_available():
+        gpus[torch.device("mps")] = "Apple's GPU; plain PyTorch runs here, untested"
+    return gpus
 
 
 def _choice(operation: Operation, device: torch.device) -> tuple[str, str]:
