@@ -71,8 +71,9 @@ def pretend(monkeypatch):
 
 
 def arguments(channels=4, dtype=torch.float32, out=8):
-    x = channels_last(torch.randn(2, channels, 9, 7).to(dtype))
-    return x, channels_last(torch.randn(out, channels, 3, 3).to(dtype)), torch.randn(out).to(dtype)
+    like = dict(device="cuda:0", dtype=dtype)
+    x, weight = torch.randn(2, channels, 9, 7, **like), torch.randn(out, channels, 3, 3, **like)
+    return channels_last(x), channels_last(weight), torch.randn(out, **like)
 
 
 def expected(x, weight, bias, skip=0):
@@ -113,7 +114,7 @@ def test_memory_of_the_output_that_holds_nan_does_no_harm(pretend, poisoned):
 def test_a_frozen_networks_convolution_falls_back_too(pretend):
     operators = pretend(fails=lambda channels, dtype, skip: skip)
     x, weight, bias = arguments(8)
-    padding, skip = same_sides(1), torch.randn(2, 8, 9, 7)
+    padding, skip = same_sides(1), torch.randn(2, 8, 9, 7, device="cuda:0")
     with torch.no_grad():
         plain = ops.conv_bn_relu(x, weight, bias, 1, padding, Epilogue(activation=RELU))
         assert operators.calls == 1
