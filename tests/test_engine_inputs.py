@@ -111,7 +111,7 @@ def test_tiles_and_stream_take_them_too(engine, photo):
         (Image.new("I;16", (20, 20)), "mode I;16 has no known range"),
         (Image.new("F", (20, 20)), "mode F has no known range"),
     ],
-    ids=str,
+    ids=["list", "none", "uint16", "complex", "text", "gray", "pil-I;16", "pil-F"],
 )
 def test_refuses(engine, image, message):
     with pytest.raises(ValueError, match=message) as caught:
