@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import struct
 import time
@@ -13,15 +12,12 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from damage import LONGEST, SECONDS, SEED, damaged
 from photo_files import SRGB, exif, png_of_sixteen_bits, tiff, tiff_page
 from pictures import picture
 
 from fastperc import InputError
 from fastperc.photos.photo import read_image, write_image
-
-SECONDS, SEED = float(os.environ.get("FASTPERC_FUZZ_SECONDS", "1")), int(os.environ.get("FASTPERC_FUZZ_SEED", "0"))
-LONGEST = 10.0  # seconds for one file
-NUMBERS = (0, 1, 2, 8, 255, 65535, 2**31 - 1, 2**32 - 1)
 
 
 def encoded(kind, **options):
@@ -52,28 +48,6 @@ def seeds(kind):
         yield encoded("JPEG", exif=exif(_274=6), icc_profile=SRGB, comment=b"comment")
     else:
         yield encoded(kind)
-
-
-def damaged(data, rng):
-    """A copy of ``data`` with some bytes or numbers replaced, removed or repeated; most of them near the start."""
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 4, 8])):
-        if len(data) < 8:
-            break
-        position = rng.randrange(len(data) if rng.random() < 0.5 else min(len(data), 300))
-        way = rng.random()
-        if way < 0.5:
-            data[position] = rng.choice([0, 1, 2, 3, 4, 8, 16, 127, 128, 255, rng.randrange(256)])
-        elif way < 0.75:
-            number = struct.pack(rng.choice("<>") + "I", rng.choice([*NUMBERS, rng.randrange(len(data))]))
-            data[position : position + 4] = number
-        elif way < 0.85:
-            del data[position : position + rng.randrange(1, 20)]
-        elif way < 0.95:
-            data[position:position] = data[position : position + rng.randrange(1, 30)]
-        else:
-            del data[position:]
-    return bytes(data)
 
 
 @pytest.mark.parametrize(
