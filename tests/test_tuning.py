@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastperc import backends, dispatch, ops
+from fastperc import TransformNet, backends, dispatch, ops
 from fastperc.backends import Implementation, Operation, TuningCases
 from fastperc.dispatch import Key
+from fastperc.engine import cuda
 from fastperc.ops import OPERATIONS
 from fastperc.tools import tuning
 
@@ -130,3 +133,81 @@ def test_a_damaged_table_is_a_line(run, tmp_path):
     path.unlink()
     path.mkdir()
     assert run("tune", "--clear", "--device", "cpu") == (2, "", f"fastperc tune: {path}: is a folder, not a table\n")
+
+
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.tuning_cases])
+def test_a_call_is_looked_up_by_the_key_that_it_was_measured_by(name):
+    operation, keys = OPERATIONS[name], [key for key in tuning.cases(1, 64) if key.operation == name]
+    for key in keys:
+        tensors = tuning.tensors_of(key, CPU)
+        with torch.set_grad_enabled(key.grad):
+            measured = operation.measured_by(*operation.tuning_cases.call(*tensors))
+            assert dispatch.Key.of(name, measured[0], tuple(tuple(x.shape) for x in measured)) == key
+
+
+def test_a_block_is_measured_with_the_gradients_of_its_weights():
+    keys = [key for key in tuning.cases(1, 32) if key.operation == "conv_chain" and key.grad]
+    for key in keys[:1] + keys[-1:] + keys[6:24:6]:
+        if key.dtype == "float16":
+            continue
+        tensors = tuning.tensors_of(key, CPU)
+        x, layers = OPERATIONS["conv_chain"].tuning_cases.call(*tensors)
+        assert [layer.conv.weight for layer in layers] == tensors[1:] and x is tensors[0]
+        tuning.backward(ops.conv_chain(x, layers), tensors)
+
+
+def test_what_was_measured_of_the_stem_says_nothing_about_a_network():
+    """Its chain has the stem's input."""
+    net = TransformNet("paper")
+    layers = [layer for module in net.children() for layer in layers_of(module)]
+    x = torch.rand(1, 3, 64, 64)
+    (stem,) = [key for key in tuning.cases(1, 64) if key[:4] == ("conv_chain", "float32", "NCHW", False)][:1]
+    times = {"triton": 1.0, "composed": 2.0}
+    dispatch.save(CPU, {stem: times})
+    chain = OPERATIONS["conv_chain"]
+    assert dispatch.ranking("conv_chain", chain.measured_by(x, layers)) == ()
+    assert dispatch.ranking("conv_chain", chain.measured_by(x, layers[:1])) == ("triton", "composed")
+    assert len(chain.measured_by(x, net.blocks[0].layers())) == 3 and chain.measured_by(x, layers[:2]) == ()
+
+
+def layers_of(module):
+    """The layers of a module, or of several in a row."""
+    if isinstance(module, torch.nn.Sequential):
+        return [layer for child in module for layer in layers_of(child)]
+    return module.layers() if hasattr(module, "layers") else []
+
+
+class FakeGraph:
+    def __init__(self, run):
+        self.replay = run
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Stand-ins for a GPU's streams."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+
+def test_on_a_gpu_replays_of_graphs_are_timed(streams, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(
+        cuda, "record", lambda run, stream: (recorded.append(run) or FakeGraph(f"replay {run()}"), None)
+    )
+    runs = {"triton": lambda: 1, "reference": lambda: 2}
+    assert tuning.replays(runs, torch.device("cuda")) == {"triton": "replay 1", "reference": "replay 2"}
+    assert tuning.replays(runs, CPU) == runs and recorded == list(runs.values())
+
+
+def test_where_one_cannot_be_recorded_all_are_timed_op_by_op(streams, monkeypatch):
+    def record(run, stream):
+        if run() == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return FakeGraph(run), None
+
+    monkeypatch.setattr(cuda, "record", record)
+    runs = {"triton": lambda: 1, "reference": lambda: 2}
+    assert tuning.replays(runs, torch.device("cuda")) == runs

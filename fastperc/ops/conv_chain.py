@@ -144,22 +144,42 @@ def _composed(x: Tensor, layers: Sequence[Layer]) -> Tensor:
 # The operation
 
 
-def _tuned_call(x: Tensor) -> tuple[Any, ...]:
-    """The style network's layer with as many input channels as ``x``; of 128, a residual block."""
+def _tuned_shapes(batch: int, size: int) -> list[tuple[tuple[int, ...], ...]]:
+    """Input and weights of a style network's blocks: one layer, or the two of a residual block."""
+    half, quarter = size // 2, size // 4
+    return [
+        ((batch, 3, size, size), (32, 3, 9, 9)),
+        ((batch, 32, size, size), (64, 32, 3, 3)),
+        ((batch, 64, half, half), (64, 32, 3, 3)),
+        ((batch, 128, quarter, quarter), (128, 128, 3, 3), (128, 128, 3, 3)),
+    ]
 
-    def layer(conv: Any, upsample: str | None = None, skip: bool = False) -> Layer:
+
+def _tuned_call(x: Tensor, *weights: Tensor) -> tuple[Any, ...]:
+    """The block of the style network with these weights: of 64 input channels the ½-stride convolution, of 32 the one
+    of stride 2, of 128 a residual block."""
+
+    def layer(weight: Tensor, skip: bool = False) -> Layer:
+        channels, kernel = x.shape[1], weight.shape[2]
+        stride = 2 if channels in (32, 64) else 1
+        if channels == 64:
+            conv: Any = nn.ConvTranspose2d(64, 32, 3, 2, 1, 1)
+        else:
+            conv = nn.Conv2d(channels, weight.shape[0], kernel, stride, kernel // 2)
         norm = nn.BatchNorm2d(conv.out_channels)
         for module in (conv, norm):
-            module.to(x.device, x.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return Layer(conv, norm, None if skip else RELU, upsample, skip)
+            module.to(x.device, x.dtype)
+        del conv.weight
+        conv.weight = weight  # itself, for its gradient
+        return Layer(conv, norm, None if skip else RELU, "transposed" if channels == 64 else None, skip)
 
-    layers = {
-        3: lambda: [layer(nn.Conv2d(3, 32, 9, padding=4))],
-        32: lambda: [layer(nn.Conv2d(32, 64, 3, 2, 1))],
-        64: lambda: [layer(nn.ConvTranspose2d(64, 32, 3, 2, 1, 1), "transposed")],
-        128: lambda: [layer(nn.Conv2d(128, 128, 3, padding=1), skip=skip) for skip in (False, True)],
-    }
-    return x, layers[x.shape[1]]()
+    return x, [layer(weight, skip=i == 1) for i, weight in enumerate(weights)]
+
+
+def _measured_by(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """Input and weights of a block. Longer chains are not measured: their input says too little about them."""
+    block = len(layers) == 1 or (len(layers) == 2 and layers[1].skip)
+    return (x, *(layer.conv.weight for layer in layers)) if block else ()
 
 
 CONV_CHAIN = register(
@@ -170,10 +190,7 @@ CONV_CHAIN = register(
             Implementation("triton", fused_chain, why_not_triton),
             Implementation(None, _composed),
         ),
-        TuningCases(
-            lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((3, 1), (32, 1), (64, 2), (128, 4))],
-            _tuned_call,
-        ),
+        TuningCases(_tuned_shapes, _tuned_call),
         (
             *dict.fromkeys(
                 (*CONV3X3.sources, *NORM_RELU.sources, *CONV_BN_RELU.sources, *SUBPIXEL_CONV_BN_RELU.sources)
@@ -188,5 +205,6 @@ CONV_CHAIN = register(
             "kernels/rgb_conv_stem.py",
             "kernels/rgb_conv_head.py",
         ),
+        _measured_by,
     )
 )

@@ -49,7 +49,7 @@ def report(net: nn.Module, sizes: Iterable[tuple[int, int]], device: torch.devic
 
 
 def measure(paint: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, device: torch.device) -> float:
-    """The median time in seconds of ``paint(image)`` over ``ROUNDS`` calls, after one call to warm up."""
+    """The median time in seconds of ``paint(image)`` over ``ROUNDS`` calls, after two calls to warm up."""
     with torch.inference_mode():
-        seconds(lambda: paint(image), device)  # compiles kernels and fills caches
+        seconds(lambda: paint(image), device, 2)  # compiles kernels and fills caches; then records a CUDA graph
         return median(seconds(lambda: paint(image), device) for _ in range(ROUNDS))

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastperc import backends
 from fastperc.backends import Implementation, use_implementation
 from fastperc.dispatch import Key, Milliseconds
+from fastperc.engine import cuda
 from fastperc.errors import InputError
 from fastperc.ops import OPERATIONS
 from fastperc.presets import MINIMUM_SIDE
@@ -63,6 +64,7 @@ def tensors_of(key: Key, device: torch.device) -> list[Tensor]:
 def measure(key: Key, device: torch.device) -> Milliseconds:
     """The median over rounds of a call's milliseconds, by implementation; empty if only one can serve.
 
+    On a GPU a call is the replay of its CUDA graph, where it can be recorded; see :func:`replays`.
     The implementations take turns, in an order that alternates, so that a machine that slows down slows all of them.
     """
     operation = OPERATIONS[key.operation]
@@ -75,20 +77,53 @@ def measure(key: Key, device: torch.device) -> Milliseconds:
         if key.grad:
             backward(result, tensors)
 
-    able = [one for one in operation.implementations if _can_serve(one, arguments)]
+    def by(name: str) -> Callable[[], None]:
+        def run() -> None:
+            with use_implementation(key.operation, name):
+                call()
+
+        return run
+
+    able = [one.name for one in operation.implementations if _can_serve(one, arguments)]
+    if len(able) < 2:
+        return {}
+    runs = replays({name: by(name) for name in able}, device)
     calls: dict[str, int] = {}  # of a round, by implementation
-    if len(able) > 1:
-        for name in (one.name for one in able):
-            _seconds(call, key.operation, name, device, 1)  # compiles, and fills caches
-            calls[name] = max(1, round(SECONDS_A_ROUND / _seconds(call, key.operation, name, device, 1)))
+    for name, run in runs.items():
+        seconds(run, device)  # fills caches
+        calls[name] = max(1, round(SECONDS_A_ROUND / seconds(run, device)))
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     for i in range(ROUNDS):
         if i >= FEWEST_ROUNDS and time.perf_counter() - began > SECONDS_A_CASE:
             break
-        for name in list(calls)[:: -1 if i % 2 else 1]:
-            rounds[name].append(_seconds(call, key.operation, name, device, calls[name]))
-    return {name: 1000 * median(seconds) for name, seconds in rounds.items()}
+        for name in able[:: -1 if i % 2 else 1]:
+            rounds[name].append(seconds(runs[name], device, calls[name]))
+    return {name: 1000 * median(times) for name, times in rounds.items()}
+
+
+def replays(runs: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], object]]:
+    """What is timed in place of ``runs``: on a GPU the replays of their CUDA graphs, as networks run them.
+
+    If one of them cannot be recorded, all are timed operation by operation, so that the times can be compared.
+    """
+    for run in runs.values():
+        run()  # compiles
+    if device.type != "cuda":
+        return dict(runs)
+    graphs: dict[str, Callable[[], object]] = {}
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        for name, run in runs.items():
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()  # libraries choose, on the stream that is recorded
+            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                graphs[name] = cuda.record(run, stream)[0].replay
+            except RuntimeError:
+                return dict(runs)
+    return graphs
 
 
 def _can_serve(implementation: Implementation, arguments: Sequence[Any]) -> bool:
@@ -101,11 +136,6 @@ def backward(result: Any, leaves: Sequence[Tensor]) -> None:
     tensors = [result] if isinstance(result, Tensor) else list(result.values() if isinstance(result, dict) else result)
     outputs = [x for x in tensors if x.requires_grad]
     torch.autograd.grad(outputs, leaves, [torch.full_like(x, 0.5) for x in outputs])
-
-
-def _seconds(call: Callable[[], None], operation: str, name: str, device: torch.device, calls: int) -> float:
-    with use_implementation(operation, name):
-        return seconds(call, device, calls)
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
