@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds ``--rows`` and ``--seconds``."""
+    """Adds ``--rows``, ``--seconds`` and ``--tiny``."""
     group = parser.getgroup("fastperc")
     group.addoption("--rows", type=Path, metavar="FILE", help="append each row to FILE when it is measured")
     group.addoption(
@@ -22,6 +22,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0.7,
         help="time to spend on the rounds of one measurement (default: %(default)s)",
     )
+    group.addoption("--tiny", action="store_true", help="run the first case of each file only, to try the code")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``--tiny`` keeps the first case of each file, with all its providers."""
+    if not config.getoption("--tiny"):
+        return
+    first: dict[Path, str] = {}
+    for item in items:
+        case = item.callspec.params["case"].id  # type: ignore[attr-defined]
+        first.setdefault(item.path, case)
+    items[:] = [item for item in items if item.callspec.params["case"].id == first[item.path]]  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session", autouse=True)

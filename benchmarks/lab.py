@@ -1,11 +1,14 @@
 """Builds, tests and measures fastperc on a machine with a GPU within a time budget, the most valuable stages first.
 
     python benchmarks/lab.py --out DIR [--budget SECONDS] [--only NAME ...] [--sanitize]
+    python benchmarks/lab.py --out DIR --rehearse
     python benchmarks/lab.py --list
 
 Needs no network: Python, torch, pytest, pytest-benchmark and, to build, what pyproject.toml requires. Without a GPU it
 measures the CPU, and the rows say so. DIR/rows.jsonl gets each row as soon as it is measured, DIR/lab.log everything
 printed, DIR/cache the tuned table; `benchmarks/report.py DIR` merges the rows. Exit status 1: a stage failed.
+
+`--rehearse` runs all stages on the CPU, with tiny shapes and Triton's interpreter, in some minutes.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -21,100 +25,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import operations
 import rows
 from comparison import compare
 from operations import ROOT
+from stages import NO_TEST_SELECTED, SANITIZERS, STAGES, Stage
 
-PYTEST = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
-BENCHMARK = ("--benchmark-only", "--benchmark-columns=median,iqr,rounds")
+REHEARSAL_BUDGET = 1800.0  # seconds
 NEEDED = ("torch", "numpy", "pytest", "pytest_benchmark")
-NO_TEST_SELECTED = 5  # pytest's exit status
-GPU_TESTS = "cuda or cudnn or triton or graphs"  # in the names of tests that need a GPU
-# A few tests, for tools that slow them a hundredfold; the engine's tests cover the head.
-KERNEL_TESTS = "on_triton or (cuda and (layout or exact or mask or pool or (formula and bf16 and not head)))"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A step of the lab: a Python command line in a process of its own."""
-
-    name: str
-    seconds: float  # that it takes on a GPU machine, about
-    description: str
-    arguments: Sequence[str]  # of Python; "{rows}" becomes the file of rows
-    prefix: Sequence[str] = ()  # a program that runs Python, with its options
-    environment: dict[str, str] = field(default_factory=dict)
-    gpu: bool = False  # whether it needs one
-    allowed: tuple[int, ...] = (0,)  # exit statuses that count as success
-
-
-FROZEN = (*operations.tests(frozen=True), "engine")
-TRAINING = operations.tests(frozen=False)
-LAYERS = ("rgb_conv", "subpixel_conv_bn_relu", "conv_bn_relu", "residual_block")
-COMPILED = "compile or autotune"  # providers that compile for minutes before they run
-NOT_COMPILED = f"not ({COMPILED})"
-
-
-def bench(name: str, seconds: float, description: str, selection: str = "", benchmarks: Sequence[str] = ()) -> Stage:
-    """Runs the benchmark ``name``, or ``benchmarks``; ``selection`` is an expression for pytest's ``-k``."""
-    files = [str(ROOT / "benchmarks" / f"bench_{benchmark}.py") for benchmark in benchmarks or (name,)]
-    arguments = (*PYTEST, *files, *BENCHMARK, "--rows={rows}", *(("-k", selection) if selection else ()))
-    return Stage(name, seconds, description, arguments)
-
-
-def tests(
-    name: str,
-    seconds: float,
-    description: str,
-    tested: Sequence[str],
-    selection: str = GPU_TESTS,
-    prefix: Sequence[str] = (),
-) -> Stage:
-    """Runs ``tests/test_<tested>.py`` where there is such a file."""
-    # Memory checkers see what PyTorch's allocator does only if it caches nothing.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if prefix else {}
-    files = [ROOT / "tests" / f"test_{test}.py" for test in tested]
-    arguments = (*PYTEST, *(str(file) for file in files if file.exists()), "-k", selection)
-    allowed = (0, NO_TEST_SELECTED)
-    return Stage(name, seconds, description, arguments, prefix, environment, gpu=True, allowed=allowed)
-
-
-def sanitizer(tool: str) -> Stage:
-    """Runs a few kernel tests under a tool of compute-sanitizer."""
-    prefix = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
-    description = f"compute-sanitizer's {tool} over a few kernel tests"
-    return tests(tool, 180, description, (*FROZEN, *TRAINING), KERNEL_TESTS, prefix)
-
-
-TRAINING_SPEED = str(ROOT / "benchmarks" / "training_speed.py")
-FIRST = (
-    tests("tests_inference", 120, "tests on the GPU: the engine and its kernels", FROZEN),
-    bench("inference", 150, "whole networks in eval mode, 4K and video", NOT_COMPILED),
-    bench("rgb_conv", 60, "the 9×9 convolutions", NOT_COMPILED),
-    bench("subpixel_conv_bn_relu", 60, "the ½-stride convolutions", NOT_COMPILED),
-    bench("conv_bn_relu", 60, "the stride-2 convolutions", NOT_COMPILED),
-    bench("residual_block", 60, "the residual block", NOT_COMPILED),
-    Stage("tune", 180, "fastperc tune: the backends of each operation", ("-m", "fastperc", "tune")),
-    bench("inference_compiled", 400, "whole networks by torch.compile and max-autotune", COMPILED, ("inference",)),
-    tests("tests_training", 90, "tests on the GPU: operations of training", TRAINING),
-    bench("tv_loss", 45, "total variation"),
-    bench("gram_loss", 45, "Gram loss"),
-    bench("vgg_loss", 90, "the whole loss network, and its memory"),
-    bench("training", 120, "a training step"),
-    Stage("train", 60, "fastperc train with photos and checkpoints", (TRAINING_SPEED,), gpu=True),
-    bench("norm_relu", 30, "norms and the ReLU after them in training", NOT_COMPILED),
-    bench("conv3x3", 30, "3×3 convolutions in training", NOT_COMPILED),
-    bench("layers_compiled", 600, "layers by torch.compile and max-autotune", COMPILED, LAYERS),
-)
-FILES = sorted(file.stem.removeprefix("bench_") for file in (ROOT / "benchmarks").glob("bench_*.py"))
-OTHERS = [name for name in FILES if name not in {stage.name for stage in FIRST}]
-STAGES = (*FIRST, *(bench(name, 60, operations.benchmark(name).title, NOT_COMPILED) for name in OTHERS))
-SANITIZERS = (sanitizer("memcheck"), sanitizer("racecheck"))
 
 
 def choose(only: Sequence[str], sanitize: bool) -> list[Stage]:
@@ -162,8 +83,11 @@ class Lab:
         with self.log.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
-    def execute(self, command: Sequence[str], environment: dict[str, str] | None = None) -> int | None:
-        """Runs a command with its output in the log; returns its exit status, or ``None`` if time ran out.
+    def execute(
+        self, command: Sequence[str], environment: dict[str, str] | None = None, limit: float = math.inf
+    ) -> int | None:
+        """Runs a command with its output in the log; returns its exit status, or ``None`` if its ``limit`` in seconds
+        or the budget ran out.
 
         The working folder is outside the checkout, whose ``fastperc`` would hide the installed package.
         """
@@ -177,7 +101,7 @@ class Lab:
                 preexec_fn=os.setpgrp,  # a group can be killed at once; a new session might outlive the machine's job
             )
             try:
-                return self.child.wait(max(self.left, 1))
+                return self.child.wait(max(min(limit, self.left), 1))
             except subprocess.TimeoutExpired:
                 return None
             finally:
@@ -203,11 +127,22 @@ class Lab:
             return self.record(stage.name, "skipped: no GPU")
         if stage.prefix and not shutil.which(stage.prefix[0]):
             return self.record(stage.name, f"FAILED: {stage.prefix[0]} is not installed")
-        if self.left < stage.seconds / 2:  # a stage that is cut off keeps its rows, so half the time is worth a start
-            return self.record(stage.name, f"skipped: takes about {stage.seconds:.0f} s, {self.left:.0f} s are left")
-        arguments = [argument.replace("{rows}", str(self.rows)) for argument in stage.arguments]
-        command = [*stage.prefix, sys.executable, *arguments]
-        self.attempt(stage.name, lambda: self.execute(command, stage.environment), stage.allowed)
+        if self.left < stage.limit / 4:  # a stage that is cut off keeps its rows, so part of the time is worth a start
+            return self.record(stage.name, f"skipped: may take {stage.limit:.0f} s, {self.left:.0f} s are left")
+        self.attempt(stage.name, lambda: self.execute_all(stage, gpu), stage.allowed)
+
+    def execute_all(self, stage: Stage, gpu: bool) -> int | None:
+        """Runs a stage's commands, also after one that fails; returns the first exit status that is not allowed, else
+        the least, or ``None`` if the stage's time ran out."""
+        end, statuses = time.monotonic() + stage.limit, []
+        for arguments in stage.commands if gpu else stage.commands[:1]:
+            filled = [argument.replace("{rows}", str(self.rows)) for argument in arguments]
+            command = [*stage.prefix, sys.executable, *filled]
+            status = self.execute(command, stage.environment, end - time.monotonic())
+            if status is None:
+                return None
+            statuses.append(status)
+        return next((status for status in statuses if status not in stage.allowed), min(statuses))
 
     def attempt(self, name: str, action: Callable[[], int | None], allowed: tuple[int, ...] = (0,)) -> bool:
         """Runs ``action``, which returns an exit status, and records the outcome; returns whether it succeeded."""
@@ -303,14 +238,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the rows and the log")
-    parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run this stage; may be repeated")
     parser.add_argument("--sanitize", action="store_true", help="also run compute-sanitizer over the CUDA kernels")
+    parser.add_argument("--rehearse", action="store_true", help="run all stages on the CPU with tiny shapes")
     parser.add_argument("--list", action="store_true", help="print the stages in their order and stop")
     arguments = parser.parse_args(argv)
     if arguments.list:
         for stage in (*STAGES, *SANITIZERS):
-            print(f"{stage.name:<24}{stage.seconds:>5.0f} s  {stage.description}")
+            print(f"{stage.name:<24}{stage.limit:>5.0f} s  {stage.description}")
         return 0
     if arguments.out is None:
         parser.error("--out is needed")
@@ -319,7 +255,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, raise_interrupt)
-    return experiment(Lab(arguments.out.resolve(), arguments.budget), stages, must_build=not arguments.only)
+    lab = Lab(arguments.out.resolve(), REHEARSAL_BUDGET if arguments.rehearse else arguments.budget)
+    if arguments.rehearse:
+        stages = [rehearsed(stage) for stage in stages if not stage.prefix]
+        # No GPU is used, and what torch.compile would compile for minutes runs as it is.
+        lab.environment |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+    return experiment(lab, stages, must_build=not arguments.only)
+
+
+def rehearsed(stage: Stage) -> Stage:
+    """The stage as it runs on a CPU, with tiny shapes."""
+    commands = [(*command, *stage.rehearsal) for command in stage.commands]
+    return replace(stage, commands=commands, gpu=False, limit=REHEARSAL_BUDGET)
 
 
 def raise_interrupt(number: int, _: Any) -> None:

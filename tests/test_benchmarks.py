@@ -1,8 +1,7 @@
-"""The benchmarks' parts: costs, memory, harness, providers and the lab. Nothing is timed here."""
+"""The benchmarks' parts: costs, memory, harness and providers. Nothing is timed here."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from measured import BENCHMARKS, row
+from measured import BENCHMARKS
 from torch import nn
 
 from fastperc import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU, TransformNet
@@ -21,11 +20,11 @@ import ceilings
 import comparison
 import costs
 import harness
-import lab
 import networks
 import operations
 import providers
 import rows
+import stages
 from memory import peak_bytes
 
 MiB = 2**20
@@ -133,7 +132,14 @@ class TestHarness:
         assert {provider.name for provider in providers.PROVIDERS} == set(comparison.PROVIDER_TITLES)
 
     def test_every_bench_is_a_stage_of_the_lab(self):
-        assert {f"bench_{stage.name}" for stage in lab.STAGES} >= set(BENCHES)
+        assert {f"bench_{stage.name}" for stage in stages.STAGES} >= set(BENCHES)
+
+    def test_tiny_runs_the_first_case_of_each_file(self):
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--tiny", "-k", "reference or fused"]
+        files = [str(BENCHMARKS / f"bench_{name}.py") for name in ("inference", "tv_loss")]
+        listed = subprocess.run([*command, *files], capture_output=True, text=True, cwd=BENCHMARKS.parent).stdout
+        tests = [line.rpartition("/")[2] for line in listed.splitlines() if "::" in line]
+        assert len(tests) == 4 and len({test.rpartition("-")[0] for test in tests}) == 2
 
     def test_errors(self):
         exact = harness.Oracle(torch.tensor([3.0, 4.0]), [torch.tensor([10.0]), torch.tensor([1e-12])], [])
@@ -306,59 +312,3 @@ class TestPeers:
         assert self.difference(module, frozen, x) < (1e-3 if levels else 1e-6)
         with torch.inference_mode():
             assert (frozen(x).dtype == torch.uint8) == levels
-
-
-class TestLab:
-    def test_list(self):
-        listed = subprocess.run([sys.executable, BENCHMARKS / "lab.py", "--list"], capture_output=True, text=True)
-        assert listed.returncode == 0
-        assert [line.split()[0] for line in listed.stdout.splitlines()][:2] == ["tests_inference", "inference"]
-
-    def test_every_test_of_a_kernel_is_in_a_stage_and_under_the_sanitizers(self):
-        kernels = {path.stem for path in (lab.ROOT / "fastperc/ops").glob("*.py")}
-        tested = {path for path in (lab.ROOT / "tests").glob("test_*.py") if path.stem[5:] in kernels}
-        for stages in (lab.STAGES, lab.SANITIZERS[:1], lab.SANITIZERS[1:]):
-            assert {str(path) for path in tested} <= {argument for stage in stages for argument in stage.arguments}
-
-    @pytest.mark.parametrize("name", ["inference", *lab.LAYERS])
-    def test_providers_that_compile_for_minutes_come_later(self, name):
-        stages = [stage for stage in lab.STAGES if any(f"bench_{name}.py" in part for part in stage.arguments)]
-        assert [stage.arguments[-1] for stage in stages] == [lab.NOT_COMPILED, lab.COMPILED]
-
-    def test_refuses_an_unknown_stage(self):
-        with pytest.raises(ValueError, match="no stage nonesuch"):
-            lab.choose(["nonesuch"], False)
-
-    def stage(self, name, code, seconds=1.0):
-        return lab.Stage(name, seconds, name, ("-c", code))
-
-    @pytest.fixture
-    def run(self, tmp_path, monkeypatch, capsys):
-        """Runs stages in a lab whose package is already installed; returns the status and what was printed."""
-        monkeypatch.setattr(lab.Lab, "provide_package", lambda self, must_build: True)
-        monkeypatch.setattr(lab.Lab, "output_of", lambda self, code: "")  # no GPU
-
-        def run(*stages, budget=30.0):
-            status = lab.experiment(lab.Lab(tmp_path, budget), stages, must_build=False)
-            return status, capsys.readouterr().out
-
-        return run
-
-    def appended(self, path):
-        line = json.dumps(row()) + "\n"
-        return f"open({str(path / 'rows.jsonl')!r}, 'a').write({line!r})"
-
-    def test_a_failing_stage_does_not_stop_the_rest(self, run, tmp_path):
-        status, out = run(self.stage("bad", "raise SystemExit(3)"), self.stage("good", self.appended(tmp_path)))
-        assert status == 1
-        assert "bad                     FAILED: exit status 3" in out and "good                    ok" in out
-        assert "tv_loss forward+backward  4x3x256x256  bf16   0.5" in out
-
-    def test_rows_of_a_stage_that_is_cut_off_are_kept(self, run, tmp_path):
-        endless = f"{self.appended(tmp_path)}; import time; time.sleep(60)"
-        status, out = run(self.stage("endless", endless), self.stage("late", "pass", seconds=20), budget=2)
-        assert status == 1 and "cut off" in out and "late                    skipped" in out
-        assert rows.read(tmp_path / "rows.jsonl") == [row()]
-
-    def test_all_well(self, run):
-        assert run(self.stage("good", "pass"))[0] == 0
