@@ -22,7 +22,7 @@ from fastperc import dispatch
 
 BACKENDS = ("reference", "native", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 1), (10, 3))  # 160 KiB and more a block
+OLDEST_GPU = (8, 0)  # Triton compiles matrix products for the tensor cores of this compute capability and newer
 _forced: str | None = None
 _pinned: dict[str, str] = {}  # operation → the implementation that alone may run it
 _has_triton = find_spec("triton") is not None  # imported with the first kernel only: that takes a while
@@ -257,10 +257,10 @@ def _why_not_gpu(device: torch.device) -> str | None:
     if not torch.cuda.is_available():  # a fake tensor, of a graph traced here for a GPU elsewhere
         return None
     capability = torch.cuda.get_device_capability(device)
-    if capability in LARGE_SHARED_MEMORY:
+    if capability >= OLDEST_GPU:
         return None
-    return "the kernels want 160 KiB of shared memory a block, as on sm_{}{}; this is sm_{}{}".format(
-        *LARGE_SHARED_MEMORY[0], *capability
+    return "Triton uses the tensor cores of sm_{}{} and newer GPUs; this is sm_{}{}, which is left to cuDNN".format(
+        *OLDEST_GPU, *capability
     )
 
 

@@ -1,6 +1,6 @@
 """Compiles every kernel that real runs launch, for every architecture, with no GPU, and reports what came of it.
 
-    python -m fastperc.kernels.aot [--json FILE] [--arch 80,90,100] [--only NAME]…
+    python -m fastperc.kernels.aot [--json FILE] [--arch 80,86] [--only NAME]…
 
 ``fastperc.kernels.runs`` lists the runs. Fails on a kernel that does not compile, that spills registers, that asks for
 more shared memory than a block may have, or whose products in half precision missed the tensor cores.
@@ -27,18 +27,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastperc.files import write_atomically
+from fastperc.kernels.configs import SHARED_MEMORY
 from fastperc.progress import track
 
 if TYPE_CHECKING:
     from fastperc.kernels.launches import Launch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"  # in a checkout
-NVCC_NAMES = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that a block may have
-RESERVED = {80: 0, 90: 1024, 100: 1024}  # of which the system takes so much, beyond the limit
+RESERVED = 1024  # bytes of shared memory that CUDA takes beyond the limit; reported from sm_90 on
 TENSOR_MEMORY_COLUMNS = 512
 HALF_PRODUCT = re.compile(r"tt\.dot\b.*xb?f16\b")  # in Triton's own intermediate code
-MATRIX_INSTRUCTION = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA|HMMA"}
+MATRIX_INSTRUCTION = {90: r"HGMMA", 100: r"UTC\w*MMA|HMMA"}  # on all others HMMA
 
 # One instruction of a listing: its address, a predicate perhaps, and the mnemonic up to its first dot.
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", re.MULTILINE)
@@ -72,7 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compiles, prints the table, and returns the exit status: 0, 1 for a fault, 2 for bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m fastperc.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
-    parser.add_argument("--arch", type=architectures, default="80,90,100", metavar="A,B", help="default: %(default)s")
+    parser.add_argument(
+        "--arch",
+        type=architectures,
+        default=",".join(map(str, SHARED_MEMORY)),
+        metavar="A,B",
+        help="default: %(default)s",
+    )
     parser.add_argument(
         "--only",
         action="append",
@@ -102,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def architectures(text: str) -> list[int]:
     """Numbers between commas, each of an architecture that kernels are built for."""
     found = [int(number) for number in text.split(",")]
-    if unknown := set(found) - set(SHARED_LIMIT):
-        raise argparse.ArgumentTypeError(f"{unknown.pop()} is none of {', '.join(map(str, SHARED_LIMIT))}")
+    if unknown := set(found) - set(SHARED_MEMORY):
+        raise argparse.ArgumentTypeError(f"{unknown.pop()} is none of {', '.join(map(str, SHARED_MEMORY))}")
     return found
 
 
@@ -197,7 +202,7 @@ def compile_cuda(nvcc: str, file: Path, arch: int) -> Compiled:
     """Compiles one CUDA source, a row for each of its kernels, as CMakeLists.txt does."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
-        flags = ["-cubin", "-O3", "-DNDEBUG", "-std=c++17", f"-arch={NVCC_NAMES[arch]}"]
+        flags = ["-cubin", "-O3", "-DNDEBUG", "-std=c++17", f"-arch=sm_{arch}{'a' * (arch == 90)}"]
         done = subprocess.run([nvcc, *flags, file, "-o", cubin], capture_output=True, text=True)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), _last_line(done.stderr))
@@ -235,7 +240,8 @@ def inspect(cubin: Path, arch: int, listing: bool = True) -> list[Row]:
     rows = []
     for function, registers, stack, shared, local in usage:
         words = Counter(word for word in INSTRUCTION.findall(code.get(function, "")) if REPORTED.fullmatch(word))
-        shared_bytes = max(int(shared) - RESERVED[arch], 0)
+        reserved = RESERVED if arch >= 90 else 0
+        shared_bytes = max(int(shared) - reserved, 0)
         spill_bytes = int(stack) + int(local)
         rows.append(Row(function, "", arch, int(registers), spill_bytes, shared_bytes, dict(sorted(words.items()))))
     return rows
@@ -253,12 +259,11 @@ def faults_of(row: Row, matrix: bool) -> list[str]:
     faults = []
     if row.spill_bytes:
         faults.append(f"{row.name}: spills, {row.spill_bytes} bytes of local memory a thread")
-    if row.shared_bytes > SHARED_LIMIT[row.arch]:
-        faults.append(
-            f"{row.name}: {row.shared_bytes} bytes of shared memory, a block may have {SHARED_LIMIT[row.arch]}"
-        )
-    if matrix and not any(re.fullmatch(MATRIX_INSTRUCTION[row.arch], name) for name in row.instructions):
-        faults.append(f"{row.name}: a matrix kernel without {MATRIX_INSTRUCTION[row.arch]}")
+    if row.shared_bytes > (limit := SHARED_MEMORY[row.arch]):
+        faults.append(f"{row.name}: {row.shared_bytes} bytes of shared memory, a block may have {limit}")
+    instruction = MATRIX_INSTRUCTION.get(row.arch, "HMMA")
+    if matrix and not any(re.fullmatch(instruction, name) for name in row.instructions):
+        faults.append(f"{row.name}: a matrix kernel without {instruction}")
     return faults
 
 

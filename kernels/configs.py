@@ -1,8 +1,31 @@
-"""The tiles of the convolutions: how large they are, and with how many warps and stages they are compiled."""
+"""The tiles of the convolutions: how large they are, and with how many warps and stages they are compiled.
+
+A tile must fit the shared memory of the GPU that runs it: see :func:`shared_memory`.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+KIB = 1024
+SHARED_MEMORY = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
+"""Bytes of shared memory that a block may have, by architecture, for compiling without a GPU."""
+LARGEST = max(SHARED_MEMORY.values())
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on ``device``, as CUDA reports it.
+
+    It is the largest there is where kernels run interpreted (a CPU) and where a graph for a GPU is traced without one.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return LARGEST
+    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's types leave this property out
+    return properties.shared_memory_per_block_optin
 
 
 class ConvTile(NamedTuple):
@@ -34,13 +57,18 @@ def channel_step(channels: int) -> int:
     return min((64, 32, 16), key=lambda step: -(-channels // step) * step)
 
 
-def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int) -> ConvTile:
-    """A tile with enough programs for the ``pixels`` of a batch: the fastest of those measured on an H200."""
+def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int, limit: int) -> ConvTile:
+    """A tile with enough programs for the ``pixels`` of a batch, within ``limit`` bytes of shared memory.
+
+    With the largest limit it is the fastest of those measured on an H200. The others were only compiled.
+    """
     step = channel_step(channels_in)
     block = min(128, max(16, 1 << (channels_out - 1).bit_length()))
     programs = -(-pixels // 128) * -(-channels_out // block)  # of 128 pixels
     if itemsize == 4:
         return ConvTile(8, 8, min(block, 64), 16, 4, 2)
+    if limit < LARGEST:  # steps of 32 channels: with 64 the address of each load takes a register, and registers spill
+        return ConvTile(8, 8 if programs < PROGRAMS else 16, block, min(step, 32), 8, 4)
     if programs < PROGRAMS:
         return ConvTile(8, 8, min(block, 64), step, 8, 4)  # with 4 warps statistics spill on sm_100
     return ConvTile(8, 16, block, step, 8, 4 if programs < 6 * PROGRAMS or block < 128 else 3)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastperc.kernels.configs import ConvTile, conv_tile
+from fastperc.kernels.configs import ConvTile, conv_tile, shared_memory
 from fastperc.kernels.deferred import store_gradient
 from fastperc.types import RELU, Destination, Epilogue, Padding
 
@@ -223,7 +223,8 @@ def conv_bn_relu_tiles(x: Tensor, out_shape: Sequence[int], gradient: bool = Fal
 
 def _tile(x: Tensor, out_shape: Sequence[int]) -> ConvTile:
     images, channels_out, height, width = out_shape
-    return conv_tile(x.element_size(), x.shape[1], channels_out, images * height * width)
+    limit = shared_memory(x.device)
+    return conv_tile(x.element_size(), x.shape[1], channels_out, images * height * width, limit)
 
 
 def conv_bn_relu_fwd(
@@ -319,7 +320,12 @@ def _launch(
 
 
 def descriptors_fit(*tensors: Tensor) -> bool:
-    """Whether the GPU has tensor descriptors and can load ``tensors``, channels innermost, through them."""
+    """Whether the GPU has tensor descriptors and can load ``tensors``, channels innermost, through them.
+
+    GeForce GPUs from sm_120 on have them too, but there the kernel takes stack memory for them and pointers take none.
+    """
     fit = all(x.element_size() == 2 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0 for x in tensors)
     device = tensors[0].device
-    return fit and (device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0))  # cpu: interpreted
+    if not fit or device.type == "cpu":  # cpu: interpreted
+        return fit
+    return (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)

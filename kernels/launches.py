@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+
+from fastperc.kernels.configs import SHARED_MEMORY
 
 LIBRARY = (torch.conv2d, torch.conv_transpose2d)  # left to a library: slow here, and no launches of ours
 
@@ -111,6 +114,7 @@ def _pretend(arch: int, stack: ExitStack) -> None:
         is_bf16_supported=lambda *_: True,
         is_current_stream_capturing=lambda: True,  # so that the engine runs op by op, as a CUDA graph records it
         get_device_capability=lambda device=None: divmod(arch, 10),
+        get_device_properties=lambda device=None: SimpleNamespace(shared_memory_per_block_optin=SHARED_MEMORY[arch]),
         get_device_name=lambda device=None: "recorder",
         mem_get_info=lambda device=None: (1 << 50, 1 << 50),
         device=lambda device: nullcontext(),

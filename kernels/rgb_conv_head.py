@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import channel_step
+from fastperc.kernels.configs import LARGEST, channel_step, shared_memory
 from fastperc.kernels.conv_bn_relu import reflect_once
 from fastperc.types import Padding
 
@@ -137,7 +137,7 @@ def rgb_conv_head_fwd(
     _, _, out_height, out_width = out.shape
     left, _, top, bottom = padding.sides
     kernel = height + top + bottom - out_height + 1
-    tile = _tile(x.element_size(), channels)
+    tile = _tile(x.element_size(), channels, shared_memory(x.device))
     programs = triton.cdiv(out_height, ROWS.value) * triton.cdiv(out_width, tile["BLOCK_P"] - kernel + 1)
     rgb_conv_head_kernel[(images * programs,)](
         x,
@@ -160,8 +160,10 @@ def rgb_conv_head_fwd(
     )
 
 
-def _tile(itemsize: int, channels: int) -> dict[str, int]:
-    """Block sizes and options: the fastest of those measured on an H200."""
+def _tile(itemsize: int, channels: int, limit: int) -> dict[str, int]:
+    """Block sizes and options: the fastest of those measured on an H200, or smaller steps that fit ``limit`` bytes of
+    shared memory and do not spill registers."""
     if itemsize == 4:
         return dict(BLOCK_P=64, BLOCK_I=16, num_warps=8, num_stages=2)
-    return dict(BLOCK_P=128, BLOCK_I=channel_step(channels), num_warps=4, num_stages=4)
+    step = channel_step(channels) if limit == LARGEST else min(channel_step(channels), 32)
+    return dict(BLOCK_P=128, BLOCK_I=step, num_warps=4, num_stages=4)

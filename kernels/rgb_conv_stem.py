@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import PROGRAMS
+from fastperc.kernels.configs import LARGEST, PROGRAMS, shared_memory
 from fastperc.kernels.conv_bn_relu import store_output
 from fastperc.types import Deferred, Destination, Padding
 
@@ -187,11 +187,13 @@ def _block(channels_out: int) -> int:
 
 
 def _tile(out: Tensor, with_sums: bool) -> tuple[int, int]:
-    """Groups of pixels per program, and its warps: the fastest of those measured on an H200. Sums take registers."""
+    """Groups of pixels per program, and its warps: the fastest of those measured on an H200. Sums take registers, and
+    so do the products of GPUs with less shared memory."""
     if out.element_size() == 4:
         return 32, 8
     enough = out.numel() >= 128 * PIXELS.value * _block(out.shape[1]) * PROGRAMS
-    return (128, 8 if with_sums else 4) if enough else (64, 4)
+    many_registers = with_sums or shared_memory(out.device) < LARGEST
+    return (128, 8 if many_registers else 4) if enough else (64, 4)
 
 
 def rgb_conv_stem_tiles(out: Tensor) -> int:

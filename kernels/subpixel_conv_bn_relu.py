@@ -27,20 +27,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import PROGRAMS, ConvTile, channel_step
+from fastperc.kernels.configs import LARGEST, PROGRAMS, ConvTile, channel_step, shared_memory
 from fastperc.kernels.conv_bn_relu import store_output
 from fastperc.types import Deferred, Destination
 
 PHASES = tl.constexpr(2)  # of the four, that a program computes
 
 
-def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int) -> ConvTile:
+def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int, limit: int) -> ConvTile:
     """The largest tile that still gives enough programs for the ``patches`` of a batch: the fastest of those measured
-    on an H200."""
+    on an H200. A GPU with a smaller ``limit`` of shared memory takes the smaller tile: the larger one spills there."""
     block = max(16, triton.next_power_of_2(channels_out))
     if itemsize == 4:
         return ConvTile(4, 8, min(block, 32), 16, 4, 2)
-    height = 8 if patches * block * 4 >= 128 * 128 * PROGRAMS else 4
+    height = 8 if limit == LARGEST and patches * block * 4 >= 128 * 128 * PROGRAMS else 4
     stages = 3 if channels_in > 64 else 2
     return ConvTile(height, 16, min(block, 64), channel_step(channels_in), 4, stages)
 
@@ -155,7 +155,7 @@ def _phases(weight: Tensor, axis: int, upsample: str) -> Tensor:
 
 def _tile_of(x: Tensor, out: Tensor) -> ConvTile:
     images, channels_in, height, width = x.shape
-    return _tile(x.element_size(), channels_in, out.shape[1], images * height * width)
+    return _tile(x.element_size(), channels_in, out.shape[1], images * height * width, shared_memory(x.device))
 
 
 def _tiles(x: Tensor, out: Tensor, back: int) -> int:

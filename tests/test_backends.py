@@ -145,11 +145,14 @@ def test_the_interpreter_serves_only_where_triton_is_asked_for(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "why_not"),
-    [((8, 0), None), ((9, 0), None), ((10, 0), None), ((8, 6), "sm_80; this is sm_86"), ((12, 0), "sm_120")],
+    [
+        *[((major, minor), None) for major, minor in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))],
+        *[((7, minor), f"sm_80 and newer GPUs; this is sm_7{minor}, which is left to cuDNN") for minor in (0, 5)],
+    ],
     ids=str,
 )
-def test_a_gpu_with_little_shared_memory_gets_no_triton_kernel(monkeypatch, capability, why_not):
+def test_gpus_with_the_tensor_cores_that_triton_compiles_for_get_its_kernels(monkeypatch, capability, why_not):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    told = backends._why_not_gpu.__wrapped__(torch.device("cuda"))
-    assert told is None if why_not is None else why_not in told
+    reason = backends._why_not_gpu.__wrapped__(torch.device("cuda"))
+    assert reason is None if why_not is None else why_not in reason
