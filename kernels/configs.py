@@ -28,6 +28,15 @@ def shared_memory(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin
 
 
+def register_options(limit: int) -> dict[str, int]:
+    """Options of Triton's compiler for matrix products on a GPU whose blocks may have ``limit`` bytes of shared memory.
+
+    On all but the largest GPUs the sums fill the registers, and the assembler spills a few to run more warps at a time.
+    It does not where a kernel names its own limit, here the most that a thread may have.
+    """
+    return {} if limit == LARGEST else dict(maxnreg=255)
+
+
 class ConvTile(NamedTuple):
     """What a program of a convolution computes at a time, and how it is compiled."""
 
@@ -67,8 +76,10 @@ def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int, l
     programs = -(-pixels // 128) * -(-channels_out // block)  # of 128 pixels
     if itemsize == 4:
         return ConvTile(8, 8, min(block, 64), 16, 4, 2)
-    if limit < LARGEST:  # steps of 32 channels: with 64 the address of each load takes a register, and registers spill
-        return ConvTile(8, 8 if programs < PROGRAMS else 16, block, min(step, 32), 8, 4)
+    if limit < LARGEST:
+        width = 8 if programs < PROGRAMS else 16
+        num_warps = 4 if width * block <= 1024 else 8  # at most 64 sums a thread
+        return ConvTile(8, width, block, min(step, 32), num_warps, 4)
     if programs < PROGRAMS:
         return ConvTile(8, 8, min(block, 64), step, 8, 4)  # with 4 warps statistics spill on sm_100
     return ConvTile(8, 16, block, step, 8, 4 if programs < 6 * PROGRAMS or block < 128 else 3)

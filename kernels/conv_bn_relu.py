@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastperc.kernels.configs import ConvTile, conv_tile, shared_memory
+from fastperc.kernels.configs import ConvTile, conv_tile, register_options, shared_memory
 from fastperc.kernels.deferred import store_gradient
 from fastperc.types import RELU, Destination, Epilogue, Padding
 
@@ -316,6 +316,7 @@ def _launch(
         RELU=epilogue.activation is not None,
         **tile.constants,
         **tile.options,
+        **register_options(shared_memory(x.device)),
     )
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastperc.kernels.configs import register_options, shared_memory
 from fastperc.kernels.conv_bn_relu import reflect_once
 from fastperc.kernels.rgb_conv_stem import Runs
 from fastperc.kernels.weight_gradient import parts_of
@@ -120,6 +121,7 @@ def rgb_weight_gradient(dense: Tensor, picture: Tensor, kernel: int, border: int
         RUN=run,
         BLOCK_D=BLOCK_CHANNELS,
         **block,
+        **register_options(shared_memory(dense.device)),
     )
     sums = partials.sum(0)  # [pixels, D, k, run]
     first, second = (sums[p, ..., 3 * p : 3 * (p + kernel)] for p in range(pixels))

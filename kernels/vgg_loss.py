@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastperc.kernels.configs import register_options, shared_memory
 from fastperc.kernels.gram_loss_backward import times_delta
 
 BLOCK = 4096  # elements per program of the passes over memory
@@ -301,4 +302,5 @@ def tap_bwd(
         BLOCK_P=BLOCK_PIXELS,
         BLOCK_K=min(channels, BLOCK_K),
         **TAP_OPTIONS,
+        **register_options(shared_memory(x.device)),
     )

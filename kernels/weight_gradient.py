@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastperc.kernels.configs import register_options, shared_memory
 from fastperc.kernels.conv_bn_relu import reflect_once
 
 PROGRAMS = 264  # to aim at: two per multiprocessor of the largest GPUs
@@ -145,5 +146,6 @@ def weight_gradient(dense: Tensor, gathered: Tensor, geometry: Geometry) -> Tens
         UPSAMPLE=geometry.upsample,
         REFLECT=geometry.reflect,
         **block,
+        **register_options(shared_memory(dense.device)),
     )
     return partials.sum(0)
