@@ -13,6 +13,7 @@ import pytest
 
 from fastperc.kernels import aot
 from fastperc.kernels.aot import Row, faults_of, plain_name
+from fastperc.kernels.configs import SHARED_MEMORY
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
@@ -68,8 +69,8 @@ def run_aot(*command, **environment):
     return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
 
 
-def rows_of(file) -> list[dict]:
-    """The rows of a JSON file of clean kernels on sm_90."""
+def rows_of(file, *archs: int) -> list[dict]:
+    """The rows of a JSON file of clean kernels on ``archs``."""
     rows = json.loads(file.read_text())
     types = {
         "kernel": str,
@@ -82,36 +83,51 @@ def rows_of(file) -> list[dict]:
     }
     for row in rows:
         assert {key: type(value) for key, value in row.items()} == types
-        assert row["arch"] == 90 and row["spill_bytes"] == 0 and 0 < row["registers"] <= 255
-    assert len({(row["kernel"], row["config"]) for row in rows}) == len(rows), "a row's name stands for one kernel"
+        assert row["arch"] in archs and row["spill_bytes"] == 0 and 0 < row["registers"] <= 255
+        assert row["shared_bytes"] <= SHARED_MEMORY[row["arch"]]
+    names = {(row["kernel"], row["config"], row["arch"]) for row in rows}
+    assert len(names) == len(rows), "a row's name stands for one kernel"
+    assert {row["arch"] for row in rows} == set(archs)
     return rows
 
 
 @needs_triton
 @pytest.mark.slow
-def test_a_handful_is_clean(tmp_path):
-    """The trunk of the paper's network as it is launched, by tensor descriptors."""
-    file, only = tmp_path / "rows.json", "bf16 128-128 8x16 k3 s1 x_desc"
-    done = run_aot("-m", "fastperc.kernels.aot", "--arch", "90", "--json", file, "--only", only)
+@pytest.mark.parametrize(
+    ("arch", "only", "instructions"),
+    [
+        (86, "bf16 128-128 8x16 k3 s1 relu", ("HMMA", "LDGSTS")),
+        (90, "bf16 128-128 8x16 k3 s1 x_desc", ("HGMMA", "UTMALDG")),
+    ],
+    ids=["sm_86", "sm_90"],
+)
+def test_a_handful_is_clean(tmp_path, arch, only, instructions):
+    """The trunk of the paper's network as it is launched: on sm_90 by tensor descriptors."""
+    file = tmp_path / "rows.json"
+    done = run_aot("-m", "fastperc.kernels.aot", "--arch", arch, "--json", file, "--only", only)
     assert done.returncode == 0, done.stderr
-    rows = rows_of(file)
+    rows = rows_of(file, arch)
     assert 1 <= len(rows) <= 6
     for row in rows:
         assert row["kernel"] == "conv_bn_relu_kernel" and row["config"].startswith(only)
         assert row["kernel"] in done.stdout
-        assert row["instructions"]["HGMMA"] and row["instructions"]["UTMALDG"]
+        assert all(row["instructions"][name] for name in instructions)
 
 
 @needs_triton
 @pytest.mark.compile
 def test_what_ships_is_clean(tmp_path):
-    file = tmp_path / "rows.json"
-    done = run_aot("-m", "fastperc.kernels.aot", "--arch", "90", "--json", file)
+    """On an architecture for each limit of shared memory: 163, 99 and 227 KiB. The command compiles for the others."""
+    file, archs = tmp_path / "rows.json", (80, 86, 90)
+    assert {SHARED_MEMORY[arch] for arch in archs} == set(SHARED_MEMORY.values())
+    done = run_aot("-m", "fastperc.kernels.aot", "--arch", ",".join(map(str, archs)), "--json", file)
     assert done.returncode == 0, done.stderr
-    rows = rows_of(file)
+    rows = rows_of(file, *archs)
     assert all(row["kernel"] in done.stdout for row in rows)
-    on_tensor_cores = {row["kernel"] for row in rows if row["instructions"].get("HGMMA")}
-    assert {"gram_partials_kernel", "gram_loss_bwd_kernel", "conv_bn_relu_kernel"} <= on_tensor_cores
+    for arch in archs:
+        instruction = "HGMMA" if arch == 90 else "HMMA"
+        on_tensor_cores = {row["kernel"] for row in rows if row["arch"] == arch and instruction in row["instructions"]}
+        assert {"gram_partials_kernel", "gram_loss_bwd_kernel", "conv_bn_relu_kernel"} <= on_tensor_cores
     if shutil.which("nvcc") and aot.CSRC.is_dir():
         assert "tv_loss_kernel" in {row["kernel"] for row in rows}
 
@@ -154,10 +170,25 @@ CLEAN = Row("k", "bf16", 90, registers=128, spill_bytes=0, shared_bytes=227 * 10
         ({"arch": 80, "shared_bytes": 163 * 1024, "instructions": {"HMMA": 4}}, None),
         ({"arch": 80, "instructions": {"HMMA": 4}}, "a block may have 166912"),
         ({"instructions": {"HMMA": 64, "LDGSTS": 8}}, "without HGMMA"),
+        ({"arch": 86, "shared_bytes": 99 * 1024, "instructions": {"HMMA": 4}}, None),
+        ({"arch": 89, "instructions": {"HMMA": 4}}, "a block may have 101376"),
+        ({"arch": 120, "shared_bytes": 0, "instructions": {"LDGSTS": 4}}, "a matrix kernel without HMMA"),
         ({"arch": 100, "instructions": {"UTCHMMA": 8}}, None),
         ({"arch": 100, "instructions": {"UTMALDG": 8}}, "a matrix kernel without"),
     ],
-    ids=["clean", "spill", "shared", "sm_80", "shared-sm_80", "hmma", "sm_100", "no-mma-sm_100"],
+    ids=[
+        "clean",
+        "spill",
+        "shared",
+        "sm_80",
+        "shared-sm_80",
+        "hmma",
+        "sm_86",
+        "shared-sm_89",
+        "no-mma-sm_120",
+        "sm_100",
+        "no-mma-sm_100",
+    ],
 )
 def test_faults(change, message):
     faults = faults_of(CLEAN._replace(**change), matrix=True)
@@ -189,7 +220,7 @@ def test_names_of_cuda_kernels(function, kernel, config):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "70"], "70 is none of 80, 90, 100"),
+        (["--arch", "70"], "70 is none of 80, 86, 89, 90, 100, 120"),
         (["--arch", "90", "--only", "nothing"], "no kernel has 'nothing' in its name"),
     ],
     ids=["architecture", "name"],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastperc import _native, backends, ops, use_backend
 from fastperc.backends import Implementation, Operation, use_implementation
+from fastperc.kernels.configs import LARGEST, conv_tile, shared_memory
 
 
 def operation(**reasons):
@@ -146,7 +148,10 @@ def test_the_interpreter_serves_only_where_triton_is_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "why_not"),
     [
-        *[((major, minor), None) for major, minor in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))],
+        *[
+            ((major, minor), None)
+            for major, minor in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))
+        ],
         *[((7, minor), f"sm_80 and newer GPUs; this is sm_7{minor}, which is left to cuDNN") for minor in (0, 5)],
     ],
     ids=str,
@@ -156,3 +161,24 @@ def test_gpus_with_the_tensor_cores_that_triton_compiles_for_get_its_kernels(mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = backends._why_not_gpu.__wrapped__(torch.device("cuda"))
     assert reason is None if why_not is None else why_not in reason
+
+
+def test_the_limit_of_shared_memory_is_the_one_that_the_device_reports(monkeypatch):
+    assert shared_memory(torch.device("cpu")) == LARGEST == 232448
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for limit in (101376, 166912, 232448):
+        properties = SimpleNamespace(shared_memory_per_block_optin=limit)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        assert shared_memory.__wrapped__(torch.device("cuda", 0)) == limit
+
+
+def test_a_large_tile_is_for_gpus_with_much_shared_memory():
+    """The tile that was measured on an H200, for a picture of 1080p and a small one; and the others, which fit."""
+    assert conv_tile(2, 128, 128, 480 * 270, LARGEST) == (8, 16, 128, 64, 8, 3)
+    assert conv_tile(2, 128, 128, 64 * 64, LARGEST) == (8, 8, 64, 64, 8, 4)
+    for limit in (99 * 1024, 163 * 1024):
+        for channels in (16, 32, 64, 128, 256):
+            for pixels in (32 * 32, 480 * 270):
+                tile = conv_tile(2, channels, channels, pixels, limit)
+                step = 2 * tile.channels_in * (tile.height * tile.width + tile.channels_out)
+                assert step * tile.num_stages <= limit

@@ -20,11 +20,19 @@ REPORT = """
 import json, pkgutil, resource, sys
 from importlib import import_module
 
+import torch
+
 import fastperc.kernels
 from fastperc import TransformNet
-from fastperc.kernels import aot, launches, runs
+from fastperc.kernels import aot, configs, launches, runs
 
 arch = 90
+device = {arch: torch.device("cuda", arch) for arch in configs.SHARED_MEMORY}
+limits, capabilities = {}, {}
+for number in configs.SHARED_MEMORY:
+    with launches.recording(number):
+        limits[number] = configs.shared_memory(device[number])
+        capabilities[number] = torch.cuda.get_device_capability(device[number])
 table = runs.runs()
 alone = {run.name: runs.recorded(arch, [run]) for run in table}
 jobs = aot.triton_jobs([arch], [""])
@@ -35,13 +43,16 @@ defined = set()
 for module in pkgutil.iter_modules(fastperc.kernels.__path__):
     names = vars(import_module(f"fastperc.kernels.{module.name}"))
     defined |= {name for name in names if name.endswith("_kernel")}
-paper = {arch: runs.recorded(arch, [runs.paint("paper", (512, 512))]).values() for arch in (80, 90)}
+paper = {arch: runs.recorded(arch, [runs.paint("paper", (512, 512))]).values() for arch in (80, 86, 90, 120)}
 print(json.dumps({
     "recorded": sorted({key for recorded in alone.values() for key in recorded}),
     "compiled": sorted(job.args[0].key for job in jobs),
     "rows": sorted([job.args[0].name, job.args[1]] for job in jobs),
     "alone": {name: len(recorded) for name, recorded in alone.items()},
     "outside": sorted(outside),
+    "limits": limits,
+    "capabilities": capabilities,
+    "registers": {arch: sorted({launch.options.maxnreg or 0 for launch in paper[arch]}) for arch in paper},
     "defined": sorted(defined),
     "descriptors": {arch: sum("tensordesc" in str(launch.signature) for launch in paper[arch]) for arch in paper},
     "conv": [launch._replace(kernel=launch.name, options=vars(launch.options), constants=[], attributes=[])
@@ -85,8 +96,17 @@ def test_a_row_stands_for_one_compilation(report):
 
 @pytest.mark.slow
 def test_launches_depend_on_the_architecture(report):
-    """Tensor descriptors from sm_90 on."""
-    assert report["descriptors"]["80"] == 0 and report["descriptors"]["90"] > 0
+    """Tensor descriptors on sm_90; fewer stages or channels a step where a block may have less shared memory."""
+    assert report["descriptors"]["90"] > 0
+    assert report["descriptors"]["80"] == report["descriptors"]["86"] == report["descriptors"]["120"] == 0
+    assert report["registers"] == {"80": [0, 255], "86": [0, 255], "90": [0], "120": [0, 255]}
+
+
+@pytest.mark.slow
+def test_the_recorder_reports_what_a_gpu_of_the_architecture_would(report):
+    kib = {arch: limit / 1024 for arch, limit in report["limits"].items()}
+    assert kib == {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99}
+    assert report["capabilities"] == {arch: list(divmod(int(arch), 10)) for arch in kib}
 
 
 @pytest.mark.slow
