@@ -27,12 +27,12 @@ from fastperc import TransformNet
 from fastperc.kernels import aot, configs, launches, runs
 
 arch = 90
-device = {arch: torch.device("cuda", arch) for arch in configs.SHARED_MEMORY}
 limits, capabilities = {}, {}
 for number in configs.SHARED_MEMORY:
+    device = torch.device("cuda", number)
     with launches.recording(number):
-        limits[number] = configs.shared_memory(device[number])
-        capabilities[number] = torch.cuda.get_device_capability(device[number])
+        limits[number] = configs.shared_memory(device)
+        capabilities[number] = torch.cuda.get_device_capability(device)
 table = runs.runs()
 alone = {run.name: runs.recorded(arch, [run]) for run in table}
 jobs = aot.triton_jobs([arch], [""])
@@ -111,8 +111,9 @@ def test_the_recorder_reports_what_a_gpu_of_the_architecture_would(report):
 
 @pytest.mark.slow
 def test_the_arguments_are_specialised(report):
-    """The first convolution of stride 2 of the paper's network: pointers, sizes, flags and options as it launches."""
-    (signature,) = [s for _, s, *_, options in report["conv"] if s["x_ptr"] == "*bf16" and options["num_warps"] == 4]
+    """The convolutions of stride 2 of the paper's network: pointers, sizes, flags and options as they launch."""
+    (signature, other), (options, _) = zip(*[(s, o) for _, s, *_, o in report["conv"] if s["x_ptr"] == "*bf16"])
+    assert signature == other and options["num_warps"] == 8 and options["num_stages"] == 4
     assert signature["out_ptr"] == signature["weight_ptr"] == "*bf16" and signature["bias_ptr"] == "*fp32"
     assert signature["skip_ptr"] == signature["partials_ptr"] == signature["CHANNELS_IN"] == "constexpr"
     assert signature["height"] == signature["left"] == "i32"
