@@ -15,6 +15,7 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
+from fastperc.kernels.configs import register_options, shared_memory
 from fastperc.kernels.gram_loss_backward import gram_loss_bwd_kernel
 from fastperc.kernels.gram_loss_forward import gram_deltas_kernel, gram_finish_kernel, gram_partials_kernel
 
@@ -115,6 +116,7 @@ def gram_loss_fwd(
         BLOCK_P=BLOCK_PIXELS_FWD,
         PIXELS_PER_PROGRAM=PIXELS_PER_PROGRAM,
         **OPTIONS["gram_partials_kernel" if nhwc else "gram_partials_kernel of NCHW"],
+        **register_options(shared_memory(losses.device)),
     )
     piece_ends = ends([layer.images * layer.pairs * (layer.block // BLOCK_ROWS) for layer in layers])
     pieces = losses.new_empty(2, piece_ends[-1])
@@ -177,4 +179,5 @@ def gram_loss_bwd(
         BLOCK_P=BLOCK_PIXELS_BWD,
         BLOCK_K=tuple(min(layer.block, 64) for layer in layers),
         **OPTIONS["gram_loss_bwd_kernel"],
+        **register_options(shared_memory(scales.device)),
     )

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import LARGEST, channel_step, shared_memory
+from fastperc.kernels.configs import LARGEST, channel_step, register_options, shared_memory
 from fastperc.kernels.conv_bn_relu import reflect_once
 from fastperc.types import Padding
 
@@ -157,6 +157,7 @@ def rgb_conv_head_fwd(
         OUTPUT=output,
         COLUMNS=_columns(kernel),
         **tile,
+        **register_options(shared_memory(x.device)),
     )
 
 

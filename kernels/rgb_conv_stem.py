@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import LARGEST, PROGRAMS, shared_memory
+from fastperc.kernels.configs import LARGEST, PROGRAMS, register_options, shared_memory
 from fastperc.kernels.conv_bn_relu import store_output
 from fastperc.types import Deferred, Destination, Padding
 
@@ -307,4 +307,5 @@ def _launch(
         BLOCK_K=STEP,
         num_warps=num_warps,
         num_stages=STAGES,
+        **register_options(shared_memory(out.device)),
     )

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import LARGEST, PROGRAMS, ConvTile, channel_step, shared_memory
+from fastperc.kernels.configs import LARGEST, PROGRAMS, ConvTile, channel_step, register_options, shared_memory
 from fastperc.kernels.conv_bn_relu import store_output
 from fastperc.types import Deferred, Destination
 
@@ -246,4 +246,5 @@ def _launch(
         RELU=relu,
         **tile.constants,
         **tile.options,
+        **register_options(shared_memory(x.device)),
     )
