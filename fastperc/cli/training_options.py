@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastperc.training.recipe import Recipe
 
 # Parts of the commands' epilogs.
-STOPPING = "Ctrl-C saves the run and stops it, with exit status 0."
+STOPPING = "Ctrl-C, SIGTERM or a closed terminal saves the run and stops it, with exit status 0."
 RESULTS = (
     "Results: DIR/model.safetensors is the network, DIR/previews shows its progress, DIR/losses.csv has the loss of\n"
     "every iteration."
