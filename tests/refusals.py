@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 def check_refused(run, folder, *arguments, says, status=2):
     """Runs a command that must print one line with ``says`` on stderr, nothing else, and leave ``folder`` as it was."""
@@ -15,9 +17,10 @@ def check_refused(run, folder, *arguments, says, status=2):
 
 
 def contents(folder):
-    """The bytes of each file under ``folder``, or the size if it is huge; None for anything else."""
+    """The bytes of each file under ``folder``, or the size if it is huge or unreadable; None for anything else."""
     return {path: content(path) if path.is_file() else None for path in folder.rglob("*")}
 
 
 def content(path):
-    return path.read_bytes() if path.stat().st_size < 1 << 30 else path.stat().st_size
+    size = path.stat().st_size
+    return path.read_bytes() if size < 1 << 30 and os.access(path, os.R_OK) else size
