@@ -22,6 +22,7 @@ from fastperc.weights import STYLES, SUPER_RESOLUTION
 NETWORKS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (TransformNet, SuperResolutionNet, SRCNN)}
 # Prefixes of the names of a training checkpoint's other tensors: the optimizer's, and the network of mean weights.
 OPTIMIZER, AVERAGE = "optimizer.", "average."
+MAX_NUMBER = 1 << 16  # in the config of a network
 
 
 def save(
@@ -123,8 +124,8 @@ def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Modul
         path = (STYLES | SUPER_RESOLUTION).get(str(name_or_path), path)
     tensors, metadata = read_tensors(path)
     if "network" in metadata:
-        net = _build(path, metadata)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith((OPTIMIZER, AVERAGE))}
+        net = _build(path, metadata, tensors)
     else:
         net, tensors = _from_example(path, tensors)
     _load_weights(net, tensors, path)
@@ -168,26 +169,38 @@ def read_training(path: PathLike) -> dict[str, Any]:
     _, metadata = read_tensors(path)
     try:
         return dict(json.loads(metadata.get("training", "{}")))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise InputError(f"{path}: its training metadata is damaged") from None
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds a NaN or an infinity, or None."""
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    return next((name for name, tensor in tensors.items() if not _all_finite(tensor)), None)
 
 
-def _build(path: Path, metadata: Mapping[str, str]) -> nn.Module:
+def _all_finite(tensor: Tensor) -> bool:
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())  # float8 has no isfinite
+
+
+def _build(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> nn.Module:
     kind = metadata["network"]
     if kind not in NETWORKS:
         raise InputError(f"{path}: holds a {kind}, which fastperc {__version__} does not know; use a newer fastperc")
     try:
-        return NETWORKS[kind](**json.loads(metadata["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: its config does not build a {kind} ({error})") from None
+        config = json.loads(metadata["config"])
+        numbers = [number for value in config.values() for number in (value if isinstance(value, list) else [value])]
+        if any(isinstance(number, (int, float)) and not 0 <= number <= MAX_NUMBER for number in numbers):
+            raise ValueError(f"a number of {config} is not between 0 and {MAX_NUMBER}")
+        with torch.device("meta"):  # takes no memory, whatever the numbers are
+            _check_shapes(NETWORKS[kind](**config), tensors, path)
+        return NETWORKS[kind](**config)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged config can raise anything in the constructors
+        raise InputError(f"{path}: its config does not build a {kind} ({type(error).__name__}: {error})") from None
 
 
-def _load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: PathLike) -> None:
+def _check_shapes(net: nn.Module, tensors: Mapping[str, Tensor], path: PathLike) -> None:
     expected = net.state_dict()
     missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or surplus:
@@ -196,6 +209,12 @@ def _load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: PathLike)
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise InputError(f"{path}: {name} is {list(tensor.shape)}, the network's is {list(expected[name].shape)}")
+        if tensor.is_floating_point() != expected[name].is_floating_point() or tensor.is_complex():
+            raise InputError(f"{path}: {name} is {tensor.dtype}, the network's is {expected[name].dtype}")
+
+
+def _load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: PathLike) -> None:
+    _check_shapes(net, tensors, path)
     if damaged_name := first_not_finite(tensors):
         raise InputError(f"{path}: {damaged_name} has values that are not finite")
     net.load_state_dict(dict(tensors))
@@ -229,4 +248,6 @@ def _from_example(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module,
         layer, _, kind = name.rpartition(".")
         if not UNUSED_STATISTICS.search(name):
             renamed[f"{EXAMPLE_LAYERS.get(layer, layer)}.{kind}"] = tensor
+    with torch.device("meta"):
+        _check_shapes(TransformNet("examples", width=first.shape[0]), renamed, path)
     return TransformNet("examples", width=first.shape[0]), renamed

@@ -27,6 +27,7 @@ from fastperc.devices import device_name
 from fastperc.files import cache_folder, write_atomically
 
 SHIPPED = Path(__file__).parent / "tables"
+MAX_BYTES = 64 << 20  # of a table
 FORMAT = 2  # of the file; tables of another format are ignored
 NEAR = 2.0  # how far a measurement holds, in doublings: a factor of four in pixels, or two in pixels and channels each
 
@@ -188,12 +189,14 @@ def _find(device: torch.device) -> Table | None:
 def _read(path: Path, device: torch.device) -> Table | None:
     """The table at ``path``; ``None`` if it is for another device or version or, with a warning, if it is damaged."""
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
         content = json.loads(path.read_text(encoding="utf-8"))
         made_for = _made_for(device)
         if any(content[key] != made_for[key] for key in made_for) or content.get("format") != FORMAT:
             return None
         return Table(path, str(content["date"]), dict(_entry(entry) for entry in content["entries"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         warnings.warn(
             f"{path}: ignored, not a table of `fastperc tune` or damaged ({error!r}); tune again to replace it",
             stacklevel=2,

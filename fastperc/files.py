@@ -7,6 +7,7 @@ import pickle
 import secrets
 import stat
 import sys
+import tempfile
 import unicodedata
 import warnings
 import zipfile
@@ -19,6 +20,7 @@ from typing import Any
 from fastperc.errors import InputError
 
 PathLike = str | os.PathLike[str]
+MAX_EXPANDED = 1 << 30  # bytes of a compressed file's content that are read without asking how large the file is
 
 
 def check_readable(path: PathLike) -> Path:
@@ -53,9 +55,8 @@ def check_writable(path: PathLike) -> Path:
                 raise InputError(f"{path}: is a folder or a device; give a file name")
         missing = [folder for folder in target.parents if not os.path.lexists(folder)]
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             probe = _temporary_path(target)
-            probe.touch()
+            _create(probe)
             probe.unlink()
         finally:
             for folder in missing:
@@ -139,7 +140,7 @@ def write_atomically(path: PathLike) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     temporary = _temporary_path(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _create(temporary)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -149,6 +150,18 @@ def write_atomically(path: PathLike) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _create(path: Path) -> None:
+    """Creates the file ``path`` and the folders it needs, which other processes may remove at the same time."""
+    for attempts_left in reversed(range(100)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            return
+        except (FileNotFoundError, FileExistsError):
+            if not attempts_left:
+                raise
 
 
 def _temporary_path(path: Path) -> Path:
@@ -194,16 +207,36 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with _utf8_name(path) as name, safe_open(name, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise InputError(f"{path}: damaged or cut short ({error})") from None
 
 
+@contextmanager
+def _utf8_name(path: Path) -> Iterator[Path]:
+    """A name of the file at ``path`` that is UTF-8, as safetensors needs it: its own, or that of a temporary link."""
+    try:
+        os.fspath(path).encode()
+        yield path
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, "link")
+            link.symlink_to(path.absolute())
+            yield link
+
+
 def _is_npz(path: Path) -> bool:
+    """Whether the file is an archive of NumPy arrays.
+
+    Raises:
+        InputError: it is an archive whose content would take far more memory than the file.
+    """
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > max(MAX_EXPANDED, 4 * path.stat().st_size):
+            raise InputError(f"{path}: its content is far larger than the file; save it without compression")
         return all(name.endswith(".npy") for name in archive.namelist())
 
 
@@ -235,6 +268,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise InputError(f"{path}: holds no state_dict (a dict of names and tensors)")
+    stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in content.values()}
+    if sum(tensor.nbytes for tensor in content.values()) > 2 * sum(stored.values()):
+        raise InputError(f"{path}: its tensors are larger than what the file holds")
     return {str(name): tensor for name, tensor in content.items()}
 
 

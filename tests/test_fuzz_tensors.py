@@ -152,11 +152,6 @@ def damaged_within(data, rng):
     return change(data, rng)
 
 
-def config(data):
-    """The arguments of the network in a ``.safetensors`` file, as they are written."""
-    return data.partition(b'"config":')[2].partition(b'",')[0]
-
-
 def peak():
     """The most memory that this process has had so far, in bytes; 0 where the system does not say."""
     try:
@@ -175,8 +170,6 @@ def test_damaged_files(tmp_path, kind):
     while time.monotonic() < end or tried < 20:
         data = rng.choice(sound)
         path.write_bytes(rng.choice([damaged, damaged_within])(data, rng))
-        if kind == "safetensors" and config(path.read_bytes()) not in map(config, sound):
-            continue  # a network as large as its config says is built before the tensors are looked at
         start, before, tried = time.monotonic(), peak(), tried + 1
         try:
             with warnings.catch_warnings():

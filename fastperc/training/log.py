@@ -19,6 +19,7 @@ from fastperc.training.run_folder import LOSSES
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+LONGEST_ROW = 1000  # characters of losses.csv
 GPU_INTERVAL = 50  # iterations between two looks at the losses on a GPU: a look waits for the GPU to finish
 
 
@@ -110,9 +111,9 @@ class LossLog:
 def lines_up_to(path: Path, iteration: int) -> list[str]:
     """The header and the whole rows up to ``iteration`` of the ``losses.csv`` at ``path``; empty if it has none."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[
-            :-1
-        ]  # after the last line break there is half a row at most
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST_ROW * (iteration + 2))  # no more of a file that is no such table
+        lines = text.split("\n")[:-1]  # after the last line break there is half a row at most
     except (OSError, ValueError):
         return []
     rows = []
