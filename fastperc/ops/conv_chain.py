@@ -121,7 +121,8 @@ def _convolved(conv: Any, x: Tensor) -> Tensor:
     dtype, wide = storage_dtype(x), compute_dtype(x)
     if wide == dtype or torch.compiler.is_compiling() or not isinstance(conv, nn.Module):
         return conv(x)
-    parameters = {name: parameter.to(wide) for name, parameter in conv.named_parameters()}
+    tensors = [*conv.named_parameters(), *((name, t) for name, t in vars(conv).items() if isinstance(t, Tensor))]
+    parameters = {name: tensor.to(wide) for name, tensor in tensors}
     with torch.autocast(x.device.type, enabled=False):
         return torch.func.functional_call(conv, parameters, (x.to(wide),)).to(dtype)
 
