@@ -21,7 +21,7 @@ if not torch.cuda.is_available():  # set before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fastperc
-from fastperc import dispatch
+from fastperc import devices, dispatch
 from fastperc.cli import main
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision is computed in half precision, on any processor; test_half_precision.py has the rest."""
+    monkeypatch.setattr(devices, "_cpu_computes_in", lambda dtype: True)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from cases import GPU, error, no_worse
 from frozen import FROZEN_RUNS, features, filters, instance_norm
 
-from fastperc import backends, devices, ops, reference, use_backend
+from fastperc import backends, ops, reference, use_backend
 from fastperc.modules import RGBConv
 from fastperc.ops.rgb_conv import _Fold
 from fastperc.types import Epilogue, Padding, Window
@@ -221,8 +221,7 @@ def test_gradients_of_gradients(beyond):
 
 
 @pytest.mark.parametrize("cause", ["fp16", "fp64", "empty", "compile"])
-def test_training_leaves_the_rest_to_plain_pytorch(cause, monkeypatch):
-    monkeypatch.setattr(devices, "_cpu_computes_in", lambda dtype: True)  # else float16 is computed in float32
+def test_training_leaves_the_rest_to_plain_pytorch(cause):
     (x, weight, bias), rest = trained("B2-I16-H12-W21")
     call = ops.rgb_conv
     if cause in ("fp16", "fp64"):
