@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +24,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0.7,
         help="time to spend on the rounds of one measurement (default: %(default)s)",
     )
-    group.addoption("--tiny", action="store_true", help="run the first case of each file only, to try the code")
+    group.addoption("--tiny", action="store_true", help="run the smallest case of each file only, to try the code")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With ``--tiny`` keeps the first case of each file, with all its providers."""
+    """With ``--tiny`` keeps the smallest case of each file, with all its providers."""
     if not config.getoption("--tiny"):
         return
-    first: dict[Path, str] = {}
-    for item in items:
-        case = item.callspec.params["case"].id  # type: ignore[attr-defined]
-        first.setdefault(item.path, case)
-    items[:] = [item for item in items if item.callspec.params["case"].id == first[item.path]]  # type: ignore[attr-defined]
+    cases = {item: item.callspec.params["case"] for item in items}  # type: ignore[attr-defined]
+    smallest: dict[Path, Any] = {}
+    for item, case in sorted(cases.items(), key=lambda pair: elements(pair[1])):
+        smallest.setdefault(item.path, case)
+    items[:] = [item for item, case in cases.items() if case.id == smallest[item.path].id]
+
+
+def elements(case: Any) -> int:
+    """The elements of a case's input, from its shape as text: "4x3x256x256, relu1_2"."""
+    return math.prod(map(int, re.findall(r"\d+", case.shape.partition(",")[0])))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -134,7 +134,7 @@ class TestHarness:
     def test_every_bench_is_a_stage_of_the_lab(self):
         assert {f"bench_{stage.name}" for stage in stages.STAGES} >= set(BENCHES)
 
-    def test_tiny_runs_the_first_case_of_each_file(self):
+    def test_tiny_runs_the_smallest_case_of_each_file(self):
         command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "--tiny", "-k", "reference or fused"]
         files = [str(BENCHMARKS / f"bench_{name}.py") for name in ("inference", "tv_loss")]
         listed = subprocess.run([*command, *files], capture_output=True, text=True, cwd=BENCHMARKS.parent).stdout
