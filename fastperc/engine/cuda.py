@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -65,13 +66,14 @@ def _end_failed_capture(device: torch.device, pool: Any) -> None:
         pass
     else:
         torch._C._cuda_releasePool(device.index, pool)
-    generator = torch.cuda.default_generators[device.index]
-    offset = generator.get_offset()
-    try:
-        torch.rand((), device=device)
-    except RuntimeError:  # a copy of the generator's state is not in a capture
-        generator.graphsafe_set_state(generator.clone_state())
-    generator.set_offset(offset)
+    with suppress(RuntimeError):  # the error that the caller is told is that of the capture
+        generator = torch.cuda.default_generators[device.index]
+        offset = generator.get_offset()
+        try:
+            torch.rand((), device=device)
+        except RuntimeError:  # a copy of the generator's state is not in a capture
+            generator.graphsafe_set_state(generator.clone_state())
+        generator.set_offset(offset)
 
 
 def reason_of(error: RuntimeError) -> str:
