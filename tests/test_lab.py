@@ -89,7 +89,9 @@ def test_rehearsal(tmp_path):
     outcomes = [line.split(None, 1) for line in done.stdout.splitlines()[-len(stages.STAGES) :]]
     assert [name for name, _ in outcomes] == [stage.name for stage in stages.STAGES]
     assert all(outcome.startswith("ok") and "no test" not in outcome for _, outcome in outcomes)
-    assert {row["operation"] for row in rows.read(tmp_path / "rows.jsonl")} >= {"inference", "training", "tv_loss"}
+    rehearsed = rows.read(tmp_path / "rehearsal.jsonl")
+    assert {row["operation"] for row in rehearsed} >= {"inference", "training", "tv_loss"}
+    assert not (tmp_path / "rows.jsonl").exists(), "which the report would read"
 
 
 def test_refuses_an_unknown_stage():
