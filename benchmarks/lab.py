@@ -9,7 +9,7 @@ measures the CPU, and the rows say so. DIR/rows.jsonl gets each row as soon as i
 printed, DIR/cache the tuned table; `benchmarks/report.py DIR` merges the rows. Exit status 1: a stage failed.
 
 `--rehearse` runs all stages on the CPU, with tiny shapes and Triton's interpreter, in some minutes; its rows are no
-measurements and go to DIR/rehearsal.jsonl.
+measurements and go to DIR/rehearsal.
 """
 
 from __future__ import annotations
@@ -259,7 +259,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lab = Lab(arguments.out.resolve(), REHEARSAL_BUDGET if arguments.rehearse else arguments.budget)
     if arguments.rehearse:
         stages = [rehearsed(stage) for stage in stages if not stage.prefix]
-        lab.rows = lab.out / "rehearsal.jsonl"  # which the report does not read
+        lab.rows = lab.out / "rehearsal" / "rows.jsonl"  # which `report.py DIR` does not read
+        lab.rows.parent.mkdir(exist_ok=True)
         # No GPU is used, and what torch.compile would compile for minutes runs as it is.
         lab.environment |= {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
     return experiment(lab, stages, must_build=not arguments.only)
