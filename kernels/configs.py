@@ -34,7 +34,7 @@ def register_options(limit: int) -> dict[str, int]:
     On all but the largest GPUs the sums fill the registers, and the assembler spills a few to run more warps at a time.
     It does not where a kernel names its own limit, here the most that a thread may have.
     """
-    return {} if limit == LARGEST else dict(maxnreg=255)
+    return dict(maxnreg=255) if limit < LARGEST else {}
 
 
 class ConvTile(NamedTuple):

@@ -166,5 +166,5 @@ def _tile(itemsize: int, channels: int, limit: int) -> dict[str, int]:
     shared memory and do not spill registers."""
     if itemsize == 4:
         return dict(BLOCK_P=64, BLOCK_I=16, num_warps=8, num_stages=2)
-    step = channel_step(channels) if limit == LARGEST else min(channel_step(channels), 32)
+    step = min(channel_step(channels), 32) if limit < LARGEST else channel_step(channels)
     return dict(BLOCK_P=128, BLOCK_I=step, num_warps=4, num_stages=4)

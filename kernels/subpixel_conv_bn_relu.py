@@ -40,7 +40,7 @@ def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int, limi
     block = max(16, triton.next_power_of_2(channels_out))
     if itemsize == 4:
         return ConvTile(4, 8, min(block, 32), 16, 4, 2)
-    height = 8 if limit == LARGEST and patches * block * 4 >= 128 * 128 * PROGRAMS else 4
+    height = 8 if limit >= LARGEST and patches * block * 4 >= 128 * 128 * PROGRAMS else 4
     stages = 3 if channels_in > 64 else 2
     return ConvTile(height, 16, min(block, 64), channel_step(channels_in), 4, stages)
 
