@@ -76,10 +76,10 @@ def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int, l
     programs = -(-pixels // 128) * -(-channels_out // block)  # of 128 pixels
     if itemsize == 4:
         return ConvTile(8, 8, min(block, 64), 16, 4, 2)
-    if limit < LARGEST:
-        width = 8 if programs < PROGRAMS else 16
-        num_warps = 4 if width * block <= 1024 else 8  # at most 64 sums a thread
-        return ConvTile(8, width, block, min(step, 32), num_warps, 4)
+    if limit < LARGEST:  # at most 64 sums a thread
+        if programs < PROGRAMS:
+            return ConvTile(8, 8, min(block, 64), min(step, 32), 4, 4)
+        return ConvTile(8, 16, block, min(step, 32), 8 if block > 64 else 4, 4)
     if programs < PROGRAMS:
         return ConvTile(8, 8, min(block, 64), step, 8, 4)  # with 4 warps statistics spill on sm_100
     return ConvTile(8, 16, block, step, 8, 4 if programs < 6 * PROGRAMS or block < 128 else 3)
