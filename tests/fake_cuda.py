@@ -66,7 +66,7 @@ class FakeCuda:
         self.stream = before
 
     @contextmanager
-    def capture(self, graph, pool, stream, capture_error_mode):
+    def capture(self, graph, stream, capture_error_mode, pool=(0, 99)):
         """Ends as ``torch.cuda.graph`` does: an error of the capture keeps it from restoring the stream."""
         assert not self.capturing, "captures_underway.empty()"
         self.stream = stream
