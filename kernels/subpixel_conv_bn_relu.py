@@ -36,11 +36,13 @@ PHASES = tl.constexpr(2)  # of the four, that a program computes
 
 def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int, limit: int) -> ConvTile:
     """The largest tile that still gives enough programs for the ``patches`` of a batch: the fastest of those measured
-    on an H200. A GPU with a smaller ``limit`` of shared memory takes the smaller tile: the larger one spills there."""
+    on an H200. A GPU with a smaller ``limit`` of shared memory takes smaller tiles: the larger ones spill there."""
     block = max(16, triton.next_power_of_2(channels_out))
     if itemsize == 4:
         return ConvTile(4, 8, min(block, 32), 16, 4, 2)
-    height = 8 if limit >= LARGEST and patches * block * 4 >= 128 * 128 * PROGRAMS else 4
+    if limit < LARGEST:  # steps of 32 channels: the assembler unrolls a short loop of longer ones, and spills
+        return ConvTile(4, 16, min(block, 64), min(channel_step(channels_in), 32), 4, 3)
+    height = 8 if patches * block * 4 >= 128 * 128 * PROGRAMS else 4
     stages = 3 if channels_in > 64 else 2
     return ConvTile(height, 16, min(block, 64), channel_step(channels_in), 4, stages)
 
