@@ -75,7 +75,7 @@ def conv_tile(itemsize: int, channels_in: int, channels_out: int, pixels: int, l
     block = min(128, max(16, 1 << (channels_out - 1).bit_length()))
     programs = -(-pixels // 128) * -(-channels_out // block)  # of 128 pixels
     if itemsize == 4:
-        return ConvTile(8, 8, min(block, 64), 16, 4, 2)
+        return ConvTile(8, 8, min(block, 64), 16, 8, 2)
     if limit < LARGEST:  # at most 64 sums a thread
         if programs < PROGRAMS:
             return ConvTile(8, 8, min(block, 64), min(step, 32), 4, 4)

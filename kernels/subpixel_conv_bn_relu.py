@@ -44,7 +44,8 @@ def _tile(itemsize: int, channels_in: int, channels_out: int, patches: int, limi
         return ConvTile(4, 16, min(block, 64), min(channel_step(channels_in), 32), 4, 3)
     height = 8 if patches * block * 4 >= 128 * 128 * PROGRAMS else 4
     stages = 3 if channels_in > 64 else 2
-    return ConvTile(height, 16, min(block, 64), channel_step(channels_in), 4, stages)
+    num_warps = 8 if height == 8 and block > 32 else 4  # with 4, sums for 64 channels spill with Triton 3.9
+    return ConvTile(height, 16, min(block, 64), channel_step(channels_in), num_warps, stages)
 
 
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width"])
