@@ -84,7 +84,7 @@ BLOCK_CHANNELS = 32  # of dense: two pixels are the 64 rows that the tensor core
 def _block(itemsize: int) -> dict[str, int]:
     """Block size, warps and stages."""
     if itemsize == 4:
-        return dict(BLOCK_P=16, num_warps=8, num_stages=2)
+        return dict(BLOCK_P=16, num_warps=8, num_stages=1)
     return dict(BLOCK_P=64, num_warps=4, num_stages=3)
 
 
