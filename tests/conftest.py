@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from cases import SHALLOW_VGG
 from pictures import picture
+from refusals import check_refused
 
 if not torch.cuda.is_available():  # set before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -138,6 +140,21 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture(32, 24).save("photo.png")
     return tmp_path
+
+
+@pytest.fixture
+def refused(run, here):
+    """Runs a command that must fail in one line and leave no trace."""
+    return partial(check_refused, run, here)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On one thread, training repeats itself bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

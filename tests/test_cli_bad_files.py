@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,9 @@ import pytest
 import torch
 from pictures import picture
 from PIL import Image
-from refusals import check_refused
 
 import fastperc
 from fastperc.weights import STYLES
-
-
-@pytest.fixture
-def refused(run, here):
-    """Runs a command that must fail in one line and leave no trace."""
-    return partial(check_refused, run, here)
-
 
 # Bad photos
 

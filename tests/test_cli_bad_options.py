@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
-from refusals import check_refused
-
-
-@pytest.fixture
-def refused(run, here):
-    """Runs a command that must fail in one line and leave no trace."""
-    return partial(check_refused, run, here)
-
 
 BAD_OPTIONS = {
     "": "the following arguments are required: COMMAND",

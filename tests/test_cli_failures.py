@@ -6,21 +6,13 @@ import errno
 import struct
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from pictures import picture
 from PIL import Image
-from refusals import check_refused, contents
-
-
-@pytest.fixture
-def refused(run, here):
-    """Runs a command that must fail in one line and leave no trace."""
-    return partial(check_refused, run, here)
-
+from refusals import contents
 
 FAILURES = {
     "full disk": (OSError(errno.ENOSPC, "No space left on device"), "new/out.png: No space left on device"),

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import signal
-
 import numpy as np
 import pytest
-import torch
 from pictures import picture, pixels
 from PIL import Image, ImageColor
-from training_runs import losses, training_metadata
+from training_runs import losses, stop_in_iteration, training_metadata
 
-from fastperc import TVLoss
 from fastperc.errors import InputError
 from fastperc.training import charts, figure2
 from fastperc.training.resume import CHECKPOINT
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On one thread, training repeats itself bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -73,15 +62,7 @@ def test_stopped_and_resumed_is_the_whole(run, command, tmp_path, monkeypatch, s
     """Stopped by a signal in iteration ``stop`` of both runs together, which have nine each."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run(*command, "--out", whole).status == 0
-    forward, calls = TVLoss.forward, []
-
-    def forward_and_stop(self, x):
-        calls.append(None)
-        if len(calls) == stop:
-            signal.raise_signal(signal.SIGINT)
-        return forward(self, x)
-
-    monkeypatch.setattr(TVLoss, "forward", forward_and_stop)
+    stop_in_iteration(monkeypatch, stop)
     status, printed, errors = run(*command, "--out", out)
     assert (status, printed) == (0, "") and f"go on by: fastperc figure2 --resume --out {out}\n" in errors
     name, step = ("residual", stop) if stop <= 9 else ("non-residual", stop - 9)

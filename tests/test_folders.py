@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 from pictures import picture, pixels
 from PIL import Image
-from refusals import check_refused
 
 from fastperc import InputError
 from fastperc.photos import formats
@@ -22,12 +20,6 @@ HEIC = "run `pip install 'fastperc[heif]'`"
 RAW = "develop the camera's raw data into a JPEG or a TIFF of 16 bits"
 missing = {suffix for suffix in formats.PLUGINS if suffix in formats.UNREADABLE_SUFFIXES}
 needs_no_plugin = pytest.mark.skipif(".heic" not in missing or ".jxl" not in missing, reason="a plugin is installed")
-
-
-@pytest.fixture
-def refused(run, here):
-    """Runs a command that must fail in one line and leave no trace."""
-    return partial(check_refused, run, here)
 
 
 @pytest.fixture

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
 from pictures import picture
-from refusals import check_refused, contents
+from refusals import contents
 
 from fastperc import InputError, files
 from fastperc.files import check_distinct, check_overwrites
 from fastperc.photos.photo import read_image
-
-
-@pytest.fixture
-def refused(run, here):
-    """Runs a command that must fail in one line and leave no trace."""
-    return partial(check_refused, run, here)
 
 
 @pytest.fixture

@@ -10,20 +10,13 @@ import signal
 import pytest
 import torch
 from pictures import picture
-from training_runs import finish, run_here, start, tensors, train_options, training_metadata
+from training_runs import finish, run_here, start, stop_in_iteration, tensors, train_options, training_metadata
 
-from fastperc import TVLoss, checkpoints
+from fastperc import checkpoints
 from fastperc.cli import main
 from fastperc.files import read_tensors, write_tensors
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On one thread, training repeats itself bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -39,15 +32,7 @@ def project(photo_folder, vgg_file, tmp_path):
 def stop(options, out, *more):
     """Runs until a signal in iteration five."""
     with pytest.MonkeyPatch.context() as patch:
-        forward, calls = TVLoss.forward, []
-
-        def forward_and_stop(self, x):
-            calls.append(None)
-            if len(calls) == 5:
-                signal.raise_signal(signal.SIGINT)
-            return forward(self, x)
-
-        patch.setattr(TVLoss, "forward", forward_and_stop)
+        stop_in_iteration(patch, 5)
         assert run_here(options, out, *more) == 0
     assert training_metadata(out / "checkpoint.safetensors")["step"] == 5
 

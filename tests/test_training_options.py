@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 import torch
-from training_runs import losses, run_here, tensors, train_options, training_metadata
-
-from fastperc import TVLoss
+from training_runs import losses, run_here, stop_in_iteration, tensors, train_options, training_metadata
 
 ITERATIONS = 20  # of which the last two are averaged
 OPTIONS = [
@@ -18,13 +14,7 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On one thread, training repeats itself bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +28,6 @@ def finished(options, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
     assert run_here(options, out) == 0
     return out
-
-
-def stop_in_iteration(monkeypatch, iteration):
-    """A signal comes in the ``iteration``-th call of the loss."""
-    forward, calls = TVLoss.forward, []
-
-    def forward_and_stop(self, x):
-        calls.append(None)
-        if len(calls) == iteration:
-            signal.raise_signal(signal.SIGINT)
-        return forward(self, x)
-
-    monkeypatch.setattr(TVLoss, "forward", forward_and_stop)
 
 
 def same_files(out, expected_out):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pictures import picture
 from safetensors import safe_open
 from torch import Tensor
 
+from fastperc import TVLoss
 from fastperc.cli import main
 
 
@@ -69,3 +71,16 @@ def losses(out: Path) -> tuple[list[str], list[list[float]]]:
     assert text.endswith("\n")
     header, *rows = csv.reader(text.splitlines())
     return header, [[int(row[0]), *map(float, row[1:])] for row in rows]
+
+
+def stop_in_iteration(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
+    """A signal comes in the ``iteration``-th call of the loss."""
+    forward, calls = TVLoss.forward, []
+
+    def forward_and_stop(self, x):
+        calls.append(None)
+        if len(calls) == iteration:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, x)
+
+    monkeypatch.setattr(TVLoss, "forward", forward_and_stop)
