@@ -53,9 +53,8 @@ HALF = (torch.float16, torch.bfloat16)
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether convolutions in ``dtype`` are worth having on ``device``: not where a processor only emulates them.
 
-    Without instructions for half precision PyTorch's convolutions take ten times as long as in float32 and more. With
-    AVX-512's alone, an Intel Xeon took 2.5 times as long in bfloat16 and 4.5 times in float16 as fastperc's in float32;
-    an AMD EPYC gained a fifth by bfloat16.
+    Without instructions for it PyTorch convolves in half precision by scalar code. With AVX-512's alone, without AMX,
+    an Intel Xeon took 2.5 times as long in bfloat16 as in float32; AMD's AVX-512 is trusted.
     """
     return dtype not in HALF or device.type != "cpu" or _cpu_computes_in(dtype)
 
