@@ -64,6 +64,12 @@ def degrade(x: Tensor, scale: int, blur: float = 0.0) -> Tensor:
     return to_levels(bicubic(x, (x.shape[2] // scale, x.shape[3] // scale))).to(x.dtype) / 255
 
 
+def check_features(x: Tensor) -> None:
+    """Raises a ``ValueError`` unless ``x`` has Gram matrices."""
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"gram_matrix needs features of shape [N, C, H, W] with C, H, W ≥ 1, got {list(x.shape)}")
+
+
 def gram_matrix(x: Tensor) -> Tensor:
     """ψψᵀ / (C·H·W), ψ being ``x`` [N, C, H, W] as a C × H·W matrix (paper, equation 3).
 
@@ -73,8 +79,7 @@ def gram_matrix(x: Tensor) -> Tensor:
     Raises:
         ValueError: ``x`` is not [N, C, H, W], or has no elements to a map.
     """
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"gram_matrix needs features of shape [N, C, H, W] with C, H, W ≥ 1, got {list(x.shape)}")
+    check_features(x)
     with torch.autocast(x.device.type, enabled=False):
         psi = widen(x).flatten(2)
         return psi @ psi.mT / (x.shape[1] * x.shape[2] * x.shape[3])

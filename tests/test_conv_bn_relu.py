@@ -60,8 +60,8 @@ def arguments(case, device, dtype):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
 def test_matches_the_formula(device, backend, dtype, case):
-    by_winograd = device == "cpu" and dtype == torch.float32
-    floor = LAYER_ERROR_4X4 if by_winograd else 4e-7
+    by_4x4 = backend == "native" and dtype == torch.float32 and implementation_of(case) == "winograd_4x4"
+    floor = LAYER_ERROR_4X4 if by_4x4 else 4e-7
     check(backend, ops.conv_bn_relu, *arguments(case, device, dtype), floor=floor)
 
 

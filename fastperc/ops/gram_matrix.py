@@ -28,8 +28,7 @@ def gram_matrix(x: Tensor) -> Tensor:
     Raises:
         ValueError: ``x`` is not [N, C, H, W], or has no elements to a map.
     """
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"gram_matrix needs features of shape [N, C, H, W] with C, H, W ≥ 1, got {list(x.shape)}")
+    reference.check_features(x)
     with torch.autocast(x.device.type, enabled=False):
         return GRAM_MATRIX(x)
 
