@@ -36,6 +36,9 @@ Output output_from_name(const std::string& name) {
   if (name == "linear") return Output::linear;
   throw std::invalid_argument("fastperc: output must be 'tanh' or 'linear', got " + name);
 }
+RGBConvShape rgb_conv_shape(const std::array<std::int64_t, 9>& s, bool reflect) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], reflect};
+}
 
 ImageStrides image_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 RowStrides row_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
@@ -151,6 +154,29 @@ PYBIND11_MODULE(_C, m) {
                           {s[0], s[1], s[2], s[3], s[4], reflect}, image_strides(out_strides), threads);
       },
       py::arg("products"), py::arg("bias"), py::arg("out"), py::arg("dtype"), py::arg("out_dtype"), py::arg("output"),
+      py::arg("shape"), py::arg("reflect"), py::arg("out_strides"), py::arg("threads"));
+  m.def(
+      "rgb_conv_stem_winograd_cpu",
+      [](Address x, Address weights, Address bias, Address out, const std::array<std::int64_t, 9>& shape, bool reflect,
+         bool relu, int threads) {
+        py::gil_scoped_release release;
+        rgb_conv_stem_winograd_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias),
+                                   pointer<float>(out), rgb_conv_shape(shape, reflect), relu, threads);
+      },
+      py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("out"), py::arg("shape"), py::arg("reflect"),
+      py::arg("relu"), py::arg("threads"));
+  m.def(
+      "rgb_conv_head_winograd_cpu",
+      [](Address x, Address weights, Address bias, Address out, const std::string& out_dtype, const std::string& output,
+         const std::array<std::int64_t, 9>& shape, bool reflect, const std::array<std::int64_t, 4>& out_strides,
+         int threads) {
+        const Output kind = output_from_name(output);
+        py::gil_scoped_release release;
+        rgb_conv_head_winograd_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<>(out),
+                                   out_dtype, kind, rgb_conv_shape(shape, reflect), image_strides(out_strides),
+                                   threads);
+      },
+      py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("out"), py::arg("out_dtype"), py::arg("output"),
       py::arg("shape"), py::arg("reflect"), py::arg("out_strides"), py::arg("threads"));
   m.def(
       "channel_statistics_cpu",

@@ -21,7 +21,7 @@ namespace {
 
 using namespace winograd;
 
-constexpr std::int64_t tiles_together = 4;      // the tiles of a block are padded to a multiple of this
+constexpr std::int64_t group = 8;               // tiles of a block that lie together in V and in M
 constexpr std::int64_t block_floats = 3 << 16;  // the size of V of a block
 constexpr std::int64_t fewest_tiles = 16;       // of a block; with fewer, U is read too often
 
@@ -31,13 +31,16 @@ struct Convolution {
   WinogradShape shape;
   ImageStrides skip_strides;  // its channels have stride 1
   bool relu;
-  std::int64_t tiles;  // in a block
+  std::int64_t tiles;  // in a block, a multiple of `group`
 
-  std::int64_t padded() const { return (tiles + tiles_together - 1) / tiles_together * tiles_together; }
-  // The stride between tiles in V, then the strides between points in V and in M.
-  std::int64_t pitch() const { return shape.in + skew; }
-  std::int64_t transformed_step() const { return padded() * pitch() + skew; }
-  std::int64_t product_step() const { return padded() * panel + skew; }
+  std::int64_t points() const { return (shape.tile + 2) * (shape.tile + 2); }
+  // V [groups, I / chunk, points, group, chunk]
+  std::int64_t chunk_step() const { return points() * group * chunk; }
+  std::int64_t transformed_step() const { return shape.in / chunk * chunk_step(); }
+  // M [groups, points, group, panel]
+  std::int64_t point_step() const { return group * panel + skew; }
+  std::int64_t product_step() const { return points() * point_step(); }
+  std::int64_t floats() const { return tiles / group * (transformed_step() + product_step()); }
 };
 
 // Stores the pixels of a tile, made of M [(tile + 2)², step], for a panel of output channels from `first` on.
@@ -82,29 +85,34 @@ FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t index, con
 
 // Computes the block of `count` tiles from `first` on.
 template <int lanes, int rows, int vectors, int tile>
-FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t first, std::int64_t count, float* transformed,
-                              float* products) {
+FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t first, std::int64_t count, float* transformed) {
   constexpr std::int64_t points = (tile + 2) * (tile + 2);
   const WinogradShape& s = conv.shape;
-  const std::int64_t pitch = conv.pitch(), padded = conv.padded();
-  const std::int64_t transformed_step = conv.transformed_step(), product_step = conv.product_step();
+  const std::int64_t chunk_step = conv.chunk_step(), point_step = conv.point_step();
+  float* products = transformed + conv.tiles / group * conv.transformed_step();
+  const auto transform_of = [&](std::int64_t t) {
+    return transformed + t / group * conv.transformed_step() + t % group * chunk;
+  };
   for (std::int64_t t = 0; t < count; ++t) {
-    transform_tile<lanes, tile>(conv.x, s, first + t, 0, s.in, transformed + t * pitch, transformed_step);
+    transform_tile<lanes, tile>(conv.x, s, first + t, 0, s.in, transform_of(t), group * chunk, chunk_step);
   }
-  for (std::int64_t t = count; t < padded; ++t) {
-    for (std::int64_t i = 0; i < points; ++i) {
-      float* unused = transformed + i * transformed_step + t * pitch;
-      std::fill(unused, unused + s.in, 0.0f);
-    }
+  for (std::int64_t t = count; t % 4; ++t) {
+    for (std::int64_t i = 0; i < points * s.in / chunk; ++i) std::fill_n(transform_of(t) + i * group * chunk, chunk, 0);
   }
   for (std::int64_t o = 0; o < s.out; o += panel) {
     for (std::int64_t i = 0; i < points; ++i) {
-      multiply_rows<lanes, rows, vectors, false>(transformed + i * transformed_step, pitch, 1,
-                                                 conv.weights + (o * points + i * panel) * s.in,
-                                                 products + i * product_step, s.in, padded);
+      const float* weights = conv.weights + (o * points + i * panel) * s.in;
+      for (std::int64_t t = 0; t < count; t += group) {
+        multiply_rows<lanes, rows, vectors, panel, false, true>(
+            transform_of(t) + i * group * chunk, {chunk, 1, chunk, chunk_step}, weights,
+            products + t / group * conv.product_step() + i * point_step, s.in, std::min(group, (count - t + 3) / 4 * 4),
+            weights + panel * s.in + t / group * s.in * line);
+      }
     }
-    for (std::int64_t t = 0; t < count; ++t)
-      store_tile<lanes, tile>(conv, first + t, products + t * panel, product_step, o);
+    for (std::int64_t t = 0; t < count; ++t) {
+      store_tile<lanes, tile>(conv, first + t, products + t / group * conv.product_step() + t % group * panel,
+                              point_step, o);
+    }
   }
 }
 
@@ -144,23 +152,22 @@ FASTPERC_INLINE void transform_weights(const float* weight, const WeightStrides&
   }
 }
 
-#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                                            \
-  attributes int floats_in_register() { return lanes; }                                                               \
-  attributes void convolve_block(const Convolution& conv, std::int64_t first, std::int64_t count, float* transformed, \
-                                 float* products) {                                                                   \
-    if (conv.shape.tile == 2) {                                                                                       \
-      convolve<lanes, rows, vectors, 2>(conv, first, count, transformed, products);                                   \
-    } else {                                                                                                          \
-      convolve<lanes, rows, vectors, 4>(conv, first, count, transformed, products);                                   \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  attributes void weights_panel(const float* weight, const WeightStrides& strides, std::int64_t in, float* to,        \
-                                std::int64_t tile) {                                                                  \
-    if (tile == 2) {                                                                                                  \
-      transform_weights<lanes, 2>(weight, strides, in, to);                                                           \
-    } else {                                                                                                          \
-      transform_weights<lanes, 4>(weight, strides, in, to);                                                           \
-    }                                                                                                                 \
+#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                                     \
+  attributes int floats_in_register() { return lanes; }                                                        \
+  attributes void convolve_block(const Convolution& conv, std::int64_t first, std::int64_t count, float* to) { \
+    if (conv.shape.tile == 2) {                                                                                \
+      convolve<lanes, rows, vectors, 2>(conv, first, count, to);                                               \
+    } else {                                                                                                   \
+      convolve<lanes, rows, vectors, 4>(conv, first, count, to);                                               \
+    }                                                                                                          \
+  }                                                                                                            \
+  attributes void weights_panel(const float* weight, const WeightStrides& strides, std::int64_t in, float* to, \
+                                std::int64_t tile) {                                                           \
+    if (tile == 2) {                                                                                           \
+      transform_weights<lanes, 2>(weight, strides, in, to);                                                    \
+    } else {                                                                                                   \
+      transform_weights<lanes, 4>(weight, strides, in, to);                                                    \
+    }                                                                                                          \
   }
 FASTPERC_VERSIONS(FASTPERC_VERSION)
 
@@ -181,14 +188,14 @@ void winograd_conv_cpu(const float* x, const float* weights, const float* bias, 
   const std::int64_t tiles = shape.tiles();
   if (tiles == 0) return;
   const std::int64_t points = (shape.tile + 2) * (shape.tile + 2);
-  const std::int64_t most = std::max(block_floats / (points * (shape.in + skew)), fewest_tiles);
+  const std::int64_t most = std::max(block_floats / (points * shape.in), fewest_tiles);
   const std::int64_t turns = (tiles + threads * most - 1) / (threads * most);  // blocks for each thread
-  const std::int64_t per_block = std::max((tiles + threads * turns - 1) / (threads * turns), fewest_tiles);
+  const std::int64_t share = std::max((tiles + threads * turns - 1) / (threads * turns), fewest_tiles);
+  const std::int64_t per_block = (share + group - 1) / group * group;
   const Convolution conv{x, weights, bias, skip, out, shape, skip_strides, relu, per_block};
   take_turns((tiles + per_block - 1) / per_block, threads, [&](std::int64_t block) {
-    float* floats = scratch(points * (conv.transformed_step() + conv.product_step()));
     const std::int64_t first = block * per_block;
-    convolve_block(conv, first, std::min(per_block, tiles - first), floats, floats + points * conv.transformed_step());
+    convolve_block(conv, first, std::min(per_block, tiles - first), scratch(conv.floats()));
   });
 }
 

@@ -79,12 +79,13 @@ FASTPERC_INLINE void add_up(const WeightGradient& task, Partial& partial, float*
     const std::int64_t count = std::min(gradient_tiles, task.count - done);
     for (std::int64_t t = 0; t < count; ++t) {
       transform_tile<lanes, 2>(task.x, task.shape, task.first + done + t, task.first_in, panel, transformed + t * panel,
-                               step);
+                               step, chunk);
       transform_gradient<lanes>(task, task.first + done + t, gradients + t * panel, step);
     }
     for (std::int64_t i = 0; i < points; ++i) {
-      multiply_rows<lanes, rows, vectors, true>(transformed + i * step, 1, panel, gradients + i * step,
-                                                &partial.products[i][0][0], count, panel);
+      multiply_rows<lanes, rows, vectors, panel, true, false>(transformed + i * step, {1, panel, gradient_tiles, 0},
+                                                              gradients + i * step, &partial.products[i][0][0], count,
+                                                              panel);
     }
     const float* all_four = gradients + 5 * step;  // the sum over the four pixels of each tile
     for (std::int64_t o = 0; o < panel; o += lanes) {

@@ -1,5 +1,5 @@
-// The transforms of a tile and the matrix products, shared by the 3×3 convolution and by the gradient of its weights.
-// Both compile them for several instruction sets: see FASTPERC_VERSIONS.
+// Winograd's transforms and the matrix products, shared by the 3×3 convolution, the gradient of its weights, and the
+// 9×9 convolutions at the ends of a network. All compile them for several instruction sets: see FASTPERC_VERSIONS.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,17 @@
 namespace fastperc::winograd {
 
 constexpr std::int64_t panel = winograd_panel;
-constexpr std::int64_t skew = 16;  // added to strides: powers of two would share the same lines of the cache
+constexpr std::int64_t chunk = 16;  // channels of V that lie together
+constexpr std::int64_t skew = 16;   // added to strides: powers of two would share the same lines of the cache
+
+constexpr std::int64_t line = 16;  // floats, of the cache
+
+// A hint; the address need not exist.
+#ifdef __GNUC__
+#define FASTPERC_PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#else
+#define FASTPERC_PREFETCH(address) (void)(address)
+#endif
 
 // A vector of as many floats as a register holds.
 template <int lanes>
@@ -46,10 +56,10 @@ FASTPERC_INLINE Vector<lanes>& at(float* p) {
 inline float* scratch(std::int64_t floats) {
   static thread_local std::unique_ptr<float[]> kept;
   static thread_local std::int64_t size = 0;
-  constexpr std::int64_t line = 64;  // bytes
+  constexpr std::uintptr_t bytes = line * sizeof(float);
   if (floats + line > size) kept.reset(new float[size = floats + line]);
   const auto address = reinterpret_cast<std::uintptr_t>(kept.get());
-  return reinterpret_cast<float*>((address + line - 1) / line * line);
+  return reinterpret_cast<float*>((address + bytes - 1) / bytes * bytes);
 }
 
 // Calls f(task) for every task. Each thread takes the next task when it has finished one.
@@ -85,6 +95,25 @@ struct Transform<2> {
   static FASTPERC_INLINE void output(const V (&m)[4], V (&y)[2]) {
     y[0] = m[0] + m[1] + m[2];
     y[1] = m[1] - m[2] - m[3];
+  }
+};
+
+template <>
+struct Transform<3> {
+  template <typename V>
+  static FASTPERC_INLINE void input(const V (&d)[5], V (&v)[5]) {
+    const V outer = d[3] - d[1], inner = d[3] - d[2];
+    v[0] = 2.0f * (d[0] - d[2]) + outer;
+    v[1] = inner - 2.0f * d[1];
+    v[2] = inner - 2.0f * (d[2] - d[1]);
+    v[3] = outer;
+    v[4] = d[4] - d[2] - 2.0f * outer;
+  }
+  template <typename V>
+  static FASTPERC_INLINE void output(const V (&m)[5], V (&y)[3]) {
+    y[0] = m[0] + m[1] + m[2] + m[3];
+    y[1] = m[1] - m[2] + 2.0f * m[3];
+    y[2] = m[1] + m[2] + 4.0f * m[3] + m[4];
   }
 };
 
@@ -129,10 +158,11 @@ FASTPERC_INLINE Place place(const WinogradShape& s, std::int64_t index) {
   return {index / across / down, index / across % down * s.tile, index % across * s.tile};
 }
 
-// to [(tile + 2)², step] = V of a tile, for `channels` channels from `first` on.
+// to [(tile + 2)², step] = V of a tile, for `channels` channels from `first` on. There are chunk_step floats from a
+// chunk of channels to the next.
 template <int lanes, int tile>
 FASTPERC_INLINE void transform_tile(const float* x, const WinogradShape& s, std::int64_t index, std::int64_t first,
-                                    std::int64_t channels, float* to, std::int64_t step) {
+                                    std::int64_t channels, float* to, std::int64_t step, std::int64_t chunk_step) {
   constexpr int width = tile + 2;
   const Place p = place(s, index);
   const float* pixels[width][width];  // null outside the image
@@ -149,7 +179,10 @@ FASTPERC_INLINE void transform_tile(const float* x, const WinogradShape& s, std:
 #pragma GCC unroll 6
     for (int j = 0; j < width; ++j) {
 #pragma GCC unroll 6
-      for (int i = 0; i < width; ++i) from[i] = pixels[i][j] ? at<lanes>(pixels[i][j] + c) : zero;
+      for (int i = 0; i < width; ++i) {
+        from[i] = pixels[i][j] ? at<lanes>(pixels[i][j] + c) : zero;
+        if (j >= 2) FASTPERC_PREFETCH(pixels[i][j] + tile * s.in + c);  // the tile on the right
+      }
       Transform<tile>::input(from, made);
 #pragma GCC unroll 6
       for (int i = 0; i < width; ++i) rows[i][j] = made[i];
@@ -158,49 +191,61 @@ FASTPERC_INLINE void transform_tile(const float* x, const WinogradShape& s, std:
     for (int i = 0; i < width; ++i) {
       Transform<tile>::input(rows[i], made);
 #pragma GCC unroll 6
-      for (int j = 0; j < width; ++j) at<lanes>(to + (width * i + j) * step + c) = made[j];
+      for (int j = 0; j < width; ++j) {
+        at<lanes>(to + (width * i + j) * step + c / chunk * chunk_step + c % chunk) = made[j];
+      }
     }
   }
 }
 
-// c [rows, panel] = a [rows, inner] · b [inner, panel], or += if `add`. The sums of `rows` rows and `vectors` vectors
-// are kept in registers. Element (r, k) of a is at r · row_step + k · inner_step.
-template <int lanes, int rows, int vectors, bool add>
-FASTPERC_INLINE void multiply(const float* a, std::int64_t row_step, std::int64_t inner_step, const float* b, float* c,
-                              std::int64_t inner) {
+// The left factor of a product: element (r, k) is at r · row + k / chunk · chunk_step + k % chunk · inner.
+struct LeftStrides {
+  std::int64_t row, inner, chunk, chunk_step;
+};
+
+// c [rows, pitch] = a [rows, inner] · b [inner, pitch], or += if `add`, for `vectors` vectors of their columns. The
+// sums are kept in registers. With `ahead`, `next` is memory that will be read soon, a line of it for each k.
+template <int lanes, int rows, int vectors, int pitch, bool add, bool ahead>
+FASTPERC_INLINE void multiply(const float* a, const LeftStrides& left, const float* b, float* c, std::int64_t inner,
+                              const float* next) {
   Vector<lanes> sums[rows][vectors] = {};
-  for (std::int64_t k = 0; k < inner; ++k) {
-    Vector<lanes> b_row[vectors];
+  for (std::int64_t first = 0; first < inner; first += left.chunk, a += left.chunk_step) {
+    const std::int64_t count = std::min(left.chunk, inner - first);
+    for (std::int64_t k = 0; k < count; ++k, b += pitch) {
+      if (ahead) FASTPERC_PREFETCH(next + (first + k) * line);
+      Vector<lanes> b_row[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) b_row[v] = at<lanes>(b + k * panel + v * lanes);
+      for (int v = 0; v < vectors; ++v) b_row[v] = at<lanes>(b + v * lanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
+      for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[r][v] += a[r * row_step + k * inner_step] * b_row[v];
+        for (int v = 0; v < vectors; ++v) sums[r][v] += a[r * left.row + k * left.inner] * b_row[v];
+      }
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      Vector<lanes>& to = at<lanes>(c + r * panel + v * lanes);
+      Vector<lanes>& to = at<lanes>(c + r * pitch + v * lanes);
       to = add ? to + sums[r][v] : sums[r][v];
     }
   }
 }
 
-// The same product for `count` rows, a multiple of 4.
-template <int lanes, int rows, int vectors, bool add>
-FASTPERC_INLINE void multiply_rows(const float* a, std::int64_t row_step, std::int64_t inner_step, const float* b,
-                                   float* c, std::int64_t inner, std::int64_t count) {
-  static_assert(rows % 4 == 0, "the remaining rows are computed four at a time");
-  for (std::int64_t o = 0; o < panel; o += vectors * lanes) {
+// The same product for `count` rows, a multiple of 4, and all columns, `rows` × `vectors` registers at a time.
+template <int lanes, int rows, int vectors, int pitch, bool add, bool ahead>
+FASTPERC_INLINE void multiply_rows(const float* a, const LeftStrides& left, const float* b, float* c,
+                                   std::int64_t inner, std::int64_t count, const float* next = nullptr) {
+  constexpr int across = vectors * lanes < pitch ? vectors : pitch / lanes, down = rows * vectors / across;
+  static_assert(down % 4 == 0, "the remaining rows are computed four at a time");
+  for (std::int64_t o = 0; o < pitch; o += across * lanes) {
     std::int64_t r = 0;
-    for (; r + rows <= count; r += rows) {
-      multiply<lanes, rows, vectors, add>(a + r * row_step, row_step, inner_step, b + o, c + r * panel + o, inner);
+    for (; r + down <= count; r += down) {
+      multiply<lanes, down, across, pitch, add, ahead>(a + r * left.row, left, b + o, c + r * pitch + o, inner, next);
     }
     for (; r < count; r += 4) {
-      multiply<lanes, 4, vectors, add>(a + r * row_step, row_step, inner_step, b + o, c + r * panel + o, inner);
+      multiply<lanes, 4, across, pitch, add, ahead>(a + r * left.row, left, b + o, c + r * pitch + o, inner, next);
     }
   }
 }

@@ -46,6 +46,17 @@ void image_io_cpu(const void* image, void* out, const std::string& image_dtype, 
 void rgb_conv_head_cpu(const void* products, const float* bias, void* out, DType dtype, const std::string& out_dtype,
                        Output output, const HeadShape& shape, const ImageStrides& out_strides, int threads);
 
+// The ends of a frozen network by Winograd's algorithm (see rgb_conv_winograd.cpp), with a bias.
+// out [N, H', W', O] = relu?(9×9 convolution of x [N, H, W, 3]); O is a multiple of 16. weights [O / p, 25, 27, p] for
+// a panel p of 32 channels, or of 16 if O is no multiple of 32.
+void rgb_conv_stem_winograd_cpu(const float* x, const float* weights, const float* bias, float* out,
+                                const RGBConvShape& shape, bool relu, int threads);
+// out [N, 3, H', W'] (uint8 or floating-point) = the picture that the 9×9 convolution of x [N, H, W, C] makes; C is a
+// multiple of 16. weights [25, 3, C, rgb_conv_head_pitch].
+void rgb_conv_head_winograd_cpu(const float* x, const float* weights, const float* bias, void* out,
+                                const std::string& out_dtype, Output output, const RGBConvShape& shape,
+                                const ImageStrides& out_strides, int threads);
+
 // statistics [N, 2, C] = the mean and Σ (x − mean)² over the pixels of each image of x [N, H, W, C].
 void channel_statistics_cpu(const void* x, double* statistics, DType dtype, const ImageShape& shape, int threads);
 // out [N, H, W, C] = relu?(x · scale [N, C] + shift [N, C] + skip). skip may be null; its channels have stride 1. out

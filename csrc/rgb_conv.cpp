@@ -44,10 +44,6 @@ void add_outer(const T* row, float* acc, const HeadShape& shape, const float* bi
   }
 }
 
-FASTPERC_INLINE void finish(float* acc, std::int64_t count, Output output) {
-  for (std::int64_t i = 0; i < count; ++i) acc[i] = to_image_range(acc[i], output);
-}
-
 #define FASTPERC_HEAD(T)                                                                                   \
   FASTPERC_MULTIVERSION void head_row(const T* row, float* acc, const HeadShape& shape, const float* bias, \
                                       Output output) {                                                     \
@@ -63,7 +59,7 @@ FASTPERC_INLINE void finish(float* acc, std::int64_t count, Output output) {
       add_inner(row, acc + first * filters, shape, bias, first, last - first);                             \
     }                                                                                                      \
     for (std::int64_t x = last; x < shape.width; ++x) add_outer(row, acc + x * filters, shape, bias, x);   \
-    finish(acc, shape.width * filters, output);                                                            \
+    to_image_range(acc, shape.width * filters, output);                                                    \
   }
 FASTPERC_HEAD(float)
 FASTPERC_HEAD(BFloat16)
@@ -80,12 +76,7 @@ void rgb_conv_head_cpu(const void* products, const float* bias, void* out, DType
         std::vector<float> acc(shape.width * filters);
         head_row(static_cast<const T*>(products) + y * shape.columns * shape.kernel * filters, acc.data(), shape, bias,
                  output);
-        Out* row = static_cast<Out*>(out) + y * out_strides.row;
-        for (int o = 0; o < filters; ++o) {
-          for (std::int64_t x = 0; x < shape.width; ++x) {
-            narrow(acc[x * filters + o], row[x * out_strides.column + o * out_strides.channel]);
-          }
-        }
+        store_row(acc.data(), shape.width, static_cast<Out*>(out) + y * out_strides.row, out_strides);
       });
     });
   };

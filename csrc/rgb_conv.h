@@ -1,9 +1,10 @@
-// The last step of the last convolution: from partial products to a picture.
+// The convolutions at the ends of a network: their shapes, and the last step, from the last one's output to a picture.
 #pragma once
 
 #include <cstdint>
 
 #include "image_io.h"
+#include "parallel.h"
 
 namespace fastperc {
 
@@ -16,6 +17,16 @@ struct HeadShape {
   std::int64_t left, width;  // the padding on the left, and the width of the picture
   bool reflect;              // whether the border reflects the columns; otherwise it is zeros
 };
+
+// The shape of a 9×9 convolution from or to RGB, x [images, rows, columns, in] → [images, out_rows, out_columns, out].
+struct RGBConvShape {
+  std::int64_t images, rows, columns, in;
+  std::int64_t out_rows, out_columns, out;
+  std::int64_t left, top;  // padding; that on the other sides follows from the sizes
+  bool reflect;            // whether the border reflects x; otherwise it is zeros
+};
+// The columns of the transformed weights of the last convolution by Winograd's algorithm: 9, filled up with zeros.
+constexpr std::int64_t rgb_conv_head_pitch = 16;
 
 // tanh with an error of 2 · 10⁻⁷, in arithmetic that compilers vectorise: x·p(x²)/q(x²). x is clamped to where a float
 // rounds tanh to ±1.
@@ -39,6 +50,18 @@ inline float tanh_of(float x) {
 // Converts the output of the last convolution to 0–1.
 inline float to_image_range(float x, Output output) {
   return output == Output::tanh ? 0.5f + 150.0f / 255.0f * tanh_of(x) : x / 255.0f;
+}
+
+FASTPERC_INLINE void to_image_range(float* x, std::int64_t count, Output output) {
+  for (std::int64_t i = 0; i < count; ++i) x[i] = to_image_range(x[i], output);
+}
+
+// Stores pixels [count, 3] as a row of a picture.
+template <typename Out>
+void store_row(const float* pixels, std::int64_t count, Out* out, const ImageStrides& strides) {
+  for (int o = 0; o < 3; ++o) {
+    for (std::int64_t x = 0; x < count; ++x) narrow(pixels[x * 3 + o], out[x * strides.column + o * strides.channel]);
+  }
 }
 
 }  // namespace fastperc

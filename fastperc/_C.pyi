@@ -57,6 +57,28 @@ def rgb_conv_head_cpu(
     out_strides: tuple[int, int, int, int],
     threads: int,
 ) -> None: ...
+def rgb_conv_stem_winograd_cpu(
+    x: int,
+    weights: int,
+    bias: int,
+    out: int,
+    shape: tuple[int, int, int, int, int, int, int, int, int],
+    reflect: bool,
+    relu: bool,
+    threads: int,
+) -> None: ...
+def rgb_conv_head_winograd_cpu(
+    x: int,
+    weights: int,
+    bias: int,
+    out: int,
+    out_dtype: str,
+    output: str,
+    shape: tuple[int, int, int, int, int, int, int, int, int],
+    reflect: bool,
+    out_strides: tuple[int, int, int, int],
+    threads: int,
+) -> None: ...
 def channel_statistics_cpu(
     x: int, statistics: int, dtype: str, shape: tuple[int, int, int, int], threads: int
 ) -> None: ...

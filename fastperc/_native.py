@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastperc.types import Window
+from fastperc.types import Padding, Window
 
 try:
     from fastperc import _C
@@ -30,6 +30,7 @@ except ImportError as error:  # installed without a compiler, or broken
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 WINOGRAD_PANEL = 32  # winograd_panel in csrc/conv3x3.h
+RGB_CONV_HEAD_PITCH = 16  # rgb_conv_head_pitch in csrc/rgb_conv.h
 
 
 def why_not(x: Tensor) -> str | None:
@@ -186,6 +187,61 @@ def rgb_conv_head(products: Tensor, bias: Tensor, out: Tensor, left: int, reflec
         _strides(out[None]),
         torch.get_num_threads(),
     )
+
+
+def rgb_conv_stem_winograd(x: Tensor, weights: Tensor, bias: Tensor, padding: Padding, relu: bool, out: Tensor) -> None:
+    """Fills ``out`` with a 9×9 convolution of ``x`` + ``bias``, after a ReLU if ``relu``. All are float32.
+
+    Args:
+        x: [N, 3, H, W], channels-last.
+        weights: as in csrc/kernels.h.
+        bias: [O].
+        padding: of ``x``.
+        out: [N, O, H', W'], channels-last.
+    """
+    _C.rgb_conv_stem_winograd_cpu(
+        x.data_ptr(),
+        weights.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+        _rgb_conv_shape(x, out, padding),
+        padding.mode == "reflect",
+        relu,
+        torch.get_num_threads(),
+    )
+
+
+def rgb_conv_head_winograd(
+    x: Tensor, weights: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor
+) -> None:
+    """Fills ``out`` with the picture that a 9×9 convolution of ``x`` + ``bias`` makes.
+
+    Args:
+        x: float32 [N, C, H, W], channels-last.
+        weights: float32, as in csrc/kernels.h.
+        bias: float32 [3].
+        padding: of ``x``.
+        output: of the network, ``"tanh"`` or ``"linear"``.
+        out: [N, 3, H', W'], uint8 or floating-point.
+    """
+    _C.rgb_conv_head_winograd_cpu(
+        x.data_ptr(),
+        weights.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+        _dtype_name(out.dtype),
+        output,
+        _rgb_conv_shape(x, out, padding),
+        padding.mode == "reflect",
+        _strides(out),
+        torch.get_num_threads(),
+    )
+
+
+def _rgb_conv_shape(x: Tensor, out: Tensor, padding: Padding) -> tuple[int, int, int, int, int, int, int, int, int]:
+    """``RGBConvShape`` of csrc/rgb_conv.h."""
+    (n, c, h, w), (_, o, rows, columns) = x.shape, out.shape
+    return n, h, w, c, rows, columns, o, padding.sides[0], padding.sides[2]
 
 
 def channel_mean_m2(x: Tensor) -> Tensor:

@@ -124,9 +124,7 @@ class Operation:
         """The implementation that ``use_backend`` or ``use_implementation`` asks for."""
         asked = [one for one in self.implementations if one.name == _pinned.get(self.name)]
         if not asked:
-            asked = [one for one in self.implementations if one.backend == _forced]
-        if not asked:
-            asked = [one for one in self.implementations if one.backend is None]
+            asked = [one for one in self.implementations if one.backend in (_forced, None)]  # None: of operations
         able = [one for one in asked if one.why_not(*call) is None]
         if not able:
             reasons = [f"{one.label and one.label + ': '}{one.why_not(*call)}" for one in asked]

@@ -241,7 +241,7 @@ def test_explain_names_each_layer_its_kernel_and_the_reason():
     lines = told.splitlines()
     layers = {name.removesuffix(".weight") for name in net.state_dict() if "conv" in name or name.startswith("head")}
     assert {line.split()[0] for line in lines[1:]} == {name.removesuffix(".bias") for name in layers}
-    assert "head              rgb_conv_head          native     not triton: Triton" in told
+    assert "head              rgb_conv_head          native     onednn: not triton: Triton" in told
     with use_backend("reference"):
         assert "use_backend asks for it" in freeze(net).explain(32, 32)
 

@@ -25,6 +25,8 @@ STEMS = {
     "levels-reflect-norm": ("uint8", Window(0, 0, 20, 24), 16, 9, FOURS, "reflect", True),
     "half-part": ("fp16", Window(5, 3, 12, 14), 32, 9, (4, 0, 0, 2), "reflect", False),
     "small-kernel": ("fp32", Window(0, 0, 9, 8), 12, 3, (1, 1, 1, 1), "zeros", False),
+    "strips": ("uint8", Window(-9, -60, 41, 141), 96, 9, FOURS, "zeros", False),
+    "strips-reflect-uneven": ("fp32", Window(-9, -60, 40, 134), 48, 9, (4, 1, 0, 3), "reflect", False),
 }
 
 
@@ -66,6 +68,8 @@ HEADS = {
     "B2-I12-H20-W16-reflect": (2, 12, 20, 16, 9, FOURS, "reflect"),
     "B1-I64-H13-W12-uneven": (1, 64, 13, 12, 9, (4, 2, 0, 3), "zeros"),
     "B1-I32-H14-W13-valid": (1, 32, 14, 13, 9, (0, 0, 0, 0), "reflect"),
+    "B2-I32-H37-W131-strips": (2, 32, 37, 131, 9, FOURS, "zeros"),
+    "B1-I64-H25-W108-strips-reflect": (1, 64, 25, 108, 9, (4, 1, 0, 3), "reflect"),
     "B1-I70-H4-W5-kernel3": (1, 70, 4, 5, 3, (1, 1, 1, 1), "reflect"),
 }
 PICTURES = {

@@ -1,16 +1,18 @@
 """A frozen network's last convolution, 9×9 to a picture, with the scaling and the rounding that follow it.
 
 Its horizontal taps are columns of the product, as in ``ops.rgb_conv``; csrc/rgb_conv.cpp and kernels/rgb_conv_head.py
-say how they are added up.
+say how they are added up. In float32 on a CPU Winograd's algorithm takes 25 products for an output where the definition
+takes 81: csrc/rgb_conv_winograd.cpp says how.
 """
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import _native, backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
-from fastperc.ops import onednn
+from fastperc.ops import onednn, winograd_9x9
 from fastperc.ops.common import (
     COMMON_CPP_SOURCES,
     channels_last,
@@ -64,6 +66,27 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: s
         head.rgb_conv_head_fwd(x, weights, bias.float(), out, padding, output)
 
 
+def _why_not_winograd(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor
+) -> str | None:
+    return why_not_frozen(x, weight, bias) or winograd_9x9.why_not(x, weight, bias)
+
+
+def _why_slow_winograd(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor
+) -> str | None:
+    return winograd_9x9.why_slow(len(x), *out.shape[2:])
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
+    def pack() -> Tensor:  # [25, 3, C, pitch]: the blocks of a row of the kernel, and the filters, are columns
+        blocks = winograd_9x9.transformed(weight).permute(0, 1, 3, 2, 4).flatten(3)
+        return F.pad(blocks, (0, _native.RGB_CONV_HEAD_PITCH - blocks.shape[3])).contiguous()
+
+    weights = packed("winograd", pack, weight)
+    _native.rgb_conv_head_winograd(channels_last(x), weights, bias.contiguous(), padding, output, out)
+
+
 def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> str | None:
     return why_not_frozen(x, weight, bias) or onednn.why_not(x) or why_not_cpp(x)
 
@@ -102,7 +125,8 @@ RGB_CONV_HEAD = register(
         "9×9 conv to RGB",
         (
             Implementation("triton", _triton, _why_not_triton),
-            Implementation("native", _native_head, _why_not_native),
+            Implementation("native", _winograd, _why_not_winograd, _why_slow_winograd, "winograd"),
+            Implementation("native", _native_head, _why_not_native, label="onednn"),
             Implementation("reference", _plain),
         ),
         TuningCases(lambda batch, size: [((batch, 32, size, size), (3, 32, 9, 9))], _tuned_call),
@@ -111,7 +135,9 @@ RGB_CONV_HEAD = register(
             *RGB_CONV.sources,
             "csrc/rgb_conv*",
             "kernels/rgb_conv_head.py",
+            "csrc/conv3x3_tile.h",
             "fastperc/ops/rgb_conv_head.py",
+            "fastperc/ops/winograd_9x9.py",
         ),
         first_two_arguments,
         frozen=True,

@@ -1,4 +1,8 @@
-"""A frozen network's first convolution, 9×9 from a picture, which is scaled on the way."""
+"""A frozen network's first convolution, 9×9 from a picture, which is scaled on the way.
+
+In float32 on a CPU Winograd's algorithm takes 25 products for an output where the definition takes 81:
+csrc/rgb_conv_winograd.cpp says how.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastperc import backends, kernels
+from fastperc import _native, backends, kernels
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
+from fastperc.ops import winograd_9x9
 from fastperc.ops.common import check_shapes, empty_like, packed, why_not_frozen
 from fastperc.ops.conv_bn_relu import CONV_BN_RELU, conv_bn_relu
 from fastperc.ops.image_io import IMAGE_IO, image_io, pixel_range
-from fastperc.ops.instance_norm import triton_finish
+from fastperc.ops.instance_norm import native_instance_norm, triton_finish
 from fastperc.types import Epilogue, Padding, Window, same_sides
 
 InputRange = tuple[float, float]
@@ -73,6 +78,49 @@ def _triton(
     return triton_finish(out, lambda: stem.rgb_conv_stem_tiles(out), fill, epilogue)
 
 
+def _why_not_winograd(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    window: Window,
+    input_range: InputRange,
+    padding: Padding,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+) -> str | None:
+    x = image.new_empty((1, 3, 1, 1), dtype=dtype)  # what image_io makes of it
+    return why_not_frozen(image, weight, bias, epilogue=epilogue) or winograd_9x9.why_not(x, weight, bias)
+
+
+def _why_slow_winograd(
+    image: Tensor, weight: Tensor, bias: Tensor, window: Window, input_range: InputRange, padding: Padding, *others: Any
+) -> str | None:
+    return winograd_9x9.why_slow(len(image), *winograd_9x9.output_size(window.height, window.width, padding))
+
+
+def _winograd(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    window: Window,
+    input_range: InputRange,
+    padding: Padding,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+) -> Tensor:
+    x = image_io(image, window, input_range, dtype)
+    rows, columns = winograd_9x9.output_size(window.height, window.width, padding)
+    out = empty_like(x, (len(x), len(bias), rows, columns))
+
+    def pack() -> Tensor:  # [O / panel, 25, 27, panel]
+        panel = _native.WINOGRAD_PANEL if len(bias) % _native.WINOGRAD_PANEL == 0 else winograd_9x9.CHANNELS
+        return winograd_9x9.transformed(weight).flatten(1, 3).unflatten(2, (-1, panel)).permute(2, 0, 1, 3).contiguous()
+
+    relu = epilogue.norm is None and epilogue.activation is not None
+    _native.rgb_conv_stem_winograd(x, packed("winograd", pack, weight), bias.contiguous(), padding, relu, out)
+    return out if epilogue.norm is None else native_instance_norm(out, epilogue, out)
+
+
 def _in_two_steps(
     image: Tensor,
     weight: Tensor,
@@ -97,14 +145,17 @@ RGB_CONV_STEM = register(
         "9×9 conv from RGB",
         (
             Implementation("triton", _triton, _why_not_triton),
+            Implementation("native", _winograd, _why_not_winograd, _why_slow_winograd, "winograd"),
             Implementation(None, _in_two_steps),
         ),
         TuningCases(lambda batch, size: [((batch, 3, size, size), (32, 3, 9, 9))], _tuned_call),
         (
             *IMAGE_IO.sources,
             *CONV_BN_RELU.sources,
+            "csrc/rgb_conv*",
             "kernels/rgb_conv_stem.py",
             "fastperc/ops/rgb_conv_stem.py",
+            "fastperc/ops/winograd_9x9.py",
         ),
         first_two_arguments,
         frozen=True,
