@@ -52,7 +52,7 @@ void rgb_conv_head_cpu(const void* products, const float* bias, void* out, DType
 void rgb_conv_stem_winograd_cpu(const float* x, const float* weights, const float* bias, float* out,
                                 const RGBConvShape& shape, bool relu, int threads);
 // out [N, 3, H', W'] (uint8 or floating-point) = the picture that the 9×9 convolution of x [N, H, W, C] makes; C is a
-// multiple of 16. weights [25, 3, C, rgb_conv_head_pitch].
+// multiple of 16. weights [25, C, 32]: a column for each block of the kernel and each filter, 27, filled up with zeros.
 void rgb_conv_head_winograd_cpu(const float* x, const float* weights, const float* bias, void* out,
                                 const std::string& out_dtype, Output output, const RGBConvShape& shape,
                                 const ImageStrides& out_strides, int threads);

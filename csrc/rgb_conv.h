@@ -25,8 +25,6 @@ struct RGBConvShape {
   std::int64_t left, top;  // padding; that on the other sides follows from the sizes
   bool reflect;            // whether the border reflects x; otherwise it is zeros
 };
-// The columns of the transformed weights of the last convolution by Winograd's algorithm: 9, filled up with zeros.
-constexpr std::int64_t rgb_conv_head_pitch = 16;
 
 // tanh with an error of 2 · 10⁻⁷, in arithmetic that compilers vectorise: x·p(x²)/q(x²). x is clamped to where a float
 // rounds tanh to ±1.

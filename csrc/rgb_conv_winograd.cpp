@@ -9,7 +9,8 @@
 //
 // From RGB, the sum over j and the three channels is one product, of 9 adjacent numbers of V. To RGB, three columns
 // would leave most of a register empty, so the blocks j are columns too: a product has 9 columns, and M is the sum of
-// three of its rows. A thread takes a strip of tiles at a time, whose V stays in its L2 cache.
+// three of its rows. A thread takes a strip of tiles at a time, and keeps those rows of V in its L2 cache that it
+// reads.
 #include <algorithm>
 #include <type_traits>
 
@@ -23,10 +24,8 @@ namespace {
 using namespace winograd;
 
 constexpr std::int64_t tile = 3, width = tile + 2, points = width * width, blocks = 3, rgb = 3;
-constexpr std::int64_t head_pitch = rgb_conv_head_pitch;
-constexpr std::int64_t most_rows = 8, most_columns = 30;  // tiles in a strip
-constexpr std::int64_t strip_floats = 3 << 16;            // the size of V of a strip
-constexpr std::int64_t together = 4;                      // rows of a product are padded to a multiple of this
+constexpr std::int64_t stem_rows = 8, head_rows = 24, most_columns = 30;  // tiles in a strip, at most
+constexpr std::int64_t together = 4;  // the rows of a product are padded to a multiple of this
 
 constexpr std::int64_t divided_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -39,10 +38,9 @@ struct Strip {
 struct Strips {
   std::int64_t tiles_down, tiles_across, rows, columns;
 
-  explicit Strips(const RGBConvShape& s) {
+  Strips(const RGBConvShape& s, std::int64_t most_rows) {
     tiles_down = divided_up(s.out_rows, tile), tiles_across = divided_up(s.out_columns, tile);
-    const std::int64_t row_floats = points * (most_columns + blocks - 1) * s.in;
-    rows = std::clamp<std::int64_t>(strip_floats / row_floats - (blocks - 1), 2, most_rows);
+    rows = divided_up(tiles_down, divided_up(tiles_down, most_rows));
     columns = divided_up(tiles_across, divided_up(tiles_across, most_columns));
   }
   std::int64_t down() const { return divided_up(tiles_down, rows); }
@@ -136,38 +134,36 @@ struct Stem {
 
 // The sizes of the scratch memory of a strip, in floats.
 struct Sizes {
-  std::int64_t columns;             // tiles of V in a row of them
-  std::int64_t pixels_step;         // between the five rows of Bᵀ d
-  std::int64_t step, row_step;      // between points, and between rows of tiles, of V
-  std::int64_t product_step;        // between points of a product
-  std::int64_t transformed, total;  // V, and all
+  std::int64_t columns;                // tiles of V in a row of them
+  std::int64_t pixels_step;            // between the five rows of Bᵀ d
+  std::int64_t step, row_step;         // between points, and between rows of tiles, of V
+  std::int64_t product_step, product;  // between points of the products of a row of tiles; of all points
+  std::int64_t transformed, total;     // V, and all
 
-  Sizes(std::int64_t in, std::int64_t columns, std::int64_t rows, std::int64_t product_columns, std::int64_t pitch)
+  Sizes(std::int64_t in, std::int64_t columns, std::int64_t rows, std::int64_t product_rows, std::int64_t pitch)
       : columns(columns) {
     pixels_step = (tile * columns + 2) * in + skew;
     step = columns * in + skew;
     row_step = points * step;
-    product_step = product_columns * pitch + skew;
-    transformed = (rows + blocks - 1) * row_step;
-    total = transformed + width * pixels_step + points * product_step;
+    product_step = columns * pitch + skew;
+    product = points * product_step;
+    transformed = rows * row_step;
+    total = transformed + width * pixels_step + product_rows * product;
   }
 };
 
-// V of a strip, of `sizes.columns` tiles and two rows more than it has. `pixels` is scratch memory.
+// V of a row of tiles, the first of which are those of `strip`. `pixels` is scratch memory.
 template <int lanes, int channel_lanes>
-FASTPERC_INLINE void transform_strip(const float* x, const RGBConvShape& s, const Strip& strip, const Sizes& sizes,
-                                     float* transformed, float* pixels) {
+FASTPERC_INLINE void transform_row(const float* x, const RGBConvShape& s, const Strip& strip, std::int64_t row,
+                                   const Sizes& sizes, float* transformed, float* pixels) {
   const float* image = x + strip.image * s.rows * s.columns * s.in;
-  for (std::int64_t r = 0; r < strip.rows + blocks - 1; ++r) {
-    transform_down<lanes>(image, s, strip.row + r, strip.column, sizes.columns, pixels, sizes.pixels_step);
-    transform_across<channel_lanes>(pixels, sizes.pixels_step, s.in, sizes.columns, transformed + r * sizes.row_step,
-                                    sizes.step);
-  }
+  transform_down<lanes>(image, s, row, strip.column, sizes.columns, pixels, sizes.pixels_step);
+  transform_across<channel_lanes>(pixels, sizes.pixels_step, s.in, sizes.columns, transformed, sizes.step);
 }
 
 Sizes stem_sizes(const Strips& strips, std::int64_t pitch) {
   const std::int64_t columns = divided_up(strips.columns, together) * together;
-  return {rgb, columns + blocks - 1, strips.rows, columns, pitch};
+  return {rgb, columns + blocks - 1, strips.rows + blocks - 1, 1, pitch};
 }
 
 template <int lanes, int rows, int vectors, int pitch>
@@ -176,7 +172,9 @@ FASTPERC_INLINE void stem_strip(const Stem& stem, const Strip& strip, const Size
   constexpr std::int64_t inner = blocks * blocks * rgb;
   const RGBConvShape& s = stem.shape;
   float *pixels = transformed + sizes.transformed, *products = pixels + width * sizes.pixels_step;
-  transform_strip<lanes, few>(stem.x, s, strip, sizes, transformed, pixels);
+  for (std::int64_t r = 0; r < strip.rows + blocks - 1; ++r) {
+    transform_row<lanes, few>(stem.x, s, strip, strip.row + r, sizes, transformed + r * sizes.row_step, pixels);
+  }
   for (std::int64_t r = 0; r < strip.rows; ++r) {
     const std::int64_t row = tile * (strip.row + r), rows_inside = s.out_rows - row;
     for (std::int64_t o = 0; o < s.out; o += pitch) {
@@ -217,7 +215,7 @@ struct Head {
 
 Sizes head_sizes(const RGBConvShape& s, const Strips& strips) {
   const std::int64_t columns = divided_up(strips.columns + blocks - 1, together) * together;
-  return {s.in, columns, strips.rows, columns, head_pitch};
+  return {s.in, columns, 1, blocks, panel};
 }
 
 // acc [3·rows, acc_step] = the rows of the picture of a strip, [columns, 3] each.
@@ -227,27 +225,38 @@ FASTPERC_INLINE void head_strip(const Head& head, const Strip& strip, const Size
   constexpr int few = lanes < 4 ? lanes : 4;  // a register of the three colours of a pixel
   const RGBConvShape& s = head.shape;
   float *pixels = transformed + sizes.transformed, *products = pixels + width * sizes.pixels_step;
-  transform_strip<lanes, lanes>(head.x, s, strip, sizes, transformed, pixels);
-  for (std::int64_t r = 0; r < strip.rows; ++r) {
+  for (std::int64_t r = 0; r < strip.rows + blocks - 1; ++r) {
+    transform_row<lanes, lanes>(head.x, s, strip, strip.row + r, sizes, transformed, pixels);
     for (std::int64_t i = 0; i < points; ++i) {
-      multiply_rows<lanes, rows, vectors, head_pitch, false, false>(
-          transformed + r * sizes.row_step + i * sizes.step, {s.in, 1, s.in, sizes.row_step},
-          head.weights + i * blocks * s.in * head_pitch, products + i * sizes.product_step, blocks * s.in,
-          sizes.columns);
+      multiply_rows<lanes, rows, vectors, panel, false, false>(
+          transformed + i * sizes.step, {s.in, 1, s.in, 0}, head.weights + i * s.in * panel,
+          products + r % blocks * sizes.product + i * sizes.product_step, s.in, sizes.columns);
     }
+    const std::int64_t first = r - (blocks - 1);  // the row of the output that is complete
+    if (first < 0) continue;
     for (std::int64_t t = 0; t < strip.columns; ++t) {
       for (int c = 0; c < rgb; c += few) {
         float m[points][few];
-#pragma GCC unroll 25
+        const float* places[blocks][blocks];  // of the blocks' products, for the first point
+        for (std::int64_t i = 0; i < blocks; ++i) {
+          for (std::int64_t j = 0; j < blocks; ++j) {
+            places[i][j] =
+                products + (first + i) % blocks * sizes.product + (t + j) * panel + (blocks * i + j) * rgb + c;
+          }
+        }
         for (int i = 0; i < points; ++i) {
-          const float* row = products + i * sizes.product_step + t * head_pitch + c;
-          at<few>(m[i]) = at<few>(row) + at<few>(row + head_pitch + rgb) + at<few>(row + 2 * (head_pitch + rgb));
+          Vector<few> sum = {};
+#pragma GCC unroll 9
+          for (int j = 0; j < blocks * blocks; ++j) {
+            sum += at<few>(places[j / blocks][j % blocks] + i * sizes.product_step);
+          }
+          at<few>(m[i]) = sum;
         }
         Vector<few> y[tile][tile];
         transform_products<few>(m[0], few, y);
         for (int i = 0; i < tile; ++i) {
           for (int j = 0; j < tile; ++j) {
-            float* to = acc + (tile * r + i) * acc_step + (tile * t + j) * rgb + c;
+            float* to = acc + (tile * first + i) * acc_step + (tile * t + j) * rgb + c;
             at<few>(to) = y[i][j] + at<few>(head.bias + c);
           }
         }
@@ -277,7 +286,7 @@ FASTPERC_VERSIONS(FASTPERC_VERSION)
 
 void rgb_conv_stem_winograd_cpu(const float* x, const float* weights, const float* bias, float* out,
                                 const RGBConvShape& shape, bool relu, int threads) {
-  const Strips strips(shape);
+  const Strips strips(shape, stem_rows);
   const Sizes sizes = stem_sizes(strips, shape.out % panel ? panel / 2 : panel);
   const Stem stem{x, weights, bias, out, shape, relu};
   take_turns(shape.images * strips.down() * strips.across(), threads,
@@ -287,7 +296,7 @@ void rgb_conv_stem_winograd_cpu(const float* x, const float* weights, const floa
 void rgb_conv_head_winograd_cpu(const float* x, const float* weights, const float* bias, void* out,
                                 const std::string& out_dtype, Output output, const RGBConvShape& shape,
                                 const ImageStrides& out_strides, int threads) {
-  const Strips strips(shape);
+  const Strips strips(shape, head_rows);
   const Sizes sizes = head_sizes(shape, strips);
   const float four[4] = {bias[0], bias[1], bias[2], 0};
   const Head head{x, weights, four, shape, output};

@@ -30,7 +30,6 @@ except ImportError as error:  # installed without a compiler, or broken
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 WINOGRAD_PANEL = 32  # winograd_panel in csrc/conv3x3.h
-RGB_CONV_HEAD_PITCH = 16  # rgb_conv_head_pitch in csrc/rgb_conv.h
 
 
 def why_not(x: Tensor) -> str | None:

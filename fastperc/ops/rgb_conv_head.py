@@ -79,9 +79,9 @@ def _why_slow_winograd(
 
 
 def _winograd(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
-    def pack() -> Tensor:  # [25, 3, C, pitch]: the blocks of a row of the kernel, and the filters, are columns
-        blocks = winograd_9x9.transformed(weight).permute(0, 1, 3, 2, 4).flatten(3)
-        return F.pad(blocks, (0, _native.RGB_CONV_HEAD_PITCH - blocks.shape[3])).contiguous()
+    def pack() -> Tensor:  # [25, C, panel]: the blocks of the kernel, and the filters, are columns
+        columns = winograd_9x9.transformed(weight).permute(0, 3, 1, 2, 4).flatten(2)
+        return F.pad(columns, (0, _native.WINOGRAD_PANEL - columns.shape[2])).contiguous()
 
     weights = packed("winograd", pack, weight)
     _native.rgb_conv_head_winograd(channels_last(x), weights, bias.contiguous(), padding, output, out)
