@@ -204,7 +204,7 @@ def test_fetches_once_and_keeps_the_convolutions(tmp_path, monkeypatch, vgg_tens
     for _ in range(2):
         features = VGG16Features(layers=["relu1_2"])
         assert sum(parameter.numel() for parameter in features.parameters()) == (3 * 9 + 1 + 64 * 9 + 1) * 64
-    assert asked == [vgg.TORCHVISION_URL]
+    assert asked == [vgg.TORCHVISION_URLS["vgg16"]]
     (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
     assert set(load_file(kept)) == set(under_torchvision_names(vgg_tensors))
 
@@ -239,7 +239,7 @@ def test_other_shapes_are_refused(tmp_path, vgg_tensors):
         VGG16Features(path, ["relu2_2"])
 
 
-@pytest.mark.parametrize("layers", [["relu9_9"], ["relu1_2", "pool5"], []], ids=str)
+@pytest.mark.parametrize("layers", [["relu9_9"], ["relu1_2", "pool6"], ["conv3_4"], []], ids=str)
 def test_unknown_layers_are_refused(vgg_file, layers):
     with pytest.raises(ValueError, match="no such VGG-16 layer"):
         VGG16Features(vgg_file, layers)

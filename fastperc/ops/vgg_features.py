@@ -20,7 +20,6 @@ from fastperc.ops.vgg_chain import (
     Taps,
     backward_chain,
     forward_chain,
-    mask,
     pack,
     unpool,
 )

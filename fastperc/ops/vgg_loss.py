@@ -232,7 +232,7 @@ def run(output: Tensor, target: Tensor, problem: Problem) -> tuple[LossValues, l
     """The values, and what their backward needs: a tape for each of :func:`chunks`."""
     wide = torch.promote_types(output.dtype, torch.float32)
     values = output.new_zeros(len(problem.terms), dtype=wide)
-    sizes = torch.zeros_like(values) if problem.sized else values[:0]
+    sizes = values.new_zeros(len(values) if problem.sized else 0)
     if output.device.type == "cuda":
         values.add_(0 * output.sum(dtype=wide))  # keeps NaN, which cuDNN's ReLU may drop
     tapes = []

@@ -133,11 +133,12 @@ class TritonPasses(NativePasses):
             above = unpool(above, layer, self.passes)
         winners = layer.winners if after_relu else None
         style = content = None
-        for term in saved.styles:
-            style = kernels.vgg_loss.StyleTerm(term.delta, term.scale, grads[term.position])
-        while saved.contents:
-            term = saved.contents.pop()
-            content = kernels.vgg_loss.ContentTerm(term.saved, grads[term.position], term.criterion)
+        if saved.styles:
+            delta, scale, position, _ = saved.styles[0]
+            style = kernels.vgg_loss.StyleTerm(delta, scale, grads[position])
+        if saved.contents:
+            position, criterion, target = saved.contents.pop()
+            content = kernels.vgg_loss.ContentTerm(target, grads[position], criterion)
         grad = torch.empty_like(x) if above is None or winners is not None else above
         kernels.vgg_loss.tap_bwd(x, kernels.vgg_loss.Above(above, winners, after_relu), style, content, grad)
         return grad
