@@ -112,8 +112,8 @@ def distances(difference: Tensor, criterion: str) -> Tensor:
 def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[Tap]) -> dict[Tap, Tensor]:
     """The maps of a VGG network at ``taps``, [N, C, H, W] each, in their order, computed as deep as asked."""
     features = {}
-    deepest = max(tap.place for tap in taps)
-    for i, conv in enumerate(convs[: 1 + deepest[0]]):
+    deepest = max([tap.place for tap in taps])  # of a list, which torch.compile can trace
+    for i, conv in enumerate(convs[: 1 + max([tap.conv for tap in taps])]):
         if conv.pooled:
             x = pool(x, conv.averages)
         x = F.conv2d(x, conv.weight, conv.bias, padding=1)

@@ -26,9 +26,9 @@ class Tap(NamedTuple):
     kind: str = "relu"  # of TAP_KINDS
 
     @property
-    def place(self) -> tuple[int, int]:
-        """What sorts taps in the order of the network."""
-        return self.conv, TAP_KINDS.index(self.kind)
+    def place(self) -> int:
+        """Its number among all taps, in the order of the network."""
+        return len(TAP_KINDS) * self.conv + TAP_KINDS.index(self.kind)
 
 
 class InstanceNorm(NamedTuple):

@@ -90,9 +90,9 @@ class Passes(Protocol):
 def forward_chain(x: Tensor, images: int, convs: Sequence[PackedConv], taps: Taps, passes: Passes) -> list[SavedLayer]:
     """Runs ``convs`` on ``x`` down to the deepest tap, and returns what the backward of the first ``images`` needs."""
     layers = []
-    deepest = max(tap.place for tap in taps.places)
+    last, deepest = (max(values) for values in zip(*((tap.conv, tap.place) for tap in taps.places)))
     x = channels_last(x)
-    for i, conv in enumerate(convs[: 1 + deepest[0]]):
+    for i, conv in enumerate(convs[: 1 + last]):
         before_relu, after_relu, after_pool = (Tap(i, kind) for kind in ("conv", "relu", "pool"))
         if before_relu in taps.places:
             x = taps.visit(before_relu, VGG_CONV(x, conv.weight, conv.bias, False))
@@ -104,7 +104,7 @@ def forward_chain(x: Tensor, images: int, convs: Sequence[PackedConv], taps: Tap
             x = convolve_relu(x, conv)
         if after_relu in taps.places:
             x = taps.visit(after_relu, x)
-        pooled = after_pool in taps.places or (i < deepest[0] and convs[i + 1].pooled)
+        pooled = after_pool in taps.places or (i < last and convs[i + 1].pooled)
         is_masked = after_relu in taps.kept or (pooled and not conv.averages and after_relu not in taps.places)
         bits = None if is_masked or images == 0 else _positive(x[:images], passes)
         shape, winners = x[:images].shape, None

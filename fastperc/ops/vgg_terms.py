@@ -59,7 +59,7 @@ def check_taps(taps: Collection[Tap], convs: Sequence[FrozenConv], shape: Sequen
         known = tap.kind in TAP_KINDS and 0 <= tap.conv < len(convs)
         if not known or (tap.kind == "pool" and tap.conv + 1 < len(convs) and not convs[tap.conv + 1].pooled):
             raise ValueError(f"the loss network of {len(convs)} convolutions has no {tap}")
-    poolings = max(poolings_above(tap, convs) for tap in taps)
+    poolings = max([poolings_above(tap, convs) for tap in taps])
     if min(shape[2:]) < 2**poolings:
         raise ValueError(
             f"images of {shape[2]}×{shape[3]} are too small for the {poolings} poolings of the loss network, which "
