@@ -150,12 +150,12 @@ def test_half_precision_is_finite_where_features_are_large(dtype, criterion):
     ]
     for conv in averaging:
         conv.weight[:, :, 1, 1] = 1 / conv.weight.shape[1]
-    output, target = (torch.full((1, 3, 16, 16), value).to(dtype).requires_grad_(value > 0) for value in (1e4, -1e4))
+    output, target = (torch.full((1, 3, 16, 16), value).to(dtype).requires_grad_(value == 1e4) for value in (1e4, 2e3))
     with use_backend("native"):
         terms = [ContentTerm(Tap(0, CONV), criterion), ContentTerm(Tap(1, CONV), criterion)]
         values, sizes = ops.vgg_loss(output, target, averaging, [*terms, GramTerm(Tap(1, CONV), criterion)], True)
     (values / sizes).sum().backward()
-    assert values.isfinite().all() and values[0] >= 1.9e4 and output.grad.isfinite().all() and output.grad.any()
+    assert values.isfinite().all() and values[0] >= 7.9e3 and output.grad.isfinite().all() and output.grad.any()
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
