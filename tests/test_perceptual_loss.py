@@ -241,7 +241,7 @@ class TestInATrainingLoop:
 
     def test_the_smallest_image_and_a_smaller_one(self, loss):
         assert loss(torch.rand(1, 3, 4, 5), torch.rand(1, 3, 4, 5)).total.isfinite()
-        with pytest.raises(ValueError, match=r"images of 3×9 are too small for the 2 poolings .* at least 4×4 pixels"):
+        with pytest.raises(ValueError, match=r"images of 3×9 are too small .* at least 4×4 pixels"):
             loss(torch.rand(1, 3, 3, 9), torch.rand(1, 3, 3, 9))
 
     def test_compiles_with_the_caller_as_one_graph(self, loss):

@@ -62,8 +62,8 @@ def check_taps(taps: Collection[Tap], convs: Sequence[FrozenConv], shape: Sequen
     poolings = max([poolings_above(tap, convs) for tap in taps])
     if min(shape[2:]) < 2**poolings:
         raise ValueError(
-            f"images of {shape[2]}×{shape[3]} are too small for the {poolings} poolings of the loss network, which "
-            f"take at least {2**poolings}×{2**poolings} pixels"
+            f"images of {shape[2]}×{shape[3]} are too small for the loss network: its poolings down to the deepest "
+            f"layer take at least {2**poolings}×{2**poolings} pixels"
         )
 
 
