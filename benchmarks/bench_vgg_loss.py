@@ -1,7 +1,7 @@
 """The loss network: its terms of output and content, and the output's gradient.
 
-VGG-16 with content, style and variation terms, as style transfer trains; VGG-19 with the L1 distance before the ReLU, as
-restoration networks train (BasicSR, Real-ESRGAN).
+VGG-16 with content, style and variation terms, as style transfer trains; VGG-19 with the L1 distance before the ReLU,
+as restoration networks train (BasicSR, Real-ESRGAN).
 """
 
 from __future__ import annotations
