@@ -1,5 +1,5 @@
 """Perceptual losses."""
 
-from fastperc.losses.perceptual import FeatureLoss, PerceptualLoss, PerceptualTerms, PixelLoss
+from fastperc.losses.perceptual import Criteria, FeatureLoss, PerceptualLoss, PerceptualTerms, PixelLoss
 
-__all__ = ["FeatureLoss", "PerceptualLoss", "PerceptualTerms", "PixelLoss"]
+__all__ = ["Criteria", "FeatureLoss", "PerceptualLoss", "PerceptualTerms", "PixelLoss"]
