@@ -1,8 +1,8 @@
 """LPIPS: the distances between two feature maps and their gradients, in one pass over both.
 
 A pixel's features a and b [C] become unit vectors â = a / (‖a‖ + eps) and b̂; their distance is Σ w (â − b̂)². With
-g = 2 w (â − b̂) the gradient of a is inverse · unit, where inverse = 1 / (‖a‖ + eps) and unit = g − â (a · g) / ‖a‖. That
-of b is the same with −g. Of a zero vector, which has no direction, it is 0.
+g = 2 w (â − b̂) the gradient of a is inverse · unit, where inverse = 1 / (‖a‖ + eps) and unit = g − â (a · g) / ‖a‖.
+That of b is the same with −g. Of a zero vector, which has no direction, it is 0.
 
 A program takes all channels of a few pixels, reads them once and sums in float32. Nothing is shared between programs:
 the result is the same bit for bit.
@@ -197,9 +197,9 @@ def lpips_distance(
 
 
 def add_units(unit: Tensor, coefficient: Tensor, grad: Tensor | None, out: Tensor) -> None:
-    """Fills ``out`` with ``grad`` + ``coefficient`` · ``unit``; all but ``coefficient`` are [N, C, H, W], dense in NHWC.
+    """Fills ``out`` with ``grad`` + ``coefficient`` · ``unit``.
 
-    ``coefficient`` is float32 [N, 1, H, W], contiguous.
+    ``coefficient`` is float32 [N, 1, H, W], contiguous; all others are [N, C, H, W], dense in NHWC.
     """
     add_units_kernel[(triton.cdiv(unit.numel(), BLOCK),)](
         unit, coefficient, grad, out, unit.numel(), CHANNELS=unit.shape[1], BLOCK=BLOCK, **OPTIONS

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from fastperc.ops.common import why_not_here
 
 NEAR = (-0.5, 2.0)  # beyond are images of another range, or a network that has yet to learn it
-FAR = 8.0  # beyond are levels in 0–255: no picture in 0–1 gets there
+FAR = 8.0  # beyond are levels in 0–255: no picture in 0–1, or in −1…1, gets there
+RANGES = {(0.0, 1.0): "0–1", (-1.0, 1.0): "−1…1"}  # that images may have, and how messages write them
+FROM_LEVELS = {"0–1": "divide levels by 255", "−1…1": "divide levels by 127.5 and subtract 1"}
 
 _warned = False
 _checked_elsewhere: set[str] = set()  # what was checked on another device than the CPU, where a check waits for it
 
 
-def check_range(name: str, x: Tensor, computed: bool = False) -> None:
+def check_range(name: str, x: Tensor, computed: bool = False, limits: tuple[float, float] = (0.0, 1.0)) -> None:
     """Refuses images ``x`` that are not RGB in 0–1, or warns of them: once, where the values could be meant.
 
     On another device than the CPU only the first ``x`` of each ``name`` is checked, and none while PyTorch records the
@@ -27,12 +29,14 @@ def check_range(name: str, x: Tensor, computed: bool = False) -> None:
         name: what the images are called in the message.
         x: of any shape.
         computed: whether they are a network's output, which may leave the range and comes back.
+        limits: the range that they should have instead of 0–1, of ``RANGES``.
 
     Raises:
         ValueError: integers, or numbers far from 0–1 that no network has computed.
     """
     if not x.is_floating_point():
-        raise ValueError(f"{name} must be RGB in 0–1, floating-point numbers, got {x.dtype}; divide levels by 255")
+        text = RANGES[limits]
+        raise ValueError(f"{name} must be RGB in {text}, floating-point numbers, got {x.dtype}; {FROM_LEVELS[text]}")
     if why_not_here() or type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or x.is_meta:
         return
     if x.device.type != "cpu":
@@ -40,18 +44,22 @@ def check_range(name: str, x: Tensor, computed: bool = False) -> None:
             return
         _checked_elsewhere.add(name)
     low, high = x.detach().aminmax()
-    check_values(name, low.item(), high.item(), computed or x.requires_grad)
+    check_values(name, low.item(), high.item(), computed or x.requires_grad, limits)
 
 
-def check_values(name: str, low: float, high: float, computed: bool = False) -> None:
+def check_values(
+    name: str, low: float, high: float, computed: bool = False, limits: tuple[float, float] = (0.0, 1.0)
+) -> None:
     """:func:`check_range` of images whose least and greatest value are known."""
     global _warned
+    text = RANGES[limits]
     if max(high, -low) > FAR and not computed:
-        raise ValueError(f"{name} must be RGB in 0–1, got values from {low:.4g} to {high:.4g}; divide levels by 255")
-    if (low < NEAR[0] or high > NEAR[1]) and not _warned:
+        raise ValueError(f"{name} must be RGB in {text}, got values from {low:.4g} to {high:.4g}; {FROM_LEVELS[text]}")
+    least, greatest = (limits[0] + (limits[1] - limits[0]) * edge for edge in NEAR)
+    if (low < least or high > greatest) and not _warned:
         _warned = True
         warnings.warn(
-            f"{name} should be RGB in 0–1, got values from {low:.4g} to {high:.4g} (this is said once)",
+            f"{name} should be RGB in {text}, got values from {low:.4g} to {high:.4g} (this is said once)",
             stacklevel=_callers_level(),
         )
 

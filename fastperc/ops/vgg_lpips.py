@@ -17,10 +17,16 @@ from torch import Tensor
 
 from fastperc import _native, backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.ops.common import channels_last, compute_dtype, empty_like, why_not_here, without_slow_autocast
+from fastperc.ops.common import (
+    COMMON_CPP_SOURCES,
+    channels_last,
+    compute_dtype,
+    empty_like,
+    why_not_here,
+    without_slow_autocast,
+)
 from fastperc.ops.lpips_distance import KERNELS, LPIPS_DISTANCE
-from fastperc.ops.vgg_chain import PackedConv, Passes, SavedLayer, backward_chain, convolve_relu, pack, unpool
-from fastperc.ops.vgg_loss import VGG_FEATURES, vgg_features
+from fastperc.ops.vgg_chain import VGG_CONV, PackedConv, Passes, convolve_relu, convolve_turned, pack
 from fastperc.types import FrozenConv
 
 PAIRS_ON_CPU = 1  # that go through the network together
@@ -49,40 +55,31 @@ def vgg_lpips(x: Tensor, target: Target, network: Network, size: Sequence[int] |
     Raises:
         ValueError: images of different shapes, or features of another image size.
     """
+    sides = [x, *([target] if isinstance(target, Tensor) else target)]
+    images = max(len(side) for side in sides) if min(len(side) for side in sides) else 0
+    if any(len(side) not in (1, images) for side in sides):
+        raise ValueError(f"expected as many images on both sides, or one on either, got {len(x)} and {len(sides[-1])}")
+    if isinstance(target, Tensor) and target.shape[1:] != x.shape[1:]:
+        raise ValueError(f"expected images of one shape, got {list(x.shape)} and {list(target.shape)}")
     dtype = compute_dtype(x)
     with without_slow_autocast(x):
-        if isinstance(target, Tensor):
-            target = _one_for_all(x, target.to(dtype), network)
-        else:
-            target = [features.to(dtype) for features in target]
-        images = len(target if isinstance(target, Tensor) else target[0])
-        if images not in (1, len(x)) and len(x) != 1:
-            raise ValueError(f"expected as many images on both sides, or one on either, got {len(x)} and {images}")
-        maps = VGG_LPIPS(x.to(dtype).expand(images if len(x) == 1 else len(x), -1, -1, -1), target, network)
+        x, *others = (side.to(dtype).expand(images, -1, -1, -1) for side in sides)
+        maps = VGG_LPIPS(x, others[0] if isinstance(target, Tensor) else others, network)
         with torch.autocast(x.device.type, enabled=False):
             return reference.lpips_terms(maps, size)
 
 
-def _one_for_all(x: Tensor, target: Tensor, network: Network) -> Target:
-    """``target``, or the features of its one image, where that serves several of ``x``."""
-    if target.shape[1:] != x.shape[1:]:
-        raise ValueError(f"expected images of one shape, got {list(x.shape)} and {list(target.shape)}")
-    if len(target) != 1 or len(x) == 1:
-        return target
-    if target.requires_grad:
-        return target.expand(len(x), -1, -1, -1)
-    features = vgg_features(target, network.convs, network.taps)
-    return [features[i] for i in network.taps]
-
-
 def plain_vgg_lpips(x: Tensor, target: Target, network: Network) -> list[Tensor]:
     """The maps of :func:`fastperc.reference.lpips_maps`, out of plain PyTorch, for autograd to differentiate."""
+    features = _plain_features(x, network)
+    of_target = _plain_features(target, network) if isinstance(target, Tensor) else target
+    return reference.lpips_maps(features, of_target, network.weights)
+
+
+def _plain_features(x: Tensor, network: Network) -> list[Tensor]:
     convs = [conv._replace(weight=conv.weight.to(x.dtype), bias=conv.bias.to(x.dtype)) for conv in network.convs]
     features = reference.vgg_features(x, convs, network.taps)
-    if isinstance(target, Tensor):
-        of_target = reference.vgg_features(target, convs, network.taps)
-        target = [of_target[i] for i in network.taps]
-    return reference.lpips_maps([features[i] for i in network.taps], target, network.weights)
+    return [features[i] for i in network.taps]
 
 
 class Packed(NamedTuple):
@@ -110,69 +107,91 @@ class Packed(NamedTuple):
         return out
 
 
-class Tape(NamedTuple):
-    """What the backward of some images needs."""
+class KeptLayer(NamedTuple):
+    """What the backward needs of one convolution's output [n, C, H, W], channels-last."""
 
-    layers: list[SavedLayer]  # whose features, at the taps, are the units
-    inverses: dict[int, Tensor]  # by tap: [images, 1, H, W]
+    shape: torch.Size
+    units: Tensor | None  # at a tap: the unit gradients, which the ReLU has let through
+    inverses: Tensor | None  # [n, 1, H, W], at a tap
+    bits: Tensor | None  # whether each element is positive, where another convolution follows
+    winners: Tensor | None  # [n, C, H/2, W/2] uint8, where a pooling follows
 
 
 class Pairs(NamedTuple):
     """Some images and their targets on the way through the network."""
 
-    count: int
+    images: int
     sides: int  # that get a gradient: none, the images, or both
     target: Sequence[Tensor] | None  # features at the taps; ``None``: the targets follow the images in the batch
 
     def compare(self, x: Tensor, tap: int, network: Packed, distances: Tensor, may_overwrite: bool) -> Any:
-        """Fills ``distances`` [count, 1, H, W] at a tap. Returns the units and inverses of the sides with gradients.
+        """Fills ``distances`` [images, 1, H, W] at a tap. Returns the units and inverses of the sides with gradients.
 
         ``x`` are the activations; the units take their place if they ``may_overwrite`` them.
         """
         position = network.taps.index(tap)
         weight, kernel = network.weights[position], KERNELS[network.backend]
-        both = x[: self.count], x[self.count :] if self.target is None else self.target[position]
+        both = x[: self.images], x[self.images :] if self.target is None else self.target[position]
         if not self.sides:
             kernel(both, weight, distances)
             return None, None
-        kept = self.sides * self.count
+        kept = self.sides * self.images
         units = x if may_overwrite and kept == len(x) else empty_like(x, (kept, *x.shape[1:]))
         inverses = distances.new_empty(kept, *distances.shape[1:])
         of_units, of_inverses = (
-            (own[: self.count], own[self.count :] if self.sides == 2 else None) for own in (units, inverses)
+            (own[: self.images], own[self.images :] if self.sides == 2 else None) for own in (units, inverses)
         )
         kernel(both, weight, distances, None, of_units, of_inverses, True)
         return units, inverses
 
 
-def forward_pairs(x: Tensor, pairs: Pairs, network: Packed, maps: Sequence[Tensor]) -> Tape:
-    """Runs the network on ``x`` and fills ``maps`` [count, 1, H, W], one a tap."""
-    layers, inverses = [], {}
-    kept, convs, passes = pairs.sides * pairs.count, network.convs, network.passes
+def forward_pairs(x: Tensor, pairs: Pairs, network: Packed, maps: Sequence[Tensor]) -> list[KeptLayer]:
+    """Runs the network on ``x`` and fills ``maps`` [images, 1, H, W], one a tap. Returns what the backward needs."""
+    layers = []
+    kept, convs, passes = pairs.sides * pairs.images, network.convs, network.passes
     x = channels_last(x)
     for i, conv in enumerate(convs):
         x = convolve_relu(x, conv)
         is_last = i + 1 == len(convs)
-        is_pooled = not is_last and convs[i + 1].pooled
-        pooled = units = bits = winners = None
+        pooled = units = inverses = bits = winners = None
         shape = torch.Size((kept, *x.shape[1:]))
-        if is_pooled:
+        if not is_last and convs[i + 1].pooled:
             pooled = empty_like(x, (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2))
             winners = torch.empty_like(pooled[:kept], dtype=torch.uint8)
             passes.relu_pool_fwd(x, pooled, winners)
         elif kept and not is_last:
-            own = x[:kept]
-            bits = own.new_empty((own.numel() + 7) // 8, dtype=torch.uint8)
-            passes.relu_mask_fwd(own, bits)
+            bits = x.new_empty((shape.numel() + 7) // 8, dtype=torch.uint8)
+            passes.relu_mask_fwd(x[:kept], bits)
         if i in network.taps:
             distances = maps[network.taps.index(i)]
-            units, inverse = pairs.compare(x, i, network, distances, may_overwrite=is_pooled or is_last)
-            if inverse is not None:
-                inverses[i] = inverse
+            units, inverses = pairs.compare(x, i, network, distances, is_last or pooled is not None)
         if kept:
-            layers.append(SavedLayer(units, bits, winners, shape))
+            layers.append(KeptLayer(shape, units, inverses, bits, winners))
         x = x if pooled is None else pooled
-    return Tape(layers, inverses)
+    return layers
+
+
+def backward_pairs(layers: list[KeptLayer], network: Packed, incoming: Sequence[Tensor]) -> Tensor:
+    """The gradient of the batch, given those of the maps, [n, 1, H, W] a tap; frees ``layers`` on the way."""
+    grad: Tensor | None = None
+    while layers:
+        layer, i = layers.pop(), len(layers)
+        if grad is not None and layer.winners is not None:
+            pooled, grad = grad, empty_like(grad, layer.shape)
+            network.passes.relu_pool_bwd(channels_last(pooled), layer.winners, grad)
+            del pooled
+        elif grad is not None:
+            assert layer.bits is not None
+            network.passes.relu_mask_bwd(grad, layer.bits)
+        if layer.units is not None:
+            assert layer.inverses is not None
+            coefficient = layer.inverses * incoming[network.taps.index(i)]
+            grad = network.add_units(layer.units, coefficient, grad)
+        del layer
+        assert grad is not None, "the network ends at a tap"
+        grad = channels_last(convolve_turned(grad, network.convs[i]))
+    assert grad is not None
+    return grad
 
 
 def chunks(x: Tensor) -> list[slice]:
@@ -181,8 +200,8 @@ def chunks(x: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
-def run(x: Tensor, target: Target, network: Packed, sides: int) -> tuple[list[Tensor], list[Tape]]:
-    """The maps, and what their backward to the first ``sides`` of ``x`` and ``target`` needs: a tape for each of
+def run(x: Tensor, target: Target, network: Packed, sides: int) -> tuple[list[Tensor], list[list[KeptLayer]]]:
+    """The maps, and what their backward to the first ``sides`` of ``x`` and ``target`` needs: a list for each of
     :func:`chunks`."""
     maps, tapes = _empty_maps(x, network), []
     with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
@@ -239,31 +258,11 @@ class _VGGLpips(torch.autograd.Function):
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
             for images in reversed(chunks(x)):
                 incoming = [grad[images].repeat(sides, 1, 1, 1) for grad in grad_maps]
-                tape = tapes.pop()
-                grad = backward_chain(
-                    tape.layers, network.convs, _tap_gradient(tape, network, incoming), network.passes
-                )
+                grad = backward_pairs(tapes.pop(), network, incoming)
                 for own, part in zip(outputs, grad.chunk(sides)):
                     own[images] = part
-                del tape, grad
+                del grad
         return *outputs, *(None,) * (2 - sides), *nothing
-
-
-def _tap_gradient(
-    tape: Tape, network: Packed, incoming: Sequence[Tensor]
-) -> Callable[[int, Tensor, SavedLayer, Tensor | None], Tensor]:
-    """The gradients at the taps, for :func:`backward_chain`; ``incoming`` are those of the maps."""
-
-    def gradient(i: int, units: Tensor, layer: SavedLayer, above: Tensor | None) -> Tensor:
-        coefficient = tape.inverses.pop(i) * incoming[network.taps.index(i)]
-        if above is not None:
-            if layer.winners is not None:
-                above = unpool(above, layer, network.passes)
-            elif layer.bits is not None:
-                network.passes.relu_mask_bwd(above, layer.bits)
-        return network.add_units(units, coefficient, above)
-
-    return gradient
 
 
 # Why a backend cannot serve
@@ -339,6 +338,13 @@ VGG_LPIPS = register(
             Implementation("reference", plain_vgg_lpips),
         ),
         TuningCases(lambda batch, size: [((batch, 3, size, size),)], _tuned_call),
-        (*VGG_FEATURES.sources, *LPIPS_DISTANCE.sources, "fastperc/ops/vgg_lpips.py"),
+        (
+            *COMMON_CPP_SOURCES,
+            *VGG_CONV.sources,
+            *LPIPS_DISTANCE.sources,
+            "csrc/vgg_loss*",
+            "kernels/vgg_loss.py",
+            "fastperc/ops/vgg_lpips.py",
+        ),
     )
 )
