@@ -24,6 +24,7 @@ EPS = tl.constexpr(1e-10)
 ELEMENTS = 2048  # a program's, of each map
 FEWEST_PIXELS_NCHW = 8  # a program's, where the pixels of a channel are adjacent
 OPTIONS = dict(num_warps=8, num_stages=1)
+DISTANCE_OPTIONS = OPTIONS | dict(enable_fp_fusion=False)  # so that equal features have a distance of 0
 BLOCK = 4096  # elements a program of add_units
 
 Sides = tuple[Tensor | None, Tensor | None]
@@ -191,7 +192,7 @@ def lpips_distance(
         AFTER_RELU=after_relu,
         BLOCK_P=block_pixels,
         BLOCK_C=block,
-        **OPTIONS,
+        **DISTANCE_OPTIONS,
         **register_options(shared_memory(weight.device)),
     )
 
