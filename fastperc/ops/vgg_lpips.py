@@ -29,7 +29,7 @@ from fastperc.ops.lpips_distance import KERNELS, LPIPS_DISTANCE
 from fastperc.ops.vgg_chain import VGG_CONV, PackedConv, Passes, convolve_relu, convolve_turned, pack
 from fastperc.types import FrozenConv
 
-PAIRS_ON_CPU = 1  # that go through the network together
+PAIRS_ON_CPU = 2  # that go through the network together
 
 Target = Tensor | Sequence[Tensor]  # images [N, 3, H, W], or the features of such, one [N, C, H', W'] a layer
 
