@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from cases import dtype_id, error
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from fastperc import LPIPS, InputError, use_backend
@@ -215,11 +216,13 @@ def test_is_frozen_copies_and_pickles(loss):
 # The libraries that have it.
 
 
-def vgg16_of(vgg):
+@pytest.fixture(scope="module")
+def torchvision_features(vgg):
     """A stand-in for torchvision's ``vgg16().features``."""
     layers, channels = [], 3
     for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)] if width else [nn.MaxPool2d(2, 2)]
+        conv = [skip_init(nn.Conv2d, channels, width, 3, padding=1), nn.ReLU(inplace=True)] if width else []
+        layers += conv or [nn.MaxPool2d(2, 2)]
         channels = width or channels
     features = nn.Sequential(*layers)
     features.load_state_dict({name.removeprefix("features."): tensor for name, tensor in vgg.items()})
@@ -235,11 +238,11 @@ def assert_same(theirs, loss, a, b):
     loss.float(), theirs.float()
 
 
-def test_equals_torchmetrics(monkeypatch, files, vgg):
+def test_equals_torchmetrics(monkeypatch, files, torchvision_features):
     pytest.importorskip("torchmetrics")
     from torchmetrics.functional.image import lpips as theirs
 
-    monkeypatch.setattr(theirs, "_get_tv_model_features", lambda *arguments: vgg16_of(vgg))
+    monkeypatch.setattr(theirs, "_get_tv_model_features", lambda *arguments: torchvision_features)
     for normalize in (False, True):
         loss = LPIPS(weights=files["weights"], normalize=normalize)  # with the weights that torchmetrics carries
         a, b = ((images(2, 3, 40, 33) + normalize) / (1 + normalize) for _ in range(2))
@@ -252,12 +255,12 @@ def test_equals_torchmetrics(monkeypatch, files, vgg):
             assert ours.shape == value.shape and error(ours, value) < 1e-5
 
 
-def test_equals_lpips(monkeypatch, files, vgg):
+def test_equals_lpips(monkeypatch, files, torchvision_features):
     if find_spec("lpips") is None:
         pytest.skip("needs lpips")
     torchvision, trainer = ModuleType("torchvision"), ModuleType("lpips.trainer")
     torchvision.models = ModuleType("torchvision.models")
-    torchvision.models.vgg16 = lambda **options: type("VGG", (), {"features": vgg16_of(vgg)})
+    torchvision.models.vgg16 = lambda **options: type("VGG", (), {"features": torchvision_features})
     stand_ins = {"torchvision": torchvision, "torchvision.models": torchvision.models, "lpips.trainer": trainer}
     for name, module in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, module)
