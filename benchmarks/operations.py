@@ -47,6 +47,7 @@ COMPOSED = {
     "inference": Benchmark("Network", (*FROZEN, "conv3x3", "norm_relu"), ("fastperc/engine", *_NETWORKS)),
     "training": Benchmark("Network", (*_LOSSES, *_SUBPIXEL, *_RGB), ("fastperc/losses", *_NETWORKS)),
     "vgg_loss": Benchmark(title_of("vgg_loss"), _LOSSES, ("fastperc/losses", *_NETWORKS)),
+    "lpips": Benchmark(title_of("vgg_lpips"), ("vgg_lpips", "lpips_distance"), ("fastperc/losses", *_NETWORKS)),
     "residual_block": Benchmark("Residual block", _LAYER),
     "conv_bn_relu": Benchmark(title_of("conv_bn_relu"), _LAYER),
     "subpixel_conv_bn_relu": Benchmark(title_of("subpixel_conv_bn_relu"), _SUBPIXEL),

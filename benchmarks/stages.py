@@ -46,7 +46,7 @@ class Stage:
 FROZEN = (*operations.tests(frozen=True), "engine", "cudnn", "graphs")
 TRAINING = (*operations.tests(frozen=False), "step")
 LAYERS = ("rgb_conv", "subpixel_conv_bn_relu", "conv_bn_relu", "residual_block")
-LOSSES = ("tv_loss", "gram_loss", "vgg_loss", "training")
+LOSSES = ("tv_loss", "gram_loss", "vgg_loss", "lpips", "training")
 
 
 def bench(
@@ -112,6 +112,7 @@ FIRST = (
     bench("tv_loss", 45, "total variation"),
     bench("gram_loss", 45, "Gram loss"),
     bench("vgg_loss", 90, "the whole loss network, and its memory"),
+    bench("lpips", 90, "LPIPS, and its memory"),
     script("training_speed", 90, "fastperc train with photos and checkpoints", ["--iterations=4", "--size=32"]),
     bench("norm_relu", 30, "norms and the ReLU after them in training"),
     bench("conv3x3", 30, "3×3 convolutions in training"),

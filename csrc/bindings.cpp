@@ -43,6 +43,7 @@ RGBConvShape rgb_conv_shape(const std::array<std::int64_t, 9>& s, bool reflect) 
 ImageStrides image_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 RowStrides row_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
 WeightStrides weight_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+FeatureStrides feature_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
 WinogradShape winograd_shape(const std::array<std::int64_t, 7>& s) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
 }
@@ -128,6 +129,28 @@ PYBIND11_MODULE(_C, m) {
                           threads);
       },
       py::arg("grad_pooled"), py::arg("winners"), py::arg("grad"), py::arg("dtype"), py::arg("shape"),
+      py::arg("threads"));
+
+  // Pointers: the features of both sides, weight, incoming, distances, gradients and inverses of both sides. Strides:
+  // of the features of both sides, and of the gradients.
+  m.def(
+      "lpips_distance_cpu",
+      [](const std::array<Address, 9>& p, const std::array<std::array<std::int64_t, 3>, 4>& strides, bool after_relu,
+         const std::string& dtype, const std::array<std::int64_t, 3>& shape, int threads) {
+        const LpipsTensors tensors{{pointer<>(p[0]), pointer<>(p[1])},
+                                   {feature_strides(strides[0]), feature_strides(strides[1])},
+                                   pointer<>(p[2]),
+                                   pointer<>(p[3]),
+                                   pointer<>(p[4]),
+                                   {pointer<>(p[5]), pointer<>(p[6])},
+                                   {feature_strides(strides[2]), feature_strides(strides[3])},
+                                   {pointer<>(p[7]), pointer<>(p[8])},
+                                   after_relu};
+        const DType type = dtype_from_name(dtype);
+        py::gil_scoped_release release;
+        lpips_distance_cpu(tensors, type, {shape[0], shape[1], shape[2]}, threads);
+      },
+      py::arg("pointers"), py::arg("strides"), py::arg("after_relu"), py::arg("dtype"), py::arg("shape"),
       py::arg("threads"));
 
   m.def(

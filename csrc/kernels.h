@@ -6,6 +6,7 @@
 
 #include "conv3x3.h"
 #include "image_io.h"
+#include "lpips_distance.h"
 #include "norm_relu.h"
 #include "rgb_conv.h"
 #include "tv_loss.h"
@@ -36,6 +37,9 @@ void relu_pool_fwd_cpu(const void* x, void* pooled, void* winners, DType dtype, 
 // grad [N, H, W, C] = grad_pooled where a pixel is the winner of its window, else 0.
 void relu_pool_bwd_cpu(const void* grad_pooled, const void* winners, void* grad, DType dtype, const ImageShape& shape,
                        int threads);
+
+// Distances of two feature maps in `dtype`, and their gradients (see lpips_distance.h).
+void lpips_distance_cpu(const LpipsTensors& tensors, DType dtype, const FeatureShape& shape, int threads);
 
 // out [N, height, width, 3] = scale · image + shift, for the window of image [N, 3, H, W] (uint8 or floating-point).
 void image_io_cpu(const void* image, void* out, const std::string& image_dtype, DType dtype, std::int64_t images,

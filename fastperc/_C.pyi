@@ -32,6 +32,14 @@ def relu_pool_fwd_cpu(
 def relu_pool_bwd_cpu(
     grad_pooled: int, winners: int, grad: int, dtype: str, shape: tuple[int, int, int, int], threads: int
 ) -> None: ...
+def lpips_distance_cpu(
+    pointers: tuple[int, int, int, int, int, int, int, int, int],
+    strides: tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]],
+    after_relu: bool,
+    dtype: str,
+    shape: tuple[int, int, int],
+    threads: int,
+) -> None: ...
 def reuse_freed_memory(block: int, kept: int) -> None: ...
 def image_io_cpu(
     image: int,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot follow the table below
     from fastperc.checkpoints import save as save
     from fastperc.engine import freeze as freeze
     from fastperc.errors import InputError as InputError
+    from fastperc.losses import LPIPS as LPIPS
     from fastperc.losses import FeatureLoss as FeatureLoss
     from fastperc.losses import PerceptualLoss as PerceptualLoss
     from fastperc.losses import PixelLoss as PixelLoss
@@ -46,7 +47,7 @@ _HOMES = {
     "fastperc.checkpoints": ("load", "save"),
     "fastperc.engine": ("freeze",),
     "fastperc.errors": ("InputError",),
-    "fastperc.losses": ("FeatureLoss", "PerceptualLoss", "PixelLoss"),
+    "fastperc.losses": ("LPIPS", "FeatureLoss", "PerceptualLoss", "PixelLoss"),
     "fastperc.models": ("SRCNN", "SuperResolutionNet", "TransformNet", "VGG16Features", "VGGFeatures"),
     "fastperc.modules": ("ConvBNReLU", "GramLoss", "ResidualBlock", "SubpixelConvBNReLU", "TVLoss"),
     "fastperc.ops": ("gram_matrix",),

@@ -29,6 +29,7 @@ except ImportError as error:  # installed without a compiler, or broken
     )
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+Sides = tuple[Tensor | None, Tensor | None]
 WINOGRAD_PANEL = 32  # winograd_panel in csrc/conv3x3.h
 
 
@@ -139,6 +140,44 @@ def relu_pool_bwd(grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None:
     shape, threads = _image_shape(grad), torch.get_num_threads()
     pointers = (grad_pooled.data_ptr(), winners.data_ptr(), grad.data_ptr())
     _C.relu_pool_bwd_cpu(*pointers, DTYPES[grad.dtype], shape, threads)
+
+
+def lpips_distance(
+    features: tuple[Tensor, Tensor],
+    weight: Tensor,
+    distances: Tensor | None = None,
+    incoming: Tensor | None = None,
+    gradients: Sides = (None, None),
+    inverses: Sides = (None, None),
+    after_relu: bool = False,
+) -> None:
+    """Fills what is given of the distances between two feature maps and their gradients; see csrc/lpips_distance.h.
+
+    Args:
+        features: [N, C, H, W] both, whose pixels are evenly spaced in memory.
+        weight: [C], in float64 for float64, else in float32, as all but ``gradients``; contiguous.
+        distances: [N, 1, H, W], contiguous.
+        incoming: the gradient of the distances, as ``distances``; without it the gradients are the units.
+        gradients: of both features, of their shape and dtype, whose pixels are evenly spaced; they may be the features.
+        inverses: 1 / (norm + eps) of both features, as ``distances``.
+        after_relu: whether the features are the output of a ReLU, which the gradients pass too.
+    """
+    tensors = (*features, weight, incoming, distances, *gradients, *inverses)
+    _C.lpips_distance_cpu(
+        tuple(0 if x is None else x.data_ptr() for x in tensors),  # type: ignore[arg-type]
+        tuple((0, 0, 0) if x is None else _pixel_strides(x) for x in (*features, *gradients)),  # type: ignore[arg-type]
+        after_relu,
+        DTYPES[features[0].dtype],
+        (len(features[0]), features[0].shape[2:].numel(), features[0].shape[1]),
+        torch.get_num_threads(),
+    )
+
+
+def _pixel_strides(x: Tensor) -> tuple[int, int, int]:
+    """Elements from one image, pixel and channel of ``x`` [N, C, H, W] to the next."""
+    row, column = x.stride()[2:]
+    assert x.shape[2] == 1 or x.shape[3] == 1 or row == x.shape[3] * column, "the pixels are not evenly spaced"
+    return x.stride(0), row if x.shape[3] == 1 else column, x.stride(1)
 
 
 def image_io(image: Tensor, window: Window, scale: float, shift: float, out: Tensor) -> None:

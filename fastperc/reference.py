@@ -314,3 +314,51 @@ def luma(x: Tensor) -> Tensor:
     """BT.601 luma of RGB ``x`` [N, 3, H, W], in ``x``'s own range: [N, 1, H, W]."""
     weights = x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     return (x * weights).sum(dim=1, keepdim=True)
+
+
+LPIPS_EPS = 1e-10  # added to the norm of a pixel's features, as lpips has it; torchmetrics adds 1e-8 to its square
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """Each pixel's features of ``x`` [N, C, H, W] divided by their norm + 1e-10, in float32 or wider.
+
+    A pixel whose features are all 0 stays so and gets a gradient of 0.
+    """
+    x = widen(x)
+    squares = x.square().sum(dim=1, keepdim=True)
+    has_direction = squares != 0  # NaN too
+    norms = squares.where(has_direction, 1).sqrt()  # the root has no derivative at 0
+    return x * (1 / (norms + LPIPS_EPS)).where(has_direction, 0)
+
+
+def lpips_maps(
+    features_a: Sequence[Tensor], features_b: Sequence[Tensor], channel_weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """Of each layer the distance of each pixel's unit vectors: Σ w (â − b̂)² over channels, [N, 1, H, W].
+
+    Features are [N, C, H, W] or, where one image serves all others, [1, C, H, W]; weights are [C].
+    """
+    maps = []
+    for a, b, weight in zip(features_a, features_b, channel_weights):
+        with torch.autocast(a.device.type, enabled=False):
+            squares = (unit_vectors(a) - unit_vectors(b)).square()
+            maps.append((squares * weight.to(squares.dtype)[:, None, None]).sum(dim=1, keepdim=True))
+    return maps
+
+
+def lpips_terms(maps: Sequence[Tensor], size: Sequence[int] | None = None) -> list[Tensor]:
+    """The ``maps`` [N, 1, H, W] of :func:`lpips_maps`, averaged over their pixels, [N, 1, 1, 1], or upsampled to
+    ``size``, height and width."""
+    if size is None:
+        return [x.mean(dim=(2, 3), keepdim=True) for x in maps]
+    return [F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False) for x in maps]
+
+
+def lpips_distance(
+    features_a: Sequence[Tensor],
+    features_b: Sequence[Tensor],
+    channel_weights: Sequence[Tensor],
+    size: Sequence[int] | None = None,
+) -> Tensor:
+    """LPIPS of two images from their features: the sum of :func:`lpips_terms` over the layers."""
+    return torch.stack(lpips_terms(lpips_maps(features_a, features_b, channel_weights), size)).sum(dim=0)

@@ -222,6 +222,12 @@ def _operations() -> Iterator[Run]:
     for dtype in (BF16, FP16):
         for memory_format in (torch.channels_last, torch.contiguous_format):
             yield gram(dtype, memory_format)
+            yield lpips(dtype, memory_format)
+    yield lpips(FP32, torch.channels_last)
+    yield lpips(FP32, torch.contiguous_format)
+    for dtype in (BF16, FP16, FP32):
+        yield lpips_network(dtype, both_sides=False)
+    yield lpips_network(BF16, both_sides=True)
     yield Run("loss network, fp16", lambda: _loss_network(FP16))
     yield Run("loss network, fp32", lambda: _loss_network(FP32))
     yield Run("loss network without style, bf16", lambda: _loss_network(BF16, style=False))
@@ -247,6 +253,52 @@ def gram(dtype: torch.dtype, memory_format: torch.memory_format) -> Run:
         ops.gram_loss(features, targets).sum().backward()
 
     return Run(f"Gram loss, {SHORT[dtype]}, {'NHWC' if memory_format is torch.channels_last else 'NCHW'}", start)
+
+
+def lpips(dtype: torch.dtype, memory_format: torch.memory_format) -> Run:
+    """LPIPS of VGG-16's features, with gradients of both sides and of one, and without."""
+
+    def start() -> None:
+        from fastperc import ops
+
+        channels = (64, 128, 256, 512, 512)
+        shapes = [(2, c, 256 >> i, 256 >> i) for i, c in enumerate(channels)]
+        weights = [torch.empty(c) for c in channels]
+        for wanted in ((True, True), (True, False), (False, False)):
+            sides = [
+                [torch.empty(s, dtype=dtype, memory_format=memory_format).requires_grad_(want) for s in shapes]
+                for want in wanted
+            ]
+            distance = ops.lpips_distance(sides[0], sides[1], weights).sum()
+            if wanted[0]:
+                distance.backward()
+
+    return Run(f"LPIPS, {SHORT[dtype]}, {'NHWC' if memory_format is torch.channels_last else 'NCHW'}", start)
+
+
+def lpips_network(dtype: torch.dtype, both_sides: bool) -> Run:
+    """LPIPS of images, with gradients of one side or both."""
+
+    def start() -> None:
+        from fastperc import ops
+        from fastperc.models.vgg import CONVOLUTIONS
+        from fastperc.ops.vgg_lpips import Network
+        from fastperc.types import FrozenConv
+
+        taps, channels = (1, 3, 6, 9, 12), (64, 128, 256, 512, 512)
+        convs = [
+            FrozenConv(torch.zeros(o, i, 3, 3), torch.zeros(o), name.endswith("_1") and name != "1_1")
+            for name, i, o in CONVOLUTIONS
+        ]
+        network = Network(convs, taps, [torch.zeros(c) for c in channels])
+        output, target = torch.zeros(4, 3, 256, 256, requires_grad=True), torch.zeros(4, 3, 256, 256)
+        with torch.autocast("cuda", dtype, enabled=dtype != FP32):
+            terms = ops.vgg_lpips(output, target.requires_grad_(both_sides), network)
+            with torch.no_grad():
+                ops.vgg_lpips(output, target, network)
+        torch.stack(terms).sum().backward()
+
+    return Run(f"LPIPS of images, {SHORT[dtype]}, gradients of {1 + both_sides}", start)
 
 
 def _loss_network(dtype: torch.dtype, style: bool = True) -> None:

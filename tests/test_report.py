@@ -89,7 +89,7 @@ class TestRows:
                 {"conv_bn_relu", "residual_block", "rgb_conv", "subpixel_conv_bn_relu", "inference", "training"},
             ),
             ("fastperc/engine/engine.py", {"inference"}),
-            ("fastperc/models/transform_net.py", {"vgg_loss", "training", "inference"}),
+            ("fastperc/models/transform_net.py", {"vgg_loss", "lpips", "training", "inference"}),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )

@@ -16,6 +16,7 @@ from fastperc.ops.gram_matrix import gram_matrix
 from fastperc.ops.image_io import image_io
 from fastperc.ops.instance_norm import instance_norm, instance_statistics
 from fastperc.ops.kinds import Layer
+from fastperc.ops.lpips_distance import lpips_distance
 from fastperc.ops.norm_relu import has_hooks, norm_relu
 from fastperc.ops.rgb_conv import rgb_conv
 from fastperc.ops.rgb_conv_head import rgb_conv_head
@@ -24,6 +25,7 @@ from fastperc.ops.subpixel_conv_bn_relu import subpixel_conv_bn_relu
 from fastperc.ops.tv_loss import tv_loss
 from fastperc.ops.vgg_features import vgg_features
 from fastperc.ops.vgg_loss import vgg_loss
+from fastperc.ops.vgg_lpips import vgg_lpips
 
 __all__ = [
     "OPERATIONS",
@@ -37,6 +39,7 @@ __all__ = [
     "image_io",
     "instance_norm",
     "instance_statistics",
+    "lpips_distance",
     "norm_relu",
     "rgb_conv",
     "rgb_conv_head",
@@ -45,4 +48,5 @@ __all__ = [
     "tv_loss",
     "vgg_features",
     "vgg_loss",
+    "vgg_lpips",
 ]
