@@ -1,4 +1,7 @@
-"""Fixtures of all tests. Where there is no GPU, Triton's kernels run in its interpreter."""
+"""Fixtures of all tests. Where there is no GPU, Triton's kernels run in its interpreter.
+
+With ``FASTPERC_TEST_ISA=avx2`` or ``baseline`` in the environment they run as on an older processor: see isa.py.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 # runs. Set before the libraries that read it are imported.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+
+import isa
+
+if hidden := os.environ.get(isa.VARIABLE):
+    isa.apply(hidden)
 
 import numpy as np
 import pytest
@@ -59,7 +67,12 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal
 
 @pytest.fixture(autouse=True)
 def _half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half precision is computed in half precision, on any processor; test_half_precision.py has the rest."""
+    """Half precision is computed in half precision, on any processor; test_half_precision.py has the rest.
+
+    Where instruction sets are hidden it is computed in float32, as on the processors that do not have them.
+    """
+    if hidden:
+        return
     monkeypatch.setattr(devices, "_cpu_computes_in", lambda dtype: True)
 
 
