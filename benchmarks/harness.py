@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -27,6 +28,8 @@ DEVICE = device_type()
 DTYPE = {"cpu": "fp32", "cuda": "bf16"}[DEVICE]  # the default of a case on this device
 # "amp": float32 weights and images under autocast to bfloat16, as `fastperc train --amp` has them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.float32}
+CLIFF = 20  # a peer that takes so many times as long as the fastest provider before it is timed once
+PATIENCE = 3.0  # seconds of a call
 PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.bfloat16}  # dtypes of convolutions' products
 
 
@@ -235,10 +238,21 @@ def seconds_of(step: Function) -> float:
     return time.perf_counter() - start
 
 
+_fastest: dict[tuple[str, str], float] = {}  # of each case, the seconds of its fastest provider so far
+
+
+def is_off_the_cliff(case: Case, provider: Provider, seconds: float) -> bool:
+    """Whether a call of a peer took ``CLIFF`` times as long as the fastest provider so far; remembers the fastest."""
+    key = (case.operation, case.id)
+    fastest = _fastest[key] = min(seconds, _fastest.get(key, math.inf))
+    return not provider.fused and seconds > CLIFF * fastest
+
+
 def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows_file: Path | None) -> None:
     """Checks ``provider`` on ``case`` against float64, times it for about ``seconds`` and appends its row to a file.
 
-    Skips the test where the provider cannot run the case, and where another library's results are wrong.
+    Skips the test where the provider cannot run the case, and where another library's results are wrong. A peer that
+    is slow beyond ``CLIFF`` is checked, tried once (twice if that took less than ``PATIENCE``) and timed once.
 
     Raises:
         AssertionError: a result or gradient is further from float64 than the case tolerates; nothing was timed.
@@ -261,11 +275,14 @@ def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows
         if benchmark.disabled:
             benchmark.pedantic(step)
             return
-        step()
-        rounds = min(200, max(5, int(seconds / seconds_of(step))))
+        seconds_a_call = seconds_of(step)
+        if seconds_a_call < PATIENCE:  # else it is no matter of caches and lazy compilers
+            seconds_a_call = seconds_of(step)
+        timed_once = is_off_the_cliff(case, provider, seconds_a_call)
+        rounds = 1 if timed_once else min(200, max(5, int(seconds / seconds_a_call)))
         benchmark.group = f"{case.operation} {case.direction} {case.shape} {case.dtype}"
-        benchmark.pedantic(step, setup=evict_caches, rounds=rounds, warmup_rounds=1)
-    row = make_row(Measurement(case, provider, expected.costs, max(error), peak), benchmark.stats.stats)
+        benchmark.pedantic(step, setup=evict_caches, rounds=rounds, warmup_rounds=0 if timed_once else 1)
+    row = make_row(Measurement(case, provider, expected.costs, max(error), peak, timed_once), benchmark.stats.stats)
     benchmark.extra_info.update(row)
     if rows_file is not None:
         rows.append(rows_file, row)
@@ -306,11 +323,12 @@ class Measurement(NamedTuple):
     costs: Sequence[Cost]
     error: float  # the largest
     peak_bytes: int | None
+    timed_once: bool  # see CLIFF
 
 
 def make_row(measurement: Measurement, stats: Any) -> rows.Row:
     """The row of one measurement; ``stats`` are pytest-benchmark's, in seconds."""
-    case, provider, costs, error, peak = measurement
+    case, provider, costs, error, peak, timed_once = measurement
     total = Cost(sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs))
     median, iqr = stats.median / case.frames, stats.iqr / case.frames
     ceilings = bandwidth(), rate(PRODUCTS[case.dtype])
@@ -336,6 +354,7 @@ def make_row(measurement: Measurement, stats: Any) -> rows.Row:
             median_ms=significant(median * 1e3),
             iqr_ms=significant(iqr * 1e3),
             rounds=stats.rounds,
+            timed_once=timed_once,
             bytes=round(total.bytes),
             flops=round(total.flops),
             gb_per_s=significant(total.bytes / median / 1e9),
