@@ -49,7 +49,7 @@ def device_name(device: torch.device) -> str:
 def processor_model() -> str:
     """The CPU's model, such as ``AMD Ryzen 9 7950X``.
 
-    Virtual machines may hide the model's number; then its family and model follow: ``Intel Xeon (family 6, model 207)``.
+    Where a virtual machine hides the model's number, family and model follow: ``Intel Xeon (family 6, model 207)``.
     """
     information = _cpu_information()
     name = information.get("model name") or platform.processor() or platform.machine()
