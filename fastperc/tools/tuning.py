@@ -31,8 +31,10 @@ ROUNDS, FEWEST_ROUNDS = 9, 3
 SECONDS_A_ROUND = 0.005  # at least; a round has as many calls as that takes
 SECONDS_A_CASE = 0.6  # after that, a case ends with its fewest rounds
 MOST_SECONDS_A_CASE = 3.0  # after that, it ends with the rounds that it has
-SECONDS_A_CALL = 5.0  # at most; an implementation that is expected to take longer is left out
-TRIAL_SIDES = 16, 64  # of the small images; the second is more exact, and tried where the first looks slow
+SECONDS_A_CALL = 3.0  # at most; an implementation that is expected to take longer is left out
+HOPELESS = 10  # times as long as the fastest is expected to take
+TRIAL_SIDES = 16, 64  # of the small images; the second is more exact, and tried where the first looks a little slow
+MOST_SECONDS_A_TRIAL = 0.5  # after that it is plain that a call would take too long
 LARGEST_KERNEL = 9  # pixels a side of a convolution's weights
 
 
@@ -55,7 +57,7 @@ def choices(device: torch.device, keys: Iterable[Key]) -> list[Case]:
     """The cases of ``keys`` where more than one implementation can serve, the most important on ``device`` first."""
     order = dtypes_by_importance(device)
     found = []
-    for key in sorted(keys, key=lambda key: order.index(key.dtype)):  # of a dtype, in the order given
+    for key in sorted(keys, key=lambda key: (order.index(key.dtype), key.grad)):  # else in the order given
         operation = OPERATIONS[key.operation]
         assert operation.tuning_cases is not None
         arguments = operation.tuning_cases.call(*tensors_of(key, device, filled=False))
@@ -79,9 +81,13 @@ def tune(device: torch.device, cases: Sequence[Case], seconds: float) -> Iterato
     """
     end = time.monotonic() + seconds
     costs: dict[Case, float] = {}  # seconds of each case so far
+    slow: set[tuple[str, ...]] = set()  # what took too long without a gradient, and so would with one
     for position, case in enumerate(cases):
         began = time.monotonic()
-        times = measure(case, device, end - began)
+        names = tuple(name for name in case.names if (*case.key[:3], name) not in slow)
+        times = measure(case._replace(names=names), device, end - began) if names else {}
+        if times:
+            slow |= {(*case.key[:3], name) for name in case.names if name not in times}
         costs[case] = time.monotonic() - began
         left = sum(expected_cost(later, costs) for later in cases[position + 1 :])
         yield Measured(case, times, max(0.0, min(left, end - time.monotonic())))
@@ -155,7 +161,8 @@ def measure(case: Case, device: torch.device, seconds_left: float = math.inf) ->
         return {}
     if device.type == "cpu":
         expected = {name: expected_seconds(case, name, device) for name in case.names}
-        case = case._replace(names=tuple(name for name in case.names if expected[name] <= SECONDS_A_CALL))
+        most = min(SECONDS_A_CALL, max(SECONDS_A_CALL / HOPELESS, HOPELESS * min(expected.values())))
+        case = case._replace(names=tuple(name for name in case.names if expected[name] <= most))
         calls_before_a_result = 2  # to warm up, and a round
         if not case.names or calls_before_a_result * sum(map(expected.__getitem__, case.names)) > seconds_left:
             return {}
@@ -184,8 +191,10 @@ def expected_seconds(case: Case, name: str, device: torch.device) -> float:
             break
         small = case.key._replace(shapes=tuple(_smaller(shape, shrink) for shape in case.key.shapes))
         (run,) = calls_of(Case(small, (name,)), device).values()
-        run()  # fills caches
         ratio = math.prod(case.key.shapes[0]) / math.prod(small.shapes[0])
+        first = seconds(run, device)  # fills caches too
+        if first > MOST_SECONDS_A_TRIAL and ratio * first > 10 * SECONDS_A_CALL:
+            return ratio * first
         seconds_a_call = ratio * seconds(run, device)
         if seconds_a_call <= SECONDS_A_CALL:
             break
