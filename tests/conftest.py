@@ -65,15 +65,17 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal
         signal.signal(getattr(signal, name), handler)
 
 
-@pytest.fixture(autouse=True)
-def _half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half precision is computed in half precision, on any processor; test_half_precision.py has the rest.
-
-    Where instruction sets are hidden it is computed in float32, as on the processors that do not have them.
-    """
-    if hidden:
-        return
+@pytest.fixture
+def half_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision is computed in half precision, on any processor; test_half_precision.py has the rest."""
     monkeypatch.setattr(devices, "_cpu_computes_in", lambda dtype: True)
+
+
+@pytest.fixture(autouse=True)
+def _half_precision(request: pytest.FixtureRequest) -> None:
+    """Half precision is computed in half precision, but in float32 where the instruction sets for it are hidden."""
+    if not hidden:
+        request.getfixturevalue("half_computed")
 
 
 @pytest.fixture(autouse=True)

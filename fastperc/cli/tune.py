@@ -35,7 +35,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--minutes",
         type=positive_float,
-        default=2.5,
+        default=2.0,
         metavar="N",
         help="time to spend, on what matters most here first; cases left out are measured by the next run; "
         "default: %(default)s",

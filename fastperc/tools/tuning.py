@@ -196,7 +196,7 @@ def expected_seconds(case: Case, name: str, device: torch.device) -> float:
         if first > MOST_SECONDS_A_TRIAL and ratio * first > 10 * SECONDS_A_CALL:
             return ratio * first
         seconds_a_call = ratio * seconds(run, device)
-        if seconds_a_call <= SECONDS_A_CALL:
+        if seconds_a_call <= SECONDS_A_CALL / HOPELESS:
             break
     return seconds_a_call
 
