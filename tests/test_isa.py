@@ -50,6 +50,6 @@ def test_other_processes_have_it_too(name, expected):
 @pytest.mark.skipif(isa.VARIABLE not in os.environ, reason="nothing is hidden")
 def test_what_is_hidden_here():
     level = isa.LEVELS[os.environ[isa.VARIABLE]]
-    assert _native.winograd_lanes() == level.lanes
+    assert _native._C.winograd_lanes() == level.lanes
     assert torch.backends.cpu.get_cpu_capability().lower() == level.pytorch
     assert not any(devices.computes_in(dtype, CPU) for dtype in devices.HALF)
