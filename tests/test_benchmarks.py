@@ -256,6 +256,31 @@ class TestHarness:
         assert peer["timed_once"] == timed_once and (peer["rounds"] == 1) == timed_once
         assert (calls.count(slower) <= 3) == timed_once and peer["median_ms"] > 10 * slower
 
+    def test_a_library_that_fails_is_skipped_and_fastperc_is_not(self):
+        def fail(*inputs):
+            raise RuntimeError("first line\nno such primitive")
+
+        case = harness.Case(
+            "tv_loss",
+            "inference",
+            "8",
+            "fp32",
+            module=nn.Identity,
+            inputs=lambda: (torch.rand(8),),
+            reference=networks.forward,
+            fused=fail,
+            tolerance=(1e-6, 0),
+        )
+        benchmark = SimpleNamespace(disabled=True, pedantic=lambda step: step())
+        with pytest.raises(RuntimeError, match="no such primitive"):
+            harness.measure(benchmark, case, providers.Provider("fused", True), 0.1, None)
+        for peer in (
+            providers.Provider("openvino", False, prepare=fail),
+            providers.Provider("openvino", False, wrap_call=lambda call: fail),
+        ):
+            with pytest.raises(pytest.skip.Exception, match="openvino cannot run this case here: no such primitive"):
+                harness.measure(benchmark, case, peer, 0.1, None)
+
     def test_a_provider_that_cannot_run_a_case_is_skipped(self):
         case = harness.Case(
             "inference",
