@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import cache
 
+import rows
 import torch
+
+from fastperc.devices import processor_model, vector_instructions
+
+# Variables by which PyTorch and its libraries leave out instructions of the processor.
+HIDE_INSTRUCTIONS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def device_type() -> str:
@@ -16,17 +23,14 @@ def device_type() -> str:
 
 @cache
 def device_name() -> str:
-    """The GPU's name, or the processor's with its cores and vector instructions."""
+    """The GPU's name, or the processor's model with its cores and vector instructions.
+
+    Where instruction sets are hidden, the name says that it is no machine's: its rows are refused by report.py.
+    """
     if device_type() == "cuda":
         return torch.cuda.get_device_name()
-    model = "CPU"
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            model = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    model = model.replace("(R)", "").replace("(TM)", "").removesuffix(" Processor")
-    return f"{model}, {torch.get_num_threads()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    hidden = rows.EMULATED * any(name in os.environ for name in HIDE_INSTRUCTIONS)
+    return f"{processor_model()}, {torch.get_num_threads()} cores, {vector_instructions()}{hidden}"
 
 
 def best_seconds(step: Callable[[], object], rounds: int) -> float:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import operations
 import rows
-from rows import FUSED, Row
+from rows import CASE, FUSED, Row
 
 PROVIDER_TITLES = {  # by the names in providers.py, in the order of the columns
     "reference": "eager PyTorch",
@@ -40,6 +40,11 @@ class Comparison(NamedTuple):
         return next(iter(self.rows.values()))
 
     @property
+    def key(self) -> tuple[str, ...]:
+        """What is compared, on any device."""
+        return rows.key(self.case, CASE)
+
+    @property
     def ours(self) -> Row | None:
         """fastperc's fastest row."""
         return self._fastest(fused=True)
@@ -66,13 +71,10 @@ class Comparison(NamedTuple):
 
 def compare(measured: Iterable[Row]) -> list[Comparison]:
     """A comparison for each case, in the order of ``operations.names()``; rows of other names are left out."""
-    order = {name: position for position, name in enumerate(operations.names())}
-    ordered = sorted(
-        (row for row in measured if row["operation"] in order),
-        key=lambda row: (order[row["operation"]], row["shape"].split(",")[0], row["dtype"] != "fp32"),
-    )
+    names = operations.names()
+    ordered = sorted((row for row in measured if row["operation"] in names), key=place)
     comparisons = []
-    for _, group in groupby(ordered, key=lambda row: rows.key(row, rows.CASE)):
+    for _, group in groupby(ordered, key=lambda row: rows.key(row, ("device", *CASE))):
         by_provider = {row["provider"]: row for row in group}
         current = {
             provider: by_provider[provider]
@@ -83,6 +85,16 @@ def compare(measured: Iterable[Row]) -> list[Comparison]:
         if current:
             comparisons.append(Comparison(current, stale))
     return comparisons
+
+
+def place(row: Row) -> tuple[int, str, bool]:
+    """The place of a row in the tables, as a key to sort by."""
+    return operations.names().index(row["operation"]), row["shape"].split(",")[0], row["dtype"] != "fp32"
+
+
+def in_order(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Comparisons of several devices in the order of :func:`compare`."""
+    return sorted(comparisons, key=lambda comparison: place(comparison.case))
 
 
 def with_fastperc(measured: Iterable[Row]) -> list[Comparison]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache, lru_cache
@@ -22,11 +23,15 @@ from providers import PROVIDERS, Function, Provider
 from torch import Tensor, nn
 
 import fastperc
+from fastperc.devices import computes_in
 
 DEVICE = device_type()
 DTYPE = {"cpu": "fp32", "cuda": "bf16"}[DEVICE]  # the default of a case on this device
 # "amp": float32 weights and images under autocast to bfloat16, as `fastperc train --amp` has them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.float32}
+CLIFF = 20  # a peer that takes so many times as long as the fastest provider before it is timed once
+PATIENCE = 3.0  # seconds of a call; what takes longer is no matter of caches or a lazy compiler, and not tried again
+LONG = 0.5  # seconds of a call; caches are of no account then
 PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "amp": torch.bfloat16}  # dtypes of convolutions' products
 
 
@@ -235,10 +240,21 @@ def seconds_of(step: Function) -> float:
     return time.perf_counter() - start
 
 
+_fastest: dict[tuple[str, str], float] = {}  # of each case, the seconds of its fastest provider so far
+
+
+def is_off_the_cliff(case: Case, provider: Provider, seconds: float) -> bool:
+    """Whether a call of a peer took ``CLIFF`` times as long as the fastest provider so far; remembers the fastest."""
+    key = (case.operation, case.id)
+    fastest = _fastest[key] = min(seconds, _fastest.get(key, math.inf))
+    return not provider.fused and seconds > CLIFF * fastest
+
+
 def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows_file: Path | None) -> None:
     """Checks ``provider`` on ``case`` against float64, times it for about ``seconds`` and appends its row to a file.
 
-    Skips the test where the provider cannot run the case, and where another library's results are wrong.
+    Skips the test where the provider cannot run the case, and where another library's results are wrong. A peer that
+    is slow beyond ``CLIFF`` is checked, tried once (twice if that took less than ``PATIENCE``) and timed once.
 
     Raises:
         AssertionError: a result or gradient is further from float64 than the case tolerates; nothing was timed.
@@ -252,7 +268,8 @@ def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows
             if not case.infers:
                 step()
             peak = peak_bytes(step, DEVICE)  # an engine allocates its memory in the first call, and keeps it
-        step()
+        with skipped_if_unable(provider):
+            step()
         expected = oracle(case)
         error = errors(*problem.results(), expected)
         check_errors(error, case, provider)
@@ -261,14 +278,28 @@ def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows
         if benchmark.disabled:
             benchmark.pedantic(step)
             return
-        step()
-        rounds = min(200, max(5, int(seconds / seconds_of(step))))
+        seconds_a_call = seconds_of(step)
+        if seconds_a_call < (PATIENCE if is_off_the_cliff(case, provider, seconds_a_call) else LONG):
+            seconds_a_call = seconds_of(step)
+        timed_once = is_off_the_cliff(case, provider, seconds_a_call)
+        rounds = 1 if timed_once else min(200, max(5, int(seconds / seconds_a_call)))
         benchmark.group = f"{case.operation} {case.direction} {case.shape} {case.dtype}"
-        benchmark.pedantic(step, setup=evict_caches, rounds=rounds, warmup_rounds=1)
-    row = make_row(Measurement(case, provider, expected.costs, max(error), peak), benchmark.stats.stats)
+        benchmark.pedantic(step, setup=evict_caches, rounds=rounds, warmup_rounds=int(DEVICE == "cuda"))
+    row = make_row(Measurement(case, provider, expected.costs, max(error), peak, timed_once), benchmark.stats.stats)
     benchmark.extra_info.update(row)
     if rows_file is not None:
         rows.append(rows_file, row)
+
+
+@contextmanager
+def skipped_if_unable(provider: Provider) -> Iterator[None]:
+    """Skips the test of another library whose first call fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not provider.is_other_library:
+            raise
+        pytest.skip(f"{provider.name} cannot run this case here: {str(error).strip().splitlines()[-1]}")
 
 
 def prepared(problem: Problem, provider: Provider) -> Function:
@@ -276,7 +307,8 @@ def prepared(problem: Problem, provider: Provider) -> Function:
     case = problem.case
     prepare = case.freeze if provider.fused else provider.prepare
     if prepare is not None and case.infers:
-        problem.module = prepare(problem.module, *problem.inputs)
+        with skipped_if_unable(provider):
+            problem.module = prepare(problem.module, *problem.inputs)
         if problem.module is None:
             pytest.skip(f"{provider.name} cannot run this case")
     function = case.fused if provider.fused else case.reference
@@ -306,14 +338,16 @@ class Measurement(NamedTuple):
     costs: Sequence[Cost]
     error: float  # the largest
     peak_bytes: int | None
+    timed_once: bool  # see CLIFF
 
 
 def make_row(measurement: Measurement, stats: Any) -> rows.Row:
     """The row of one measurement; ``stats`` are pytest-benchmark's, in seconds."""
-    case, provider, costs, error, peak = measurement
+    case, provider, costs, error, peak, timed_once = measurement
     total = Cost(sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs))
     median, iqr = stats.median / case.frames, stats.iqr / case.frames
-    ceilings = bandwidth(), rate(PRODUCTS[case.dtype])
+    products = PRODUCTS[case.dtype]
+    ceilings = bandwidth(), rate(products if computes_in(products, torch.device(DEVICE)) else torch.float32)
     floor = sum(cost.floor(*ceilings) for cost in costs)
     try:
         triton = version("triton")
@@ -336,6 +370,7 @@ def make_row(measurement: Measurement, stats: Any) -> rows.Row:
             median_ms=significant(median * 1e3),
             iqr_ms=significant(iqr * 1e3),
             rounds=stats.rounds,
+            timed_once=timed_once,
             bytes=round(total.bytes),
             flops=round(total.flops),
             gb_per_s=significant(total.bytes / median / 1e9),

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import rows
-from comparison import PROVIDER_TITLES, Comparison, number, shape, times, title, with_fastperc
+from comparison import PROVIDER_TITLES, Comparison, in_order, number, shape, times, title, with_fastperc
 from rows import RESULTS, ROOT, Row
 
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 NOT_MEASURED = "*not measured*"
 NOT_MEASURED_NOTE = f"{NOT_MEASURED}: fastperc's code has changed since this was last measured."
+TIMED_ONCE = " (once)"  # after the time of such a row
+TIMED_ONCE_NOTE = "*(once)*: so much slower than the best that it was timed once."
 NO_GPU = "On a GPU: not measured."
+PROCESSORS_SHOWN = 2  # side by side
 
 # README's rows: of each operation and direction the first case whose shape starts so.
 HIGHLIGHTS = (
@@ -53,31 +56,49 @@ class Device(NamedTuple):
         return any(comparison.ours for comparison in self.comparisons)
 
     @property
-    def has_stale_rows(self) -> bool:
-        """Whether fastperc is not measured in some comparison."""
-        return any(comparison.stale and not comparison.ours for comparison in self.comparisons)
-
-    @property
     def heading(self) -> str:
         """The device, the software and the date of the newest row."""
         newest = max(self.rows, key=lambda row: row["date"])
         triton = f", Triton {newest['triton']}" if self.on_gpu else ""
-        return f"**{newest['device']}**, torch {newest['torch']}{triton}, {newest['date'][:10]}"
+        return f"**{self.name}**, torch {newest['torch']}{triton}, {newest['date'][:10]}"
+
+    @property
+    def name(self) -> str:
+        """The device, as its rows name it."""
+        return self.rows[0]["device"]
+
+    @property
+    def date(self) -> str:
+        """When the newest row was measured."""
+        return max(row["date"] for row in self.rows)
+
+    @property
+    def is_mostly_measured(self) -> bool:
+        """Whether fastperc has a current row in more than half of the comparisons."""
+        return 2 * sum(comparison.ours is not None for comparison in self.comparisons) > len(self.comparisons)
 
     def figure(self, kind: str) -> Path:
         """The file of a figure: ``speedup`` or ``roofline``."""
         return self.file.with_name(f"{self.file.stem}-{kind}.svg")
 
 
+def all_devices() -> list[Device]:
+    """The device of each file of results, without those that fastperc has no row of."""
+    files = ((path, rows.read(path)) for path in sorted(RESULTS.glob("*.json")))
+    measured = (Device(path, of_file, with_fastperc(of_file)) for path, of_file in files if of_file)
+    return [device for device in measured if device.comparisons]
+
+
 def devices() -> list[Device]:
-    """The device measured last in each file of results, GPUs first; without those that fastperc has no row of."""
-    measured = []
-    for path in sorted(RESULTS.glob("*.json")):
-        if all_rows := rows.read(path):
-            newest = max(all_rows, key=lambda row: row["date"])["device"]
-            of_newest = [row for row in all_rows if row["device"] == newest]
-            measured.append(Device(path, of_newest, with_fastperc(of_newest)))
-    return sorted((device for device in measured if device.comparisons), key=lambda device: not device.on_gpu)
+    """The devices that the documents show: every GPU, then the processors measured last.
+
+    A processor whose rows are mostly of changed code is left out, unless there is no better one.
+    """
+    gpus = [device for device in all_devices() if device.on_gpu]
+    processors = [device for device in all_devices() if not device.on_gpu]
+    processors.sort(key=lambda device: device.date, reverse=True)
+    current = [device for device in processors if device.is_mostly_measured]
+    return gpus + (current or processors[:1])[:PROCESSORS_SHOWN]
 
 
 def markdown_table(lines: Sequence[Sequence[str]], text_columns: int) -> str:
@@ -87,10 +108,18 @@ def markdown_table(lines: Sequence[Sequence[str]], text_columns: int) -> str:
 
 
 def milliseconds(row: Row | None, bold: bool = False) -> str:
-    """The median of ``row``; empty for ``None``."""
+    """The median of ``row``, marked if it was timed once; empty for ``None``."""
     if row is None:
         return ""
-    return f"**{number(row['median_ms'])}**" if bold else number(row["median_ms"])
+    text = f"**{number(row['median_ms'])}**" if bold else number(row["median_ms"])
+    return text + TIMED_ONCE * bool(row["timed_once"])
+
+
+def notes(tables: Iterable[str]) -> list[str]:
+    """What the marks in ``tables`` mean."""
+    text = "".join(tables)
+    marks = ((NOT_MEASURED, NOT_MEASURED_NOTE), (TIMED_ONCE, TIMED_ONCE_NOTE))
+    return [note for mark, note in marks if mark in text]
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
@@ -107,6 +136,30 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
             line.append(f"{ours['share_of_floor']:.0%}" if ours and ours["share_of_floor"] is not None else "")
         lines.append(line)
     return markdown_table(lines, text_columns=4)
+
+
+def side_by_side(measured: Sequence[Device], cases: Sequence[Comparison]) -> str:
+    """For each of ``cases`` and each of several devices: the best peer, fastperc, and its speedup."""
+    head = ["operation", "input", "dtype"]
+    for name in short_names(measured):
+        head += [f"{name}: best peer", "fastperc", "speedup"]
+    lines = [head]
+    for wanted in cases:
+        line = [title(wanted.case), shape(wanted.case), wanted.case["dtype"]]
+        for device in measured:
+            comparison = next((one for one in device.comparisons if one.key == wanted.key), None)
+            peer = comparison.best_peer if comparison else None
+            line.append(f"{milliseconds(peer)}, {PROVIDER_TITLES[peer['provider']]}" if peer else "")
+            line.append((milliseconds(comparison.ours, bold=True) if comparison else "") or NOT_MEASURED)
+            line.append(times(comparison.speedup_over(peer) if comparison else None))
+        lines.append(line)
+    return markdown_table(lines, text_columns=3)
+
+
+def short_names(measured: Sequence[Device]) -> list[str]:
+    """What tells the devices apart in the head of a table: their vector instructions, or else their whole names."""
+    instructions = [device.name.rpartition(", ")[2] for device in measured]
+    return instructions if len({*instructions}) == len(measured) else [device.name for device in measured]
 
 
 def network_table(comparisons: Sequence[Comparison]) -> str:
@@ -142,11 +195,16 @@ def render_performance() -> str:
     parts = []
     measured = devices()
     results = f"../{RESULTS.relative_to(ROOT).as_posix()}"
+    processors = [device for device in measured if not device.on_gpu]
+    if len(processors) > 1:
+        cases = {comparison.key: comparison for device in reversed(processors) for comparison in device.comparisons}
+        table = side_by_side(processors, in_order(cases.values()))
+        names = " and ".join(device.heading for device in processors)
+        parts += [f"{names}: medians in milliseconds.", table, *notes([table])]
     for device in measured:
         parts.append(f"{device.heading}: medians in milliseconds ([rows]({results}/{device.file.name})).")
-        parts.append(comparison_table(device.comparisons))
-        parts.append(NOT_MEASURED_NOTE if device.has_stale_rows else "")
-        parts.append(network_table(device.comparisons))
+        tables = [comparison_table(device.comparisons), network_table(device.comparisons)]
+        parts += [*tables, *notes(tables)]
         if device.is_measured:
             parts.append(f"![Times faster than eager PyTorch]({results}/{device.figure('speedup').name})")
             if device.on_gpu:
@@ -157,17 +215,18 @@ def render_performance() -> str:
 
 
 def render_readme() -> str:
-    """What stands between README's markers: ``HIGHLIGHTS`` on the first device, and a link to the rest."""
+    """What stands between README's markers: ``HIGHLIGHTS`` on the devices shown, and a link to the rest."""
     measured = devices()
     parts = []
-    if measured:
-        device = measured[0]
-        chosen = [found for highlight in HIGHLIGHTS if (found := highlighted(device.comparisons, *highlight))]
+    gpus, processors = [[d for d in measured if d.on_gpu == on_gpu] for on_gpu in (True, False)]
+    for shown in (*([gpu] for gpu in gpus[:1]), processors):
+        chosen = [
+            found for one in HIGHLIGHTS for device in shown[:1] if (found := highlighted(device.comparisons, *one))
+        ]
         if chosen:
-            parts.append(f"{device.heading}: medians in milliseconds.")
-            parts.append(readme_table(chosen))
-        if any(comparison.ours is None for comparison in chosen):
-            parts.append(NOT_MEASURED_NOTE)
+            table = side_by_side(shown, chosen) if len(shown) > 1 else readme_table(chosen)
+            parts.append(f"{' and '.join(device.heading for device in shown)}: medians in milliseconds.")
+            parts += [table, *notes([table])]
     everything = "[All rows, figures and how they were measured](docs/performance.md)."
     parts.append(everything if has_gpu_rows(measured) else f"{NO_GPU} {everything}")
     return "\n\n".join(parts)
@@ -217,11 +276,12 @@ def between_markers(text: str, new: str) -> str:
 
 
 def draw_figures() -> None:
-    """Draws each device's figures, and removes those that no current row is left for."""
+    """Draws the figures of the devices shown, and removes those that no current row is left for."""
     from figures import draw_roofline, draw_speedup
 
-    for device in devices():
-        comparisons = [comparison for comparison in device.comparisons if comparison.ours]
+    shown = {device.file for device in devices()}
+    for device in all_devices():
+        comparisons = [comparison for comparison in device.comparisons if comparison.ours and device.file in shown]
         # A roofline is a bound only where caches start cold: on GPUs, whose caches are evicted before each round.
         for kind, draw, wanted in (("speedup", draw_speedup, True), ("roofline", draw_roofline, device.on_gpu)):
             if wanted and comparisons:
@@ -239,12 +299,16 @@ def collect(paths: Iterable[Path]) -> Iterator[Row]:
 
 
 def merge_into_results(measured: Iterable[Row]) -> None:
-    """Merges rows into the files of their devices."""
+    """Merges rows into the files of their devices.
+
+    Raises:
+        ValueError: a row has wrong fields, or is of an emulated device. Nothing was written.
+    """
     by_file: dict[Path, list[Row]] = {}
     for row in measured:
         if row["commit"] is None and row["source"] == rows.source_hash(row["operation"]):
             row["commit"] = rows.commit()  # measured in a copy without history, on the same files as here
-        by_file.setdefault(rows.results_file(row["device"], row["cuda"]), []).append(row)
+        by_file.setdefault(rows.results_file(row["device"]), []).append(row)
     for file, new in by_file.items():
         rows.write(file, rows.merge(rows.read(file) if file.exists() else [], new))
         print(f"{len(new)} rows into {file.relative_to(ROOT)}")
@@ -265,7 +329,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if outdated:
             print("Run: python benchmarks/report.py")
         return int(bool(outdated))
-    merge_into_results(collect(arguments.paths))
+    try:
+        merge_into_results(collect(arguments.paths))
+    except ValueError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
     for path, render in documents():
         path.write_text(with_new_part(path, render), encoding="utf-8")
     draw_figures()

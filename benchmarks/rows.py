@@ -29,7 +29,7 @@ FIELDS = {
     "shape": "of the input: 4x3x256x256",
     "dtype": "fp32, bf16, or amp: float32 under autocast to bfloat16",
     "provider": "who computed it; see providers.py",
-    "device": "the processor's name",
+    "device": "the GPU's name, or the processor's model, cores and vector instructions",
     "date": "UTC, to the second",
     "commit": "short hash of the checkout, with + when files differed from it; null outside a repository",
     "source": "hash of the kernel's files at the time; see source_hash",
@@ -39,6 +39,7 @@ FIELDS = {
     "median_ms": "median of the rounds; for a video, per frame",
     "iqr_ms": "spread: from the first to the third quartile",
     "rounds": "number of rounds",
+    "timed_once": "whether it was so much slower than the best that it was timed once; see harness.CLIFF",
     "bytes": "the fewest bytes to move: each input read once and each output written once",
     "flops": "the floating-point operations to do",
     "gb_per_s": "bytes over the median",
@@ -50,8 +51,8 @@ FIELDS = {
     "error": "largest relative error of results and gradients against float64, before the timing",
     "peak_bytes": "most memory held at once beyond inputs and weights, or null where it was not tracked",
 }
-KEY = ("device", "operation", "direction", "shape", "dtype", "provider")
-CASE = KEY[:-1]  # a case has one row for each provider
+CASE = ("operation", "direction", "shape", "dtype")  # a case has one row for each provider on each device
+KEY = ("device", *CASE, "provider")
 OPTIONAL = {"commit", "source", "triton", "cuda", "peak_bytes"}
 # Fields that rows measured before they existed do not have.
 ADDED = {
@@ -63,7 +64,9 @@ ADDED = {
     "floor_ms",
     "share_of_floor",
     "error",
+    "timed_once",
 }
+EMULATED = ", emulated"  # ends the name of a device whose better instructions are hidden
 FUSED = ("fused", "fused-graph")  # fastperc's own providers
 
 
@@ -133,10 +136,15 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     path.write_text(f"[\n  {lines}\n]\n" if lines else "[]\n", encoding="utf-8")
 
 
-def results_file(device: str, cuda: str | None) -> Path:
-    """The file of a device's rows: all CPUs share one, each GPU has its own."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") if cuda else "cpu"
-    return RESULTS / f"{slug}.json"
+def results_file(device: str) -> Path:
+    """The file of a device's rows: its name in lower case, with hyphens between words.
+
+    Raises:
+        ValueError: the device is emulated, so that its rows are no machine's.
+    """
+    if device.endswith(EMULATED):
+        raise ValueError(f"{device}: rows with hidden instruction sets are not kept as results")
+    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
 def is_gpu(row: Row) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from contextlib import suppress
 from functools import cache
 
@@ -41,10 +42,46 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    name = platform.processor() or platform.machine()
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    name = _cpu_information().get("model name") or platform.processor() or platform.machine()
     return f"{name} {torch.get_num_threads()} threads"
+
+
+def processor_model() -> str:
+    """The CPU's model, such as ``AMD Ryzen 9 7950X``.
+
+    Where a virtual machine hides the model's number, family and model follow: ``Intel Xeon (family 6, model 207)``.
+    """
+    information = _cpu_information()
+    name = information.get("model name") or platform.processor() or platform.machine()
+    name = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*|\d+-Core", "", name)
+    name = " ".join(name.split())
+    if any(character.isdigit() for character in name) or "cpu family" not in information:
+        return name
+    return f"{name} (family {information['cpu family']}, model {information['model']})"
+
+
+def vector_instructions() -> str:
+    """The vector instructions that PyTorch uses on this CPU, with those for half precision: ``AVX-512 BF16``."""
+    name = torch.backends.cpu.get_cpu_capability()
+    if name == "AVX512":
+        half = " AMX" if torch.cpu._is_amx_tile_supported() else " BF16" * torch.cpu._is_avx512_bf16_supported()
+        return f"AVX-512{half}"
+    if name == "DEFAULT":
+        return "NEON" if _is_arm() else "no AVX2"
+    return name
+
+
+def _cpu_information() -> dict[str, str]:
+    """What Linux says of the first CPU, such as its ``model name``; empty elsewhere."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        first, _, _ = file.read().partition("\n\n")
+        pairs = (line.partition(":") for line in first.splitlines())
+        return {name.strip(): value.strip() for name, _, value in pairs}
+    return {}
+
+
+def _is_arm() -> bool:
+    return platform.machine().lower() in ("arm64", "aarch64")
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -65,7 +102,7 @@ def _cpu_computes_in(dtype: torch.dtype) -> bool:
     library = torch.ops.mkldnn
     if not (library._is_mkldnn_bf16_supported() if bfloat16 else library._is_mkldnn_fp16_supported()):
         return False
-    if platform.machine().lower() in ("arm64", "aarch64"):
+    if _is_arm():
         return True
     if not bfloat16:
         return torch.cpu._is_amx_fp16_supported()

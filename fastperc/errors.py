@@ -1,6 +1,6 @@
-"""The exception for bad input, and the exit status that goes with it."""
+"""The exception for bad input, and exit statuses of the command line."""
 
-BAD_INPUT = 2  # exit status of the command line
+BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses of the command line
 
 
 class InputError(ValueError):

@@ -9,7 +9,16 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -47,6 +56,17 @@ def silent(silently: bool = True) -> Iterator[None]:
         console.quiet = before
 
 
+class TimeLeftColumn(TimeRemainingColumn):
+    """The time left as :meth:`Meter.advance` was given it, or else by the speed."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["seconds_left"]
+        if left is None:
+            return super().render(task)
+        minutes, seconds = divmod(round(left), 60)
+        return Text(f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", style="progress.remaining")
+
+
 class Meter:
     """A context manager that counts from ``start`` to ``total`` and shows count, note, speed and time left."""
 
@@ -58,11 +78,11 @@ class Meter:
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeLeftColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(title, total=total, completed=start, note="")
+        self._task = self._bar.add_task(title, total=total, completed=start, note="", seconds_left=None)
 
     def __enter__(self) -> Meter:
         self._last_line = time.monotonic()
@@ -73,8 +93,11 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def advance(self, note: str = "") -> None:
-        """Adds one to the count and shows ``note`` beside it."""
+    def advance(self, note: str = "", seconds_left: float | None = None) -> None:
+        """Adds one to the count and shows ``note`` beside it.
+
+        The time left is ``seconds_left``, or by default what the recent speed says.
+        """
         self.done += 1
         now = time.monotonic()
         self._recent.append((now, self.done))
@@ -83,9 +106,10 @@ class Meter:
         before, done_before = self._recent[0]
         speed = (self.done - done_before) / max(now - before, 1e-9)
         note = f"{note}  {speed:.2f}/s".strip()
-        self._bar.update(self._task, completed=self.done, note=note)
+        left = (self.total - self.done) / speed if seconds_left is None else seconds_left
+        self._bar.update(self._task, completed=self.done, note=note, seconds_left=seconds_left)
         if not console.is_terminal and (now - self._last_line > SECONDS_BETWEEN_LINES or self.done == self.total):
-            say(f"{self.title}  {self.done}/{self.total}  {note}  {(self.total - self.done) / speed:.0f} s left")
+            say(f"{self.title}  {self.done}/{self.total}  {note}  {left:.0f} s left")
             self._last_line = now
 
 

@@ -1,4 +1,7 @@
-"""Fixtures of all tests. Where there is no GPU, Triton's kernels run in its interpreter."""
+"""Fixtures of all tests. Where there is no GPU, Triton's kernels run in its interpreter.
+
+With ``FASTPERC_TEST_ISA=avx2`` or ``baseline`` in the environment they run as on an older processor: see isa.py.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 
+import isa
+
+if hidden := os.environ.get(isa.VARIABLE):
+    isa.apply(hidden)
+
 import numpy as np
 import pytest
 import torch
@@ -24,8 +32,11 @@ if not torch.cuda.is_available():  # set before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fastperc
-from fastperc import devices, dispatch
+from fastperc import _native, devices, dispatch
 from fastperc.cli import main
+
+if hidden:  # Winograd is chosen at baseline too, where it is slow: its code has to be tested
+    _native.winograd_lanes = lambda: isa.LEVELS["avx2"].lanes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,10 +68,17 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal
         signal.signal(getattr(signal, name), handler)
 
 
-@pytest.fixture(autouse=True)
-def _half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def half_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision is computed in half precision, on any processor; test_half_precision.py has the rest."""
     monkeypatch.setattr(devices, "_cpu_computes_in", lambda dtype: True)
+
+
+@pytest.fixture(autouse=True)
+def _half_precision(request: pytest.FixtureRequest) -> None:
+    """Half precision is computed in half precision, but in float32 where the instruction sets for it are hidden."""
+    if not hidden:
+        request.getfixturevalue("half_computed")
 
 
 @pytest.fixture(autouse=True)

@@ -31,5 +31,6 @@ def row(**changes: Any) -> rows.Row:
         median_ms=0.5,
         rounds=100,
         peak_bytes=None,
+        timed_once=False,
     )
     return plain | changes

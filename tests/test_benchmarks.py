@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -95,6 +97,22 @@ def check(case, name):
     """Runs the provider ``name`` on ``case`` and checks its results, without timing."""
     provider = next(provider for provider in providers.PROVIDERS if provider.name == name)
     harness.measure(SimpleNamespace(disabled=True, pedantic=lambda step: step()), case, provider, 0.1, None)
+
+
+class FakeBenchmark:
+    """Runs as pytest-benchmark's fixture does, and keeps the times."""
+
+    disabled = False
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, step, setup, rounds, warmup_rounds):
+        for _ in range(warmup_rounds):
+            step()
+        times = [harness.seconds_of(step) for _ in range(rounds)]
+        stats = SimpleNamespace(median=statistics.median(times), iqr=0.0, rounds=rounds)
+        self.stats = SimpleNamespace(stats=stats)
 
 
 class TestHarness:
@@ -192,9 +210,76 @@ class TestHarness:
 
         provider, stats = providers.PROVIDERS[0], SimpleNamespace(median=6.0, iqr=0.6, rounds=5)
         case = video("paper", 24, 32, "fp32", frames=60)
-        measurement = harness.Measurement(case, provider, [costs.Cost(1e9, 1e9)], error=0.0, peak_bytes=None)
+        measurement = harness.Measurement(case, provider, [costs.Cost(1e9, 1e9)], 0.0, None, timed_once=False)
         made = harness.make_row(measurement, stats)
         assert (made["median_ms"], made["iqr_ms"], made["gb_per_s"]) == (100, 10, 10)
+
+    @pytest.mark.parametrize(("slower", "timed_once"), [(2, False), (30, True)], ids=["slow", "cliff"])
+    def test_a_peer_beyond_the_cliff_is_timed_once(self, slower, timed_once, tmp_path, monkeypatch):
+        """The peer stands still in each call; fastperc and eager PyTorch take 10 ms."""
+        monkeypatch.setattr(harness, "rate", lambda dtype: 1e12)
+        monkeypatch.setattr(harness, "bandwidth", lambda: 1e12)
+        monkeypatch.setattr(harness, "PATIENCE", 0.2)
+        monkeypatch.setattr(harness, "_fastest", {})
+        calls = []
+
+        def sleeping(factor):
+            def wrap(step):
+                def run():
+                    calls.append(factor)
+                    time.sleep(0.01 * factor)
+                    step()
+
+                return run
+
+            return wrap
+
+        case = harness.Case(
+            "tv_loss",
+            "inference",
+            "8",
+            "fp32",
+            module=nn.Identity,
+            inputs=lambda: (torch.rand(8),),
+            reference=networks.forward,
+            fused=networks.forward,
+            tolerance=(1e-6, 0),
+        )
+        for provider in (
+            providers.Provider("reference", False, wrap_step=sleeping(1)),
+            providers.Provider("fused", True, wrap_step=sleeping(1)),
+            providers.Provider("compile", False, wrap_step=sleeping(slower)),
+        ):
+            harness.measure(FakeBenchmark(), case, provider, 0.1, tmp_path / "rows.jsonl")
+        reference, fused, peer = rows.read(tmp_path / "rows.jsonl")
+        assert not reference["timed_once"] and not fused["timed_once"] and fused["rounds"] >= 5
+        assert peer["timed_once"] == timed_once and (peer["rounds"] == 1) == timed_once
+        assert (calls.count(slower) <= 3) == timed_once and peer["median_ms"] > 10 * slower
+
+    def test_a_library_that_fails_is_skipped_and_fastperc_is_not(self):
+        def fail(*inputs):
+            raise RuntimeError("first line\nno such primitive")
+
+        case = harness.Case(
+            "tv_loss",
+            "inference",
+            "8",
+            "fp32",
+            module=nn.Identity,
+            inputs=lambda: (torch.rand(8),),
+            reference=networks.forward,
+            fused=fail,
+            tolerance=(1e-6, 0),
+        )
+        benchmark = SimpleNamespace(disabled=True, pedantic=lambda step: step())
+        with pytest.raises(RuntimeError, match="no such primitive"):
+            harness.measure(benchmark, case, providers.Provider("fused", True), 0.1, None)
+        for peer in (
+            providers.Provider("openvino", False, prepare=fail),
+            providers.Provider("openvino", False, wrap_call=lambda call: fail),
+        ):
+            with pytest.raises(pytest.skip.Exception, match="openvino cannot run this case here: no such primitive"):
+                harness.measure(benchmark, case, peer, 0.1, None)
 
     def test_a_provider_that_cannot_run_a_case_is_skipped(self):
         case = harness.Case(

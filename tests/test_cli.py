@@ -136,23 +136,3 @@ def test_help_states_the_exit_statuses(run):
 
 def test_version(run):
     assert run("--version") == (0, f"fastperc {fastperc.__version__}\n", "")
-
-
-def test_bench_times_each_size(run, model):
-    status, out, err = run("bench", "--model", model, "--sizes", "16,33x24", "--device", "cpu")
-    assert status == 0, err
-    head, *lines = out.splitlines()[1:]
-    assert head.split() == ["image", "PyTorch", "fastperc", "pictures/s", "in", "bfloat16", "pictures/s"]
-    assert [line.split()[0] for line in lines] == ["16x16", "33x24"]
-    for line in lines:
-        stock, *frozen = map(float, line.split()[1:])
-        assert stock > 0
-        for milliseconds, speed in zip(frozen[::2], frozen[1::2], strict=True):
-            assert speed == pytest.approx(1000 / milliseconds, rel=2e-3)
-
-
-@pytest.mark.parametrize("sizes", ["15", "16x", "16x16x16", "large", "-20"])
-def test_bench_refuses_bad_sizes(run, model, sizes):
-    status, _, err = run("bench", "--model", model, f"--sizes={sizes}")
-    reason = f"argument --sizes: {sizes} is not a size like 512 or 1920x1080, with 16 pixels or more a side"
-    assert status == 2 and err == f"fastperc bench: {reason} (see fastperc bench --help)\n"

@@ -55,7 +55,7 @@ SLOW = ("onnx", "onnx-torchscript", "export-strict")
 
 
 def is_slow(network, recorder):
-    return recorder in SLOW or (recorder == "compile" and network not in ("paper", "x4", "srcnn"))
+    return recorder in SLOW or (recorder == "compile" and network != "srcnn")
 
 
 CASES = [

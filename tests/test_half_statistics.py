@@ -96,6 +96,7 @@ def test_batch_norms_keep_their_statistics(make, conversion):
     assert all(parameter.grad.isfinite().all() for parameter in half.parameters())
 
 
+@pytest.mark.usefixtures("half_computed")
 def test_networks_keep_their_statistics_and_compile():
     torch.compiler.reset()
     net = TransformNet("paper", width=4).eval()

@@ -34,6 +34,21 @@ def test_a_count_can_start_above_zero(clock, capsys):
     assert capsys.readouterr().err.splitlines() == ["working  12/12  0.50/s  0 s left"]
 
 
+def test_the_time_left_can_be_given(clock, capsys):
+    with progress.Meter("working", 2) as meter:
+        for left in (90.0, 30.0):
+            clock[0] += 20.0
+            meter.advance(seconds_left=left)
+    assert [line.rpartition("  ")[2] for line in capsys.readouterr().err.splitlines()] == ["90 s left", "30 s left"]
+
+
+@pytest.mark.parametrize(("left", "text"), [(3725.0, "1:02:05"), (0.2, "0:00:00"), (None, "-:--:--")])
+def test_a_bar_shows_the_time_left(left, text):
+    meter = progress.Meter("working", 2)
+    meter._bar.update(meter._task, seconds_left=left)
+    assert progress.TimeLeftColumn().render(meter._bar.tasks[0]).plain == text
+
+
 def test_track_yields_the_items_and_counts_them(capsys):
     assert list(progress.track("abc", "counting", 3)) == ["a", "b", "c"]
     assert "counting  3/3" in capsys.readouterr().err

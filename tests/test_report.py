@@ -9,6 +9,7 @@ import pytest
 from measured import BENCHMARKS, row
 
 # isort: split
+import ceilings
 import operations
 import report
 import rows
@@ -34,7 +35,19 @@ class TestRows:
     def test_every_result_in_the_repository_is_a_row_in_its_own_file(self):
         for path in rows.RESULTS.glob("*.json"):
             for measured in rows.read(path):
-                assert rows.results_file(measured["device"], measured["cuda"]).name == path.name
+                assert rows.results_file(measured["device"]).name == path.name
+
+    def test_rows_of_an_emulated_machine_are_refused(self, results, tmp_path, monkeypatch, capsys):
+        ceilings.device_name.cache_clear()
+        monkeypatch.setattr(ceilings, "device_type", lambda: "cpu")
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+        emulated = ceilings.device_name()
+        ceilings.device_name.cache_clear()
+        given = tmp_path / "rows.jsonl"
+        for measured in (row(), row(device=emulated, cuda=None)):
+            rows.append(given, measured)
+        assert report.main([str(given)]) == 2
+        assert "hidden instruction sets" in capsys.readouterr().err and not list(results.iterdir())
 
     @pytest.mark.parametrize(
         ("changes", "told"),
@@ -172,7 +185,8 @@ class TestReport:
     def test_without_a_gpu_it_says_so(self, results):
         assert report.render_performance() == report.NO_GPU
         assert report.render_readme().startswith(report.NO_GPU)
-        rows.write(results / "cpu.json", [row(device="Imaginary C1", cuda=None), row(provider="reference", cuda=None)])
+        measured = dict(device="Imaginary C1", cuda=None)
+        rows.write(results / "imaginary-c1.json", [row(**measured), row(provider="reference", **measured)])
         assert report.render_performance().endswith(report.NO_GPU)
         assert report.NO_GPU in report.render_readme()
 
@@ -180,12 +194,54 @@ class TestReport:
         rows.write(results / "imaginary-g1.json", [row(source="0123"), row(provider="reference", median_ms=4.0)])
         assert report.NO_GPU in report.render_performance() and report.NO_GPU in report.render_readme()
 
-    def test_the_device_measured_last_is_shown(self, results):
-        older = [row(cuda=None, device="Old C0"), row(cuda=None, device="Old C0", provider="reference")]
-        newer = [row(cuda=None, device="New C1", date="2026-03-01T00:00:00Z")]
-        rows.write(results / "cpu.json", newer + older)
+    @staticmethod
+    def write_processor(results, device, date, source=None, **changes):
+        """Writes rows of a processor; of another ``source`` they are stale."""
+        changes |= dict(device=device, date=date, cuda=None, **({"source": source} if source else {}))
+        measured = [measured | changes for measured in measured_networks()]
+        rows.write(results / rows.results_file(device).name, measured)
+
+    def test_the_two_processors_measured_last_are_shown_side_by_side(self, results):
+        self.write_processor(results, "Old C0, 2 cores, AVX", "2026-01-01T00:00:00Z")
+        self.write_processor(results, "Mid C1, 2 cores, AVX2", "2026-02-01T00:00:00Z", median_ms=6.0)
+        self.write_processor(results, "Stale C2, 2 cores, AVX-512", "2026-03-01T00:00:00Z", source="0123")
+        self.write_processor(results, "New C3, 2 cores, AVX-512 BF16", "2026-02-02T00:00:00Z")
+        assert [device.name.partition(",")[0] for device in report.devices()] == ["New C3", "Mid C1"]
+        for text in (report.render_readme(), report.render_performance()):
+            assert "C0" not in text and "C2" not in text
+            assert "**New C3, 2 cores, AVX-512 BF16**" in text and "**Mid C1, 2 cores, AVX2**" in text
+            head, _, line = [line for line in text.splitlines() if line.startswith("| ")][:3]
+            assert "| AVX-512 BF16: best peer | fastperc | speedup | AVX2: best peer | fastperc | speedup |" in head
+            assert line.split(" | ")[3:9] == [
+                "3.00, OpenVINO", "**2.00**", "1.50×", "6.00, eager PyTorch", "**6.00**", "1.00× |"
+            ]  # fmt: skip
+        assert report.render_performance().count("medians in milliseconds") == 3  # both, and each by itself
+
+    def test_of_two_processors_with_the_same_instructions_the_names_are_shown(self, results):
+        for name in ("A, 2 cores, AVX2", "B, 4 cores, AVX2"):
+            self.write_processor(results, name, "2026-02-01T00:00:00Z")
+        assert "| A, 2 cores, AVX2: best peer |" in report.render_readme()
+
+    def test_a_case_that_one_processor_lacks(self, results):
+        self.write_processor(results, "A, AVX2", "2026-02-01T00:00:00Z")
+        self.write_processor(results, "B, AVX-512", "2026-02-02T00:00:00Z", shape="great_wave 1x3x512x512")
+        for text in (report.render_performance(), report.render_readme()):
+            assert f"|  | {report.NOT_MEASURED} |  |" in text and report.NOT_MEASURED_NOTE in text
+
+    def test_without_current_rows_the_processor_measured_last_is_shown(self, results):
+        self.write_processor(results, "A, AVX2", "2026-02-01T00:00:00Z", source="0123")
+        self.write_processor(results, "B, AVX-512", "2026-02-02T00:00:00Z", source="0123")
+        assert [device.name for device in report.devices()] == ["B, AVX-512"]
+
+    def test_a_row_that_was_timed_once_is_marked(self, results):
+        measured = [row(), row(provider="reference", median_ms=40.0, timed_once=True)]
+        rows.write(results / "imaginary-g1.json", measured)
         text = report.render_performance()
-        assert "New C1" in text and "Old C0" not in text
+        assert (
+            "| eager PyTorch | 40.0 (once) | 40.0 (once) | **0.500** | 80× |" in text and report.TIMED_ONCE_NOTE in text
+        )
+        rows.write(results / "imaginary-g1.json", [row(), row(provider="reference")])
+        assert report.TIMED_ONCE_NOTE not in report.render_performance()
 
     def test_readme_shows_a_few_rows_and_links_to_the_rest(self, results):
         rows.write(results / "imaginary-g1.json", [*measured_networks(), row()])
@@ -253,9 +309,9 @@ class TestReport:
 
     def test_no_roofline_of_a_cpu(self, results):
         pytest.importorskip("matplotlib")
-        rows.write(results / "cpu.json", [row(cuda=None), row(cuda=None, provider="reference")])
+        rows.write(results / "imaginary-g1.json", [row(cuda=None), row(cuda=None, provider="reference")])
         report.draw_figures()
-        assert [path.name for path in results.glob("*.svg")] == ["cpu-speedup.svg"]
+        assert [path.name for path in results.glob("*.svg")] == ["imaginary-g1-speedup.svg"]
 
     @pytest.mark.parametrize("text", ["none", report.BEGIN, f"{report.BEGIN}{report.END}{report.END}"])
     def test_refuses_a_document_without_its_markers(self, text):

@@ -224,6 +224,7 @@ def test_gradients_of_gradients(beyond):
     assert torch.autograd.gradgradcheck(lambda x: _Fold.apply(x, 5, beyond), products)
 
 
+@pytest.mark.usefixtures("half_computed")
 @pytest.mark.parametrize("cause", ["fp16", "fp64", "empty", "compile"])
 def test_training_leaves_the_rest_to_plain_pytorch(cause):
     (x, weight, bias), rest = trained("B2-I16-H12-W21")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 
 from fastperc import TransformNet, backends, dispatch, ops
 from fastperc.backends import Implementation, Operation, TuningCases
+from fastperc.cli.terminal import Stopped
 from fastperc.dispatch import Key
 from fastperc.engine import cuda
 from fastperc.ops import OPERATIONS
@@ -53,7 +55,8 @@ def test_measures_every_implementation_that_can_serve(fake_operation, monkeypatc
     monkeypatch.setattr(tuning, "SECONDS_A_ROUND", 0)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which runs on the CPU, and is no candidate
     for grad in (False, True):
-        times = tuning.measure(Key("op", "float32", "NCHW", grad, ((1, 3, 16, 16),)), CPU)
+        (case,) = tuning.choices(CPU, [Key("op", "float32", "NCHW", grad, ((1, 3, 16, 16),))])
+        times = tuning.measure(case, CPU)
         assert set(times) == {"reference", "native"}
         assert times["native"] >= 3 and times["native"] > times["reference"] > 0
     turns = fake_operation[-2 * tuning.ROUNDS :]
@@ -68,10 +71,130 @@ def test_where_nothing_can_be_chosen_no_table_is_written(run, fake_operation, mo
     assert not dispatch.path_of(CPU).exists()
 
 
+def cases(count):
+    """As many cases of the fake operation, of images of 16, 17, ... pixels."""
+    keys = [Key("op", "float32", "NCHW", False, ((1, 3, 16, 16 + i),)) for i in range(count)]
+    return tuning.choices(CPU, keys)
+
+
+def seconds_a_pixel(monkeypatch, seconds):
+    """Makes the native backend of the fake operation slow, in proportion to the pixels; returns the pixels called."""
+    calls = []
+    record = tuning.OPERATIONS["op"]
+
+    def run(x):
+        calls.append(x.numel())
+        time.sleep(seconds * x.numel())
+        return x.sum()
+
+    slow = Implementation("native", run)
+    implementations = (record.implementations[0], slow, record.implementations[2])
+    monkeypatch.setitem(tuning.OPERATIONS, "op", replace(record, implementations=implementations))
+    return calls
+
+
+def test_what_would_take_too_long_is_tried_on_small_images_only(fake_operation, monkeypatch):
+    monkeypatch.setattr(tuning, "SECONDS_A_CALL", 0.2)
+    calls = seconds_a_pixel(monkeypatch, 5e-6)  # a call of the whole image would take a second
+    key = Key("op", "bfloat16", "NCHW", False, ((1, 3, 256, 256),))
+    (case,) = tuning.choices(CPU, [key])
+    assert case.names == ("native", "reference")
+    began = time.monotonic()
+    times = tuning.measure(case, CPU)
+    assert set(times) == {"reference"} and time.monotonic() - began < 0.7
+    assert max(calls) == 3 * 64 * 64
+
+
+def test_a_slow_case_ends_with_a_round(fake_operation, monkeypatch):
+    monkeypatch.setattr(tuning, "MOST_SECONDS_A_CASE", 0.05)
+    calls = seconds_a_pixel(monkeypatch, 1e-4)
+    assert set(tuning.measure(*cases(1), CPU)) == {"native", "reference"}
+    assert len(calls) == 2  # to warm up, and the round
+
+
+def test_the_time_is_bounded_and_what_fits_is_measured(fake_operation, monkeypatch):
+    slow = Key("op", "float32", "NCHW", False, ((4, 3, 128, 128),))
+    seconds_a_pixel(monkeypatch, 1e-6)
+    monkeypatch.setattr(tuning, "SECONDS_A_CASE", 0.05)
+    measured = list(tuning.tune(CPU, [*tuning.choices(CPU, [slow]), *cases(2)], 0.3))
+    assert [bool(one.times) for one in measured] == [False, True, True]
+    assert all(0 <= one.seconds_left <= 0.3 for one in measured) and measured[-1].seconds_left == 0
+    assert not any(one.times for one in tuning.tune(CPU, cases(2), 0))
+
+
+def test_the_time_left_is_that_of_the_same_operation_or_else_the_mean():
+    def case(operation, dtype="float32", grad=False):
+        return tuning.Case(Key(operation, dtype, "NCHW", grad, ((1, 3, 16, 16),)), ("a", "b"))
+
+    costs = {case("op"): 2.0, case("other"): 6.0}
+    assert tuning.expected_cost(case("op", "bfloat16"), costs) == 2.0
+    assert tuning.expected_cost(case("op", "bfloat16", grad=True), costs) == 4.0
+
+
+def test_what_matters_comes_first(monkeypatch):
+    monkeypatch.setattr(tuning, "computes_in", lambda dtype, device: dtype != torch.bfloat16)
+    assert tuning.dtypes_by_importance(CPU) == ["float32", "float16", "bfloat16"]
+    assert tuning.dtypes_by_importance(torch.device("cuda"))[-1] == "float32"
+    dtypes = [case.key.dtype for case in tuning.choices(CPU, tuning.cases(1, 16))]
+    assert dtypes == sorted(dtypes, key=["float32", "float16", "bfloat16"].index) and len({*dtypes}) == 3
+
+
+def interrupt(monkeypatch, error, after):
+    """Makes :func:`tuning.measure` raise ``error`` once ``after`` cases are measured."""
+    measured = []
+
+    def measure(case, *others):
+        if len(measured) == after:
+            raise error
+        measured.append(case)
+        return {"native": 1.0, "reference": 2.0}
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    return measured
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_ctrl_c_keeps_what_was_measured(run, fake_operation, monkeypatch, after):
+    monkeypatch.setattr(tuning, "cases", lambda batch, size: [case.key for case in cases(3)])
+    measured = interrupt(monkeypatch, KeyboardInterrupt(), after)
+    status, out, err = run("tune", "--device", "cpu")
+    path = dispatch.path_of(CPU)
+    kept = f"kept in {path}" if after else "nothing to keep"
+    assert (status, out) == (130, "")
+    assert err == f"fastperc tune: interrupted; {after} of 3 cases measured, {kept}\n"
+    assert path.exists() == bool(after)
+    assert not after or set(dispatch.table(CPU).times) == {case.key for case in measured}
+
+
+def test_a_signal_keeps_what_was_measured(run, fake_operation, monkeypatch):
+    monkeypatch.setattr(tuning, "cases", lambda batch, size: [case.key for case in cases(3)])
+    measured = interrupt(monkeypatch, Stopped(signal.SIGTERM), 1)
+    assert run("tune", "--device", "cpu") == (143, "", "fastperc tune: stopped by SIGTERM\n")
+    assert set(dispatch.table(CPU).times) == {case.key for case in measured}
+
+
+def test_a_second_run_measures_what_was_left_out(run, fake_operation, monkeypatch):
+    monkeypatch.setattr(tuning, "cases", lambda batch, size: [case.key for case in cases(3)])
+    measured = []
+
+    def measure(case, device, seconds_left):
+        measured.append(case)
+        return {"native": 1.0, "reference": 2.0} if len(measured) != 2 else {}
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    status, out, err = run("tune", "--device", "cpu", "--minutes", 1)
+    assert status == 0 and len(out.splitlines()) == 4
+    assert err.splitlines()[-1] == "1 of 3 cases left out for lack of time; `fastperc tune` again measures them"
+    assert run("tune", "--device", "cpu").status == 0 and measured[3:] == measured[1:2]
+    assert len(dispatch.table(CPU).times) == 3
+    assert run("tune", "--device", "cpu").status == 0 and measured[4:] == measured[:3], "all anew"
+
+
 def test_tune(run, hasty):
     assert run("tune", "--show", "--device", "cpu").out == f"there is no table, {dispatch.path_of(CPU)}\n"
     status, out, err = run("tune", "--device", "cpu", "--size", 16, "--batch", 1)
-    assert status == 0 and f"tuning  {len(list(tuning.cases(1, 16)))}" in err
+    count = len(tuning.choices(CPU, tuning.cases(1, 16)))
+    assert status == 0 and f"tuning  {count}/{count}" in err
     *rows, path = out.splitlines()
     assert path == str(dispatch.path_of(CPU))
     assert rows[0].split()[:5] == ["operation", "dtype", "layout", "pass", "shape"]
@@ -101,6 +224,7 @@ def test_tune(run, hasty):
         (["--size", 15], "--size must be at least 16, got 15"),
         (["--size", "large"], "--size"),
         (["--batch", 0], "0 is below 1"),
+        (["--minutes", 0], "0 is not a finite number above 0"),
         (["--device", "abacus"], "no device 'abacus' here"),
         (["--show", "--clear"], "not allowed with"),
         (["photo.png"], "photo.png"),

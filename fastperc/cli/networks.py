@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".g
 METHODS = "bicubic", "srcnn", "pixel", "feature"  # ways to enlarge; all but the first are networks
 
 
-def add_style_network(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--style`` and ``--model``, which name a style network."""
+def add_style_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Adds ``--style`` and ``--model``, which name a style network; returns their group, of which one can be given."""
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--style", default=DEFAULT_STYLE, metavar="NAME", help=f"one of {', '.join(STYLES)}; default: %(default)s"
@@ -33,6 +34,7 @@ def add_style_network(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a trained network: fastperc's .safetensors, or a state_dict of PyTorch's fast_neural_style example",
     )
+    return model
 
 
 def style_file(arguments: argparse.Namespace) -> Path:
@@ -65,6 +67,18 @@ def load_style(source: Path, device: torch.device) -> nn.Module:
     if not isinstance(net, TransformNet):
         raise InputError(f"{source}: holds a {type(net).__name__}, which is not a style network")
     return net
+
+
+def shipped(names: Sequence[str]) -> list[Path]:
+    """The files of networks that ship, styles or super-resolution; the name ``all`` stands for all of them.
+
+    Raises:
+        InputError: no such name.
+    """
+    known = STYLES | SUPER_RESOLUTION
+    if unknown := [name for name in names if name not in known and name != "all"]:
+        raise InputError(f"no network {unknown[0]!r} ships; use {', '.join(known)} or all, or --model FILE")
+    return list(known.values()) if "all" in names else [known[name] for name in dict.fromkeys(names)]
 
 
 def super_resolution_file(method: str, scale: int) -> Path:

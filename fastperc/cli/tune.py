@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
-from fastperc.cli.options import add_device, positive
-from fastperc.errors import InputError
+from fastperc.cli.options import add_device, positive, positive_float
+from fastperc.errors import INTERRUPTED, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from fastperc.dispatch import Key, Milliseconds
+    from fastperc.tools.tuning import Case
 
 
 def add(commands: argparse._SubParsersAction[Any]) -> None:
@@ -23,6 +32,14 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--batch", type=positive, default=4, metavar="N", help="images in a batch; default: %(default)s"
     )
+    parser.add_argument(
+        "--minutes",
+        type=positive_float,
+        default=2.0,
+        metavar="N",
+        help="time to spend, on what matters most here first; cases left out are measured by the next run; "
+        "default: %(default)s",
+    )
     add_device(parser)
     table = parser.add_mutually_exclusive_group()
     table.add_argument("--show", action="store_true", help="print the table in use and its file; measure nothing")
@@ -35,7 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc import dispatch
     from fastperc.devices import find_device
     from fastperc.files import check_writable
-    from fastperc.progress import track
     from fastperc.tools import tuning
 
     device = find_device(arguments.device)
@@ -50,11 +66,40 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{tuning.report(table.times)}\n{table.path}, {table.date}" if table else f"there is no table, {path}")
         return 0
     check_writable(path)
-    cases = list(tuning.cases(arguments.batch, arguments.size))
-    times = tuning.tune(device, track(cases, "tuning", len(cases)))
-    if not times:
+    cases = tuning.choices(device, tuning.cases(arguments.batch, arguments.size))
+    if not cases:
         print(f"nothing to choose from: plain PyTorch alone runs on {device}")
         return 0
-    dispatch.save(device, times)
-    print(f"{tuning.report(times)}\n{path}")
+    table = dispatch.table(device)
+    known = table.times if table and table.path == path else {}
+    return measure([case for case in cases if case.key not in known] or cases, device, arguments)
+
+
+def measure(cases: Sequence[Case], device: torch.device, arguments: argparse.Namespace) -> int:
+    """Times ``cases``, adds what was measured to the table, also on Ctrl-C, and returns the exit status."""
+    from fastperc import dispatch
+    from fastperc.progress import Meter, say
+    from fastperc.tools import tuning
+
+    times: dict[Key, Milliseconds] = {}
+    try:
+        with Meter("tuning", len(cases)) as meter:
+            for measured in tuning.tune(device, cases, 60 * arguments.minutes):
+                key = measured.case.key
+                if measured.times:
+                    times[key] = measured.times
+                meter.advance(f"{key.operation} {key.dtype}", measured.seconds_left)
+    except KeyboardInterrupt as stop:
+        if times:
+            dispatch.save(device, times)
+        if type(stop) is not KeyboardInterrupt:  # SIGTERM or SIGHUP, which have a line of their own
+            raise
+        kept = f"kept in {dispatch.path_of(device)}" if times else "nothing to keep"
+        print(f"{arguments.prog}: interrupted; {len(times)} of {len(cases)} cases measured, {kept}", file=sys.stderr)
+        return INTERRUPTED
+    if times:
+        dispatch.save(device, times)
+    print(f"{tuning.report(times)}\n{dispatch.path_of(device)}")
+    if left_out := len(cases) - len(times):
+        say(f"{left_out} of {len(cases)} cases left out for lack of time; `fastperc tune` again measures them")
     return 0

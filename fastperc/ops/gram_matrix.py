@@ -45,8 +45,8 @@ class _GramMatrix(torch.autograd.Function):
             gram[:, :half].baddbmm_(psi[:, :half], psi.mT, beta=beta)
             if half < channels:
                 gram[:, half:, half:].baddbmm_(psi[:, half:], psi[:, half:].mT, beta=beta)
-        gram[:, half:, :half] = gram[:, :half, half:].mT
-        return gram.div_(x[0].numel())
+        upper = gram.div_(x[0].numel()).triu_()  # a library's product of a matrix with itself may not be symmetric
+        return upper + upper.triu(1).mT
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
