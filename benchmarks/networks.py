@@ -13,11 +13,11 @@ from harness import DTYPE, PRODUCTS, Case
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from fastperc import PerceptualLoss, VGG16Features, reference
+from fastperc import PerceptualLoss, VGG16Features, VGGFeatures, reference
 from fastperc.engine.plan import Plan, parts, steps_of
 from fastperc.engine.plan import forward as run_plan
 from fastperc.models.common import to_network_range
-from fastperc.models.vgg import CONVOLUTIONS, TORCHVISION_INDEX
+from fastperc.models.vgg_weights import convolutions, indices, names
 from fastperc.types import Window
 
 Directions = tuple[str, ...]
@@ -153,6 +153,12 @@ def perceptual_loss(deepest: str, size: int) -> PerceptualLoss:
     return PerceptualLoss(VGG16Features(vgg_file(), layers), torch.rand(1, 3, size, size), convention="relative")
 
 
+def layer_loss(layer: str, criterion: str = "l1") -> PerceptualLoss:
+    """VGG-19's ``layer`` of output and target, as BasicSR's ``PerceptualLoss`` compares them."""
+    features = VGGFeatures("vgg19", vgg_file("VGG-19"), layer)
+    return PerceptualLoss(features, content_layers=layer, criterion=criterion, convention="plain")
+
+
 def style_shapes(deepest: str, n: int, size: int) -> list[tuple[int, ...]]:
     """Shapes of the activations of ``n`` images of ``size``² at ``VGG_LAYERS`` down to ``deepest``."""
     return [(n, 64 << i, size >> i, size >> i) for i in range(VGG_LAYERS.index(deepest) + 1)]
@@ -164,14 +170,18 @@ def style_costs(deepest: str, n: int, size: int, dtype: str) -> list[Cost]:
 
 
 @cache
-def vgg_file() -> Path:
-    """A file of random VGG-16 weights under torchvision's names, scaled so that activations keep their size."""
+def vgg_file(architecture: str = "VGG-16") -> Path:
+    """A file of random weights under torchvision's names, scaled so that activations keep their size: of VGG-16 down to
+    conv4_3, or of all of VGG-19."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, c_in, c_out in CONVOLUTIONS[: CONVOLUTIONS.index(("4_3", 512, 512)) + 1]:
-        key = f"features.{TORCHVISION_INDEX[name]}"
+    index = dict(zip(names(architecture), indices(architecture, batch_norm=False)))
+    for name, c_in, c_out in convolutions(architecture):
+        if architecture == "VGG-16" and name > "4_3":
+            break
+        key = f"features.{index[name]}"
         tensors[f"{key}.weight"] = torch.randn(c_out, c_in, 3, 3, generator=generator) * (2 / (9 * c_in)) ** 0.5
         tensors[f"{key}.bias"] = torch.randn(c_out, generator=generator) * 0.01
-    path = Path(mkdtemp(), "vgg16.pth")
+    path = Path(mkdtemp(), "vgg.pth")
     torch.save(tensors, path)
     return path

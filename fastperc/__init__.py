@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot follow the table below
     from fastperc.models import SuperResolutionNet as SuperResolutionNet
     from fastperc.models import TransformNet as TransformNet
     from fastperc.models import VGG16Features as VGG16Features
+    from fastperc.models import VGGFeatures as VGGFeatures
     from fastperc.modules import ConvBNReLU as ConvBNReLU
     from fastperc.modules import GramLoss as GramLoss
     from fastperc.modules import ResidualBlock as ResidualBlock
@@ -47,7 +48,7 @@ _HOMES = {
     "fastperc.engine": ("freeze",),
     "fastperc.errors": ("InputError",),
     "fastperc.losses": ("LPIPS", "FeatureLoss", "PerceptualLoss", "PixelLoss"),
-    "fastperc.models": ("SRCNN", "SuperResolutionNet", "TransformNet", "VGG16Features"),
+    "fastperc.models": ("SRCNN", "SuperResolutionNet", "TransformNet", "VGG16Features", "VGGFeatures"),
     "fastperc.modules": ("ConvBNReLU", "GramLoss", "ResidualBlock", "SubpixelConvBNReLU", "TVLoss"),
     "fastperc.ops": ("gram_matrix",),
 }

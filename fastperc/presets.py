@@ -26,5 +26,9 @@ CONVENTIONS: dict[str, dict[str, float]] = {
     "relative": dict(content_weight=0.3, style_weight=1.0, tv_weight=0.0),
 }
 
+# The convention of losses outside style transfer: each term is the mean of its criterion, also over the C² entries of a
+# Gram matrix, and there is no total variation.
+PLAIN_CONVENTION = dict(content_weight=1.0, style_weight=1.0, tv_weight=0.0)
+
 SCALES = (2, 4, 8, 16)  # by which a super-resolution network can enlarge; the paper uses 4 and 8
 ARCHITECTURES = ("paper", "srcnn", "srcnn-915")  # super-resolution: the paper's Table 2; SRCNN with 9-5-5 or 9-1-5

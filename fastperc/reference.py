@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastperc.collective import combine_over_processes
-from fastperc.types import Activation, Epilogue, FrozenConv, InstanceNorm, Padding, Window
+from fastperc.types import Activation, Epilogue, FrozenConv, InstanceNorm, Padding, Tap, Window
 
 
 def widen(x: Tensor) -> Tensor:
@@ -85,27 +85,53 @@ def gram_matrix(x: Tensor) -> Tensor:
         return psi @ psi.mT / (x.shape[1] * x.shape[2] * x.shape[3])
 
 
-def gram_loss(x: Tensor, target: Tensor) -> Tensor:
-    """‖G(x) − target‖²_F averaged over the batch (paper, equation 4); ``target`` [N or 1, C, C] is a Gram matrix."""
-    return (gram_matrix(x) - target).square().sum(dim=(1, 2)).mean()
+def gram_loss(x: Tensor, target: Tensor, criterion: str = "l2") -> Tensor:
+    """Σ d(G(x), target) averaged over the batch, d as in :func:`distances`: for ``"l2"`` that is ‖G(x) − target‖²_F
+    (paper, equation 4). ``target`` [N or 1, C, C] is a Gram matrix."""
+    return distances(gram_matrix(x) - target, criterion).sum(dim=(1, 2)).mean()
 
 
-def feature_loss(x: Tensor, target: Tensor) -> Tensor:
-    """‖x − target‖² / (C·H·W) averaged over the batch (paper, equation 2); both [N, C, H, W]."""
+def feature_loss(x: Tensor, target: Tensor, criterion: str = "l2") -> Tensor:
+    """The mean of d(x, target), d as in :func:`distances`: for ``"l2"`` that is ‖x − target‖² / (C·H·W) averaged over
+    the batch (paper, equation 2). Both are [N, C, H, W]; returns a scalar, float32 or wider."""
+    losses = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
     with torch.autocast(x.device.type, enabled=False):
-        return F.mse_loss(widen(x), widen(target))
+        return losses[criterion](widen(x), widen(target))
 
 
-def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) -> dict[int, Tensor]:
-    """The activations of a VGG network, [N, C, H, W] each, by index into ``convs``, computed as deep as asked."""
+def distances(difference: Tensor, criterion: str) -> Tensor:
+    """What each element of ``difference``, δ, counts: δ² (``"l2"``), |δ| (``"l1"``), or (``"smooth_l1"``) ½·δ² up to 1
+    and |δ| − ½ beyond."""
+    if criterion == "l2":
+        return difference.square()
+    if criterion == "l1":
+        return difference.abs()
+    return F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none")
+
+
+def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[Tap]) -> dict[Tap, Tensor]:
+    """The maps of a VGG network at ``taps``, [N, C, H, W] each, in their order, computed as deep as asked."""
     features = {}
-    for i, conv in enumerate(convs[: 1 + max(taps)]):
+    deepest = max([tap.place for tap in taps])  # of a list, which torch.compile can trace
+    for i, conv in enumerate(convs[: 1 + max([tap.conv for tap in taps])]):
         if conv.pooled:
-            x = F.max_pool2d(x, 2)
-        x = F.conv2d(x, conv.weight, conv.bias, padding=1).relu()
-        if i in taps:
-            features[i] = x
+            x = pool(x, conv.averages)
+        x = F.conv2d(x, conv.weight, conv.bias, padding=1)
+        if Tap(i, "conv") in taps:
+            features[Tap(i, "conv")] = x
+        if Tap(i, "conv").place == deepest:
+            break
+        x = x.relu()
+        if Tap(i, "relu") in taps:
+            features[Tap(i, "relu")] = x
+        if Tap(i, "pool") in taps:
+            features[Tap(i, "pool")] = pool(x, conv.averages)
     return features
+
+
+def pool(x: Tensor, averages: bool) -> Tensor:
+    """The greatest, or the average, of each 2×2 pixels of ``x``; an odd last row or column is left out."""
+    return F.avg_pool2d(x, 2) if averages else F.max_pool2d(x, 2)
 
 
 def pad(x: Tensor, padding: Padding) -> Tensor:

@@ -12,7 +12,23 @@ class FrozenConv(NamedTuple):
 
     weight: Tensor  # [O, I, 3, 3]
     bias: Tensor  # [O]
-    pooled: bool  # whether a 2×2 max pooling stands before it
+    pooled: bool  # whether a 2×2 pooling stands before it
+    averages: bool = False  # whether the network's poolings take averages, not maxima
+
+
+TAP_KINDS = ("conv", "relu", "pool")  # in the order in which they follow each other
+
+
+class Tap(NamedTuple):
+    """A place in a fixed network whose maps are wanted: a convolution's output, its ReLU, or the pooling after that."""
+
+    conv: int  # index of the convolution
+    kind: str = "relu"  # of TAP_KINDS
+
+    @property
+    def place(self) -> int:
+        """Its number among all taps, in the order of the network."""
+        return len(TAP_KINDS) * self.conv + TAP_KINDS.index(self.kind)
 
 
 class InstanceNorm(NamedTuple):

@@ -267,7 +267,7 @@ def lpips(dtype: torch.dtype, memory_format: torch.memory_format) -> Run:
                 [torch.empty(s, dtype=dtype, memory_format=memory_format).requires_grad_(want) for s in shapes]
                 for want in wanted
             ]
-            distance = ops.lpips_distance(*sides, weights).sum()
+            distance = ops.lpips_distance(sides[0], sides[1], weights).sum()
             if wanted[0]:
                 distance.backward()
 

@@ -4,9 +4,9 @@ All tensors are NHWC and dense. After ReLU a number is positive, zero or NaN; a 
 
     relu_mask_fwd, relu_mask_bwd   1 bit an element                     instead of the activations
     relu_pool_fwd, relu_pool_bwd   1 byte a window: its winner, if any  instead of the activations and 8-byte indices
-    content_fwd                    Σ (F − T)² and Σ T², a piece per program
+    content_fwd                    Σ d(F − T) and Σ d(T), a piece per program, d as the criterion has it
     tap_bwd                        the sum of the gradient from the layers above, unpooled, the style term F · Δ and the
-                                   content term F − T, masked by F > 0: in one pass
+                                   content term d'(F − T), after a ReLU masked by F > 0: in one pass
 """
 
 from __future__ import annotations
@@ -136,19 +136,45 @@ def relu_pool_bwd_kernel(
 
 
 @triton.jit
+def distance(difference, CRITERION: tl.constexpr):
+    """What ``fastperc.reference.distances`` says."""
+    if CRITERION == "l2":
+        result = difference * difference
+    elif CRITERION == "l1":
+        result = tl.abs(difference)
+    else:
+        size = tl.abs(difference)
+        result = tl.where(size < 1.0, 0.5 * difference * difference, size - 0.5)
+    return result
+
+
+@triton.jit
+def slope(difference, CRITERION: tl.constexpr):
+    """The derivative of :func:`distance`; of squares half of it."""
+    if CRITERION == "l2":
+        result = difference
+    elif CRITERION == "l1":
+        result = tl.where(difference > 0.0, 1.0, tl.where(difference < 0.0, -1.0, difference))
+    else:
+        result = tl.where(difference > 1.0, 1.0, tl.where(difference < -1.0, -1.0, difference))
+    return result
+
+
+@triton.jit
 def content_fwd_kernel(
     x_ptr,  # [count] fp16|bf16|fp32: the features F
     target_ptr,  # [count] as x: the content's features T
-    pieces_ptr,  # [2, programs] fp32: Σ (F − T)², Σ T²
+    pieces_ptr,  # [2, programs] fp32: Σ d(F − T), Σ d(T)
     count,
+    CRITERION: tl.constexpr,  # "l2", "l1" or "smooth_l1"
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
     offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=offs < count, other=0.0).to(tl.float32)
     target = tl.load(target_ptr + offs, mask=offs < count, other=0.0).to(tl.float32)
-    tl.store(pieces_ptr + pid, tl.sum((x - target) * (x - target)))
-    tl.store(pieces_ptr + tl.num_programs(0) + pid, tl.sum(target * target))
+    tl.store(pieces_ptr + pid, tl.sum(distance(x - target, CRITERION)))
+    tl.store(pieces_ptr + tl.num_programs(0) + pid, tl.sum(distance(target, CRITERION)))
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -165,8 +191,10 @@ def tap_bwd_kernel(
     height,
     width,
     style_coefficient,  # 4 / NCHW
-    content_coefficient,  # 2 / NCHW
+    content_coefficient,  # 1 / NCHW, or 2 / NCHW of squares
     CHANNELS: tl.constexpr,
+    CRITERION: tl.constexpr,  # of the content term: "l2", "l1" or "smooth_l1"
+    AFTER_RELU: tl.constexpr,  # whether F is the output of a ReLU
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -190,7 +218,7 @@ def tap_bwd_kernel(
     x = tl.load(x_ptr + skipped + offs, mask=mask, other=0.0)
     if target_ptr is not None:
         difference = x.to(tl.float32) - tl.load(target_ptr + skipped + offs, mask=mask, other=0.0).to(tl.float32)
-        grad += content_coefficient * tl.load(grad_content_ptr) * difference
+        grad += content_coefficient * tl.load(grad_content_ptr) * slope(difference, CRITERION)
     if winners_ptr is not None:
         skipped_windows = image * (height // 2) * (width // 2) * CHANNELS
         grad += unpooled(
@@ -206,7 +234,8 @@ def tap_bwd_kernel(
         ).to(tl.float32)
     elif above_ptr is not None:
         grad += tl.load(above_ptr + skipped + offs, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.where(x != 0, grad, 0.0)
+    if AFTER_RELU:
+        grad = tl.where(x != 0, grad, 0.0)
     tl.store(grad_ptr + skipped + offs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
@@ -250,11 +279,11 @@ def relu_pool_bwd(grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None:
     )
 
 
-def content_fwd(x: Tensor, target: Tensor) -> Tensor:
-    """[Σ (x − target)², Σ target²] in float32, of two tensors of one shape and dtype."""
+def content_fwd(x: Tensor, target: Tensor, criterion: str = "l2") -> Tensor:
+    """[Σ d(x − target), Σ d(target)] in float32, of two tensors of one shape and dtype, d by ``criterion``."""
     programs = triton.cdiv(x.numel(), BLOCK)
     pieces = torch.empty(2, programs, device=x.device)
-    content_fwd_kernel[(programs,)](x, target, pieces, x.numel(), BLOCK=BLOCK, **PASS_OPTIONS)
+    content_fwd_kernel[(programs,)](x, target, pieces, x.numel(), CRITERION=criterion, BLOCK=BLOCK, **PASS_OPTIONS)
     return pieces.sum(dim=1)
 
 
@@ -266,27 +295,36 @@ class StyleTerm(NamedTuple):
     grad: Tensor  # [1] fp32: the gradient of the term
 
 
-def tap_bwd(
-    x: Tensor,
-    above: Tensor | None,
-    winners: Tensor | None,
-    style: StyleTerm | None,
-    target: Tensor | None,
-    grad_content: Tensor | None,
-    grad: Tensor,
-) -> None:
-    """Fills ``grad`` with the gradient before the ReLU that gave ``x`` [N, C, H, W].
+class ContentTerm(NamedTuple):
+    """What the gradient of a layer's content term needs."""
 
-    ``tap_bwd_kernel`` lists the shapes and dtypes. Without ``style`` or ``target`` the layer has no such term.
+    target: Tensor  # as the maps
+    grad: Tensor  # [1] fp32: the gradient of the term
+    criterion: str  # "l2", "l1" or "smooth_l1"
+
+
+class Above(NamedTuple):
+    """The gradient from the layers above, and what lies between it and the maps."""
+
+    grad: Tensor | None
+    winners: Tensor | None  # of the pooling, if one lies between
+    after_relu: bool  # whether the maps are the output of a ReLU
+
+
+def tap_bwd(x: Tensor, above: Above, style: StyleTerm | None, content: ContentTerm | None, grad: Tensor) -> None:
+    """Fills ``grad`` with the gradient of the maps ``x`` [N, C, H, W] or, after a ReLU, before that ReLU.
+
+    ``tap_bwd_kernel`` lists the shapes and dtypes. Without ``style`` or ``content`` the layer has no such term.
     """
     halves, scale, grad_style = (None, None, None) if style is None else style
+    target, grad_content, criterion = (None, None, "l2") if content is None else content
     images, channels, height, width = x.shape
     block = min(channels, BLOCK_CHANNELS)
     programs = images * (channels // block) * triton.cdiv(height * width, BLOCK_PIXELS)
     tap_bwd_kernel[(programs,)](
         x,
-        above,
-        winners,
+        above.grad,
+        above.winners,
         halves,
         scale,
         target,
@@ -296,8 +334,10 @@ def tap_bwd(
         height,
         width,
         4 / x.numel(),
-        2 / x.numel(),
+        (2 if criterion == "l2" else 1) / x.numel(),
         CHANNELS=channels,
+        CRITERION=criterion,
+        AFTER_RELU=above.after_relu,
         BLOCK_C=block,
         BLOCK_P=BLOCK_PIXELS,
         BLOCK_K=min(channels, BLOCK_K),

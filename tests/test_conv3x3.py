@@ -18,7 +18,7 @@ from fastperc import _native, backends, freeze, ops, use_backend
 from fastperc.modules import Conv3x3, ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
 from fastperc.ops.conv3x3 import winograd
 from fastperc.ops.vgg_chain import convolve_relu, pack
-from fastperc.types import FrozenConv
+from fastperc.types import FrozenConv, Tap
 from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 # batch, in, out, height, width: single, thin, odd, and large enough for several blocks of tiles and of their sums
@@ -288,7 +288,7 @@ def test_the_loss_network_uses_it():
         leaf = image.to(dtype).requires_grad_()
         network = [FrozenConv(conv.weight.to(dtype), conv.bias.to(dtype), False) for conv in convs]
         with use_backend(backend), backends.recorded() as choices:
-            features = ops.vgg_features(leaf, network, {1})[1]
+            features = ops.vgg_features(leaf, network, [Tap(1)])[Tap(1)]
             results.append([features, *torch.autograd.grad(features.square().sum(), leaf)])
         used = [choice.implementation for choice in choices if choice.operation == "vgg_conv"]
         # The first layer's input has three channels: "library" forward and, last, backward.

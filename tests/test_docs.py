@@ -14,7 +14,7 @@ from PIL import Image
 
 import fastperc
 from fastperc.cli import build_parser
-from fastperc.models.vgg import CONVOLUTIONS, TORCHVISION_INDEX
+from fastperc.models.vgg_weights import convolutions, indices, names
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -71,20 +71,22 @@ def check_command(arguments: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def vgg_weights(tmp_path_factory):
-    """A file of small random VGG-16 weights down to relu4_3, under torchvision's names."""
-    tensors = {}
-    for name, c_in, c_out in CONVOLUTIONS[: CONVOLUTIONS.index(("4_3", 512, 512)) + 1]:
-        key = f"features.{TORCHVISION_INDEX[name]}"
-        tensors[f"{key}.weight"] = torch.randn(c_out, c_in, 3, 3) * (2 / (9 * c_in)) ** 0.5
-        tensors[f"{key}.bias"] = torch.zeros(c_out)
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
-    torch.save(tensors, path)
-    return path
+    """Files of small random weights under torchvision's names: VGG-16 down to relu4_3, VGG-19 down to relu3_4."""
+    paths = []
+    for architecture, deepest in (("VGG-16", "4_3"), ("VGG-19", "3_4")):
+        tensors, index = {}, dict(zip(names(architecture), indices(architecture, batch_norm=False)))
+        for name, c_in, c_out in convolutions(architecture):
+            if name <= deepest:
+                tensors[f"features.{index[name]}.weight"] = torch.randn(c_out, c_in, 3, 3) * (2 / (9 * c_in)) ** 0.5
+                tensors[f"features.{index[name]}.bias"] = torch.zeros(c_out)
+        paths.append(tmp_path_factory.mktemp("vgg") / f"{architecture.lower().replace('-', '')}.pth")
+        torch.save(tensors, paths[-1])
+    return paths
 
 
 @pytest.fixture
 def reader_folder(tmp_path, monkeypatch, vgg_weights):
-    """A reader's working folder, with a photo and VGG-16 weights; downloads fail."""
+    """A reader's working folder, with a photo and VGG weights; downloads fail."""
 
     def refuse(*arguments, **options):
         raise OSError("no network in this test")
@@ -93,7 +95,8 @@ def reader_folder(tmp_path, monkeypatch, vgg_weights):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.chdir(tmp_path)
     Image.linear_gradient("L").resize((64, 48)).convert("RGB").save("photo.jpg")
-    (tmp_path / "vgg16.pth").symlink_to(vgg_weights)
+    for path in vgg_weights:
+        (tmp_path / path.name).symlink_to(path)
     return tmp_path
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import SHALLOW_VGG, error
 from safetensors.torch import load_file, save_file
 
-from fastperc import InputError, VGG16Features, use_backend
+from fastperc import InputError, VGG16Features, VGGFeatures, use_backend
 from fastperc.cli.options import add_vgg
 from fastperc.models import vgg
-from fastperc.models.vgg_weights import FIRST_FILTER, PREPROCESSING
+from fastperc.models.vgg_weights import FIRST_FILTER, PREPROCESSING, convolutions, indices, names
 
 LAYERS = ("relu1_1", "relu1_2", "relu2_1", "relu2_2")
 
@@ -204,7 +205,7 @@ def test_fetches_once_and_keeps_the_convolutions(tmp_path, monkeypatch, vgg_tens
     for _ in range(2):
         features = VGG16Features(layers=["relu1_2"])
         assert sum(parameter.numel() for parameter in features.parameters()) == (3 * 9 + 1 + 64 * 9 + 1) * 64
-    assert asked == [vgg.TORCHVISION_URL]
+    assert asked == [vgg.TORCHVISION_URLS["vgg16"]]
     (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
     assert set(load_file(kept)) == set(under_torchvision_names(vgg_tensors))
 
@@ -239,7 +240,7 @@ def test_other_shapes_are_refused(tmp_path, vgg_tensors):
         VGG16Features(path, ["relu2_2"])
 
 
-@pytest.mark.parametrize("layers", [["relu9_9"], ["relu1_2", "pool5"], []], ids=str)
+@pytest.mark.parametrize("layers", [["relu9_9"], ["relu1_2", "pool6"], ["conv3_4"], []], ids=str)
 def test_unknown_layers_are_refused(vgg_file, layers):
     with pytest.raises(ValueError, match="no such VGG-16 layer"):
         VGG16Features(vgg_file, layers)
@@ -268,3 +269,111 @@ def test_computes_no_deeper_than_asked(vgg_file, backend):
 def test_layers_of_the_paper_stand_where_torchvision_has_them():
     index = vgg.TORCHVISION_INDEX
     assert [index[name] + 1 for name in ("1_2", "2_2", "3_3", "4_3")] == [3, 8, 15, 22]  # the ReLU after each
+
+
+# VGG-19, and layers other than those after a ReLU
+
+
+def vgg19_tensors(depth=16):
+    """Random weights of VGG-19's first convolutions, under Caffe's names."""
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for name, c_in, c_out in convolutions("VGG-19")[:depth]:
+        tensors[f"conv{name}.weight"] = torch.randn(c_out, c_in, 3, 3, generator=generator) * (2 / (9 * c_in)) ** 0.5
+        tensors[f"conv{name}.bias"] = torch.randn(c_out, generator=generator) * 0.01
+    return tensors
+
+
+def saved_vgg19(path, tensors):
+    """``tensors`` in a file, under Caffe's names in ``.npz`` and ``.safetensors``, else under torchvision's."""
+    if path.suffix == ".npz":
+        np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    elif path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        prefix = "" if path.stem == "features" else "features."
+        index = dict(zip(names("VGG-19"), indices("VGG-19", batch_norm=False)))
+        renamed = {f"{prefix}{index[name[4:7]]}.{name[8:]}": tensor for name, tensor in tensors.items()}
+        if prefix:
+            renamed["classifier.0.weight"] = torch.zeros(4, 4)
+        torch.save(renamed, path)
+    return path
+
+
+@pytest.mark.parametrize("file", ["whole.pth", "features.pth", "caffe.npz", "caffe.safetensors"])
+@pytest.mark.parametrize("average_pool", [False, True], ids=["max", "average"])
+def test_vgg19_gives_every_layer(tmp_path, file, average_pool):
+    tensors, x = vgg19_tensors(depth=7), torch.rand(1, 3, 18, 21)
+    path = saved_vgg19(tmp_path / file, tensors)
+    layers = [
+        layer for layer in vgg.taps_of("VGG-19") if layer[4:] < "3_4" and layer not in ("pool3", "pool4", "pool5")
+    ]
+    result = VGGFeatures("vgg19", path, layers, preprocessing="torchvision", average_pool=average_pool)(x)
+    assert list(result) == layers and layers[:5] == ["conv1_1", "relu1_1", "conv1_2", "relu1_2", "pool1"]
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).double().view(2, 1, 3, 1, 1)
+    y = (x.double() - mean) / std
+    for layer in layers:
+        if layer.startswith("conv"):
+            y = F.conv2d(y, tensors[f"{layer}.weight"].double(), tensors[f"{layer}.bias"].double(), padding=1)
+        else:
+            y = y.relu() if layer.startswith("relu") else (F.avg_pool2d if average_pool else F.max_pool2d)(y, 2)
+        assert error(result[layer], y) < 1e-5
+
+
+def test_both_have_all_layers():
+    for arch, deepest, layers in (("VGG-16", "5_3", 13 + 13 + 5), ("VGG-19", "5_4", 16 + 16 + 5)):
+        taps = vgg.taps_of(arch)
+        assert len(taps) == layers and list(taps)[-3:] == [f"conv{deepest}", f"relu{deepest}", "pool5"]
+
+
+def test_vgg16_features_are_vgg_features(vgg_file):
+    short, x = VGG16Features(vgg_file, LAYERS), torch.rand(1, 3, 16, 16)
+    features = VGGFeatures("vgg16", vgg_file, LAYERS)
+    assert isinstance(short, VGGFeatures) and list(short.state_dict()) == list(features.state_dict())
+    assert all(torch.equal(short(x)[layer], features(x)[layer]) for layer in LAYERS)
+
+
+@pytest.mark.parametrize("network", [*OTHERS, "VGG-16"])
+def test_another_network_than_vgg19_is_refused_by_name(tmp_path, network):
+    known = {**OTHERS, "VGG-16": [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]}
+    torch.save(stub(known[network], network.endswith("norm")), tmp_path / "net.pth")
+    if network == "VGG-19":
+        with pytest.raises(InputError, match=r"conv1_1 has weight \[1, 1, 1, 1\].*VGG-19's are"):
+            VGGFeatures("vgg19", tmp_path / "net.pth", ["relu1_1"])
+        return
+    with pytest.raises(InputError, match=rf"net\.pth: holds {network}; give the weights of VGG-19"):
+        VGGFeatures("vgg19", tmp_path / "net.pth", ["relu1_1"])
+
+
+def test_wrong_arguments_get_one_sentence(tmp_path, vgg_file):
+    with pytest.raises(ValueError, match="arch must be one of vgg16, vgg19, got 'vgg11'"):
+        VGGFeatures("vgg11", vgg_file)
+    with pytest.raises(ValueError, match="no such VGG-16 layer: conv3_4"):
+        VGGFeatures("vgg16", vgg_file, "conv3_4")
+    with pytest.raises(InputError, match=r"missing\.pth"):
+        VGGFeatures("vgg19", tmp_path / "missing.pth")
+    with pytest.raises(ValueError, match=r"images of 1×16 are too small .* at least 2×2 pixels"):
+        VGGFeatures("vgg16", vgg_file, "relu2_1")(torch.rand(1, 3, 1, 16))
+
+
+def test_vgg19_is_fetched_where_no_file_is_given(tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, model_dir, **kwargs):
+        asked.append(url)
+        return torch.load(saved_vgg19(tmp_path / "whole.pth", vgg19_tensors(depth=2)))
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    VGGFeatures("vgg19", layers="conv1_2")
+    assert asked == [vgg.TORCHVISION_URLS["vgg19"]]
+    assert [path.name for path in tmp_path.joinpath("hub").rglob("*.safetensors")] == [
+        "vgg19_features-dcbb9e9d.safetensors"
+    ]
+
+
+def test_without_preprocessing_the_network_sees_the_image_itself(vgg_file, vgg_tensors):
+    x = torch.rand(1, 3, 16, 16)
+    result = VGGFeatures("vgg16", vgg_file, "conv1_1", preprocessing="none")(x)["conv1_1"]
+    weight, bias = vgg_tensors["conv1_1.weight"].double(), vgg_tensors["conv1_1.bias"].double()
+    assert error(result, F.conv2d(x.double(), weight, bias, padding=1)) < 1e-5

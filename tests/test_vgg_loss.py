@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import RUNS, dtype_id, error, half_precision, no_worse
+from torch import Tensor
 
 from fastperc import _native, gram_matrix, ops, reference, use_backend
 from fastperc.ops.vgg_loss import plain_vgg_loss
-from fastperc.types import FrozenConv
+from fastperc.ops.vgg_terms import ContentTerm, GramTerm
+from fastperc.types import FrozenConv, Tap
 
 CHANNELS_LAST = torch.channels_last
 CASES = [
@@ -45,6 +48,26 @@ def convs():
     ]
 
 
+class Terms(NamedTuple):
+    """The values of a content term and of style terms, and the size of the content's target."""
+
+    content: Tensor
+    style: Tensor
+    target_square: Tensor
+
+
+def terms_of(run, output, content, convs, content_layer, grams):
+    """The squared distances at the ReLU of ``content_layer`` and of the Gram matrices ``grams``, by layer."""
+    styles = [GramTerm(Tap(layer), gram=gram) for layer, gram in grams.items()]
+    values, sizes = run(output, content, convs, [ContentTerm(Tap(content_layer)), *styles], True)
+    return Terms(values[0], values[1:], sizes[0])
+
+
+def maps_of(run, x, convs, layers):
+    """The maps after the ReLUs of ``layers``, by layer."""
+    return {tap.conv: maps for tap, maps in run(x, convs, [Tap(layer) for layer in layers]).items()}
+
+
 def moved(convs, device, dtype):
     return [FrozenConv(conv.weight.to(device, dtype), conv.bias.to(device, dtype), conv.pooled) for conv in convs]
 
@@ -52,13 +75,13 @@ def moved(convs, device, dtype):
 def grams_of(convs, layers):
     if not layers:
         return {}
-    features = reference.vgg_features(torch.randn(1, 3, 24, 24), convs, layers)
+    features = maps_of(reference.vgg_features, torch.randn(1, 3, 24, 24), convs, layers)
     return {layer: gram_matrix(features[layer]) for layer in layers}
 
 
 def terms_and_gradient(run, output, content, convs, content_layer, grams, weights=(3.0, 2.0)):
     output = output.detach().requires_grad_()
-    terms = run(output, content, convs, content_layer, grams)
+    terms = terms_of(run, output, content, convs, content_layer, grams)
     (weights[0] * terms.content + weights[1] * terms.style.sum()).backward()
     return [term.detach() for term in terms], output.grad
 
@@ -96,19 +119,19 @@ def test_same_bits_every_time_and_in_a_second_backward(convs, device, backend):
     grams = {layer: gram.to(device) for layer, gram in grams_of(convs, (1, 3)).items()}
     output.requires_grad_()
     with use_backend(backend):
-        terms = ops.vgg_loss(output, content, moved(convs, device, torch.float16), 3, grams)
+        terms = terms_of(ops.vgg_loss, output, content, moved(convs, device, torch.float16), 3, grams)
         total = terms.content + terms.style.sum()
         grads = [torch.autograd.grad(total, output, retain_graph=True)[0] for _ in range(3)]  # kept, then made anew
-        again = ops.vgg_loss(output, content, moved(convs, device, torch.float16), 3, grams)
+        again = terms_of(ops.vgg_loss, output, content, moved(convs, device, torch.float16), 3, grams)
     assert all(torch.equal(grad, grads[0]) for grad in grads[1:])
     assert torch.equal(again.content, terms.content) and torch.equal(again.style, terms.style)
 
 
 def test_gradients_reach_the_output_alone(convs):
     output, content = torch.randn(1, 3, 16, 16, requires_grad=True), torch.randn(1, 3, 16, 16, requires_grad=True)
-    ops.vgg_loss(output, content, convs, 3, grams_of(convs, (1,))).content.backward()
+    terms_of(ops.vgg_loss, output, content, convs, 3, grams_of(convs, (1,))).content.backward()
     assert output.grad.any() and content.grad is None
-    assert not ops.vgg_loss(output, content, convs, 3, {}).target_square.requires_grad
+    assert not terms_of(ops.vgg_loss, output, content, convs, 3, {}).target_square.requires_grad
 
 
 def test_gradcheck_once_and_twice(convs):
@@ -117,7 +140,7 @@ def test_gradcheck_once_and_twice(convs):
     output, content = (torch.randn(1, 3, 4, 5, dtype=torch.float64, requires_grad=i == 0) for i in range(2))
 
     def total(output):
-        terms = ops.vgg_loss(output, content, wide, 2, grams)
+        terms = terms_of(ops.vgg_loss, output, content, wide, 2, grams)
         return terms.content + terms.style[0] + 2 * terms.style[1]
 
     with use_backend("native"):
@@ -129,12 +152,12 @@ def test_under_autocast(convs):
     output, content = torch.randn(1, 3, 16, 16, requires_grad=True), torch.randn(1, 3, 16, 16)
     grams = grams_of(convs, (1,))
     with torch.autocast("cpu", torch.bfloat16):
-        terms = ops.vgg_loss(output, content, convs, 3, grams)
-        features = ops.vgg_features(output, convs, [3])
+        terms = terms_of(ops.vgg_loss, output, content, convs, 3, grams)
+        features = maps_of(ops.vgg_features, output, convs, [3])
     (terms.content + terms.style.sum()).backward()
     assert features[3].dtype == torch.bfloat16
     assert {term.dtype for term in terms} == {torch.float32} and output.grad.dtype == torch.float32
-    assert error(terms.content, ops.vgg_loss(output, content, convs, 3, grams).content) < 0.05
+    assert error(terms.content, terms_of(ops.vgg_loss, output, content, convs, 3, grams).content) < 0.05
 
 
 def test_a_changed_weight_is_seen(convs):
@@ -142,28 +165,34 @@ def test_a_changed_weight_is_seen(convs):
     convs = [FrozenConv(conv.weight.clone(), conv.bias.clone(), conv.pooled) for conv in convs]
     x = torch.randn(1, 3, 16, 16)
     for change in (lambda: convs[1].weight.mul_(2), lambda: convs[0].bias.add_(1)):
-        ops.vgg_features(x, convs, [4])
+        maps_of(ops.vgg_features, x, convs, [4])
         change()
-        assert error(ops.vgg_features(x, convs, [4])[4], reference.vgg_features(x, convs, [4])[4]) < 1e-6
+        assert (
+            error(maps_of(ops.vgg_features, x, convs, [4])[4], maps_of(reference.vgg_features, x, convs, [4])[4]) < 1e-6
+        )
 
 
 def test_weights_that_want_gradients_get_them(convs):
     convs = [FrozenConv(conv.weight.clone().requires_grad_(), conv.bias, conv.pooled) for conv in convs]
-    ops.vgg_features(torch.randn(1, 3, 16, 16), convs, [4])[4].sum().backward()
+    maps_of(ops.vgg_features, torch.randn(1, 3, 16, 16), convs, [4])[4].sum().backward()
     assert all(conv.weight.grad.any() for conv in convs)
 
 
 def test_the_targets_square_keeps_its_digits_over_a_million_values(convs):
     content = torch.rand(1, 3, 256, 256)
-    exact = reference.vgg_features(content.double(), moved(convs[:2], "cpu", torch.float64), [1])[1].square().mean()
+    exact = (
+        maps_of(reference.vgg_features, content.double(), moved(convs[:2], "cpu", torch.float64), [1])[1]
+        .square()
+        .mean()
+    )
     with use_backend("native"):
-        square = ops.vgg_loss(torch.rand_like(content), content, convs, 1, {}).target_square
+        square = terms_of(ops.vgg_loss, torch.rand_like(content), content, convs, 1, {}).target_square
     assert error(square, exact) < 1e-6
 
 
 def test_refuses_content_of_another_shape(convs):
     with pytest.raises(ValueError, match=r"shape \[1, 3, 16, 16\], got \[1, 3, 16, 12\]"):
-        ops.vgg_loss(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 12), convs, 1, {})
+        terms_of(ops.vgg_loss, torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 12), convs, 1, {})
 
 
 @pytest.mark.parametrize(("device", "backend"), [run for run in RUNS if run != ("cuda", "native")], ids=str)
@@ -171,7 +200,7 @@ def test_an_image_that_is_not_finite_stays_visible(convs, device, backend):
     output = torch.rand(1, 3, 16, 16, device=device).half()
     output[0, 1, 3, 4] = float("nan")
     with use_backend(backend):
-        terms = ops.vgg_loss(output, torch.rand_like(output), moved(convs, device, torch.float16), 3, {})
+        terms = terms_of(ops.vgg_loss, output, torch.rand_like(output), moved(convs, device, torch.float16), 3, {})
     assert terms.content.isnan()
 
 
@@ -184,7 +213,7 @@ def test_features_and_their_gradients(convs, device, backend, used):
     for run, of in ((ops.vgg_features, torch.float32), (reference.vgg_features, torch.float64)):
         image = x.to(of).detach().requires_grad_()
         with use_backend(backend):
-            features = run(image, moved(convs, device, of), (1, 3, 4))
+            features = maps_of(run, image, moved(convs, device, of), (1, 3, 4))
         assert list(features) == [1, 3, 4]
         weights = weights or {layer: torch.randn_like(features[layer]) for layer in used}
         sum((features[layer] * weights[layer]).sum() for layer in used).backward()
@@ -196,12 +225,12 @@ def test_features_twice_differentiable(convs):
     x = torch.randn(1, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     wide = moved(convs[:3], "cpu", torch.float64)
     with use_backend("native"):
-        assert torch.autograd.gradgradcheck(lambda x: ops.vgg_features(x, wide, [1, 2])[2].square().sum(), x)
+        assert torch.autograd.gradgradcheck(lambda x: maps_of(ops.vgg_features, x, wide, [1, 2])[2].square().sum(), x)
 
 
 def test_features_changed_in_place_are_noticed(convs):
     x = torch.randn(1, 3, 16, 16, requires_grad=True)
-    features = ops.vgg_features(x, convs, [1, 3])
+    features = maps_of(ops.vgg_features, x, convs, [1, 3])
     with torch.no_grad():
         features[1].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -222,10 +251,10 @@ def test_keeps_a_third_of_what_autograd_keeps(monkeypatch, run, share):
     def step():
         output.grad = None
         if run == "terms":
-            terms = ops.vgg_loss(output, content, convs, 3, grams)
+            terms = terms_of(ops.vgg_loss, output, content, convs, 3, grams)
             (terms.content + terms.style.sum()).backward()
         else:
-            ops.vgg_features(output, convs, [6])[6].sum().backward()
+            maps_of(ops.vgg_features, output, convs, [6])[6].sum().backward()
 
     step()  # packs the weights
     ours = peak_bytes(step)

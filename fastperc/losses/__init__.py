@@ -1,6 +1,6 @@
 """Perceptual losses."""
 
 from fastperc.losses.lpips import LPIPS, LPIPSTarget
-from fastperc.losses.perceptual import FeatureLoss, PerceptualLoss, PerceptualTerms, PixelLoss
+from fastperc.losses.perceptual import Criteria, FeatureLoss, PerceptualLoss, PerceptualTerms, PixelLoss
 
-__all__ = ["LPIPS", "FeatureLoss", "LPIPSTarget", "PerceptualLoss", "PerceptualTerms", "PixelLoss"]
+__all__ = ["LPIPS", "Criteria", "FeatureLoss", "LPIPSTarget", "PerceptualLoss", "PerceptualTerms", "PixelLoss"]

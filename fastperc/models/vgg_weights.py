@@ -1,4 +1,4 @@
-"""The weights of VGG-16 in files: their names, whether they are VGG-16's, and what the first convolution expects."""
+"""The weights of VGG in files: their names, which VGG they are of, and what the first convolution expects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PREPROCESSING = {
     "caffe-rgb": (CAFFE_MEAN, (LEVEL,) * 3),
     "torchvision": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-# The first filter of conv1_1, by input channel, row and column.
+# The first filter of VGG-16's conv1_1, by input channel, row and column.
 FIRST_FILTER = {
     "caffe": (
         *(0.4295, 0.3735, -0.0614, 0.2748, 0.0387, -0.3672, -0.0575, -0.2622, -0.3501),
@@ -35,13 +35,14 @@ FIRST_FILTER = {
 }
 SIMILAR = 0.05  # relative distance of a first filter that was rounded or trained a little further
 
-# Convolutions of each stage; a pooling stands after each stage. The first that fits a file counts.
+# Convolutions of each stage; a pooling stands after each stage.
 ARCHITECTURES = {
     "VGG-16": (2, 2, 3, 3, 3),
     "VGG-19": (2, 2, 4, 4, 4),
     "VGG-13": (2, 2, 2, 2, 2),
     "VGG-11": (1, 1, 2, 2, 2),
 }
+CHANNELS = (64, 128, 256, 512, 512)  # of each stage
 NAME = re.compile(
     r"(?:.*\.)?conv(?P<stage>\d)_(?P<number>\d)\.(?P<kind>weight|bias)"  # Caffe's, such as conv1_1.weight
     # torchvision's: features.0.weight, or 0.weight from the features alone, or slice1.0.weight from PyTorch's example
@@ -56,12 +57,14 @@ class VGGWeights(NamedTuple):
     preprocessing: str  # the key of ``PREPROCESSING`` that the weights expect
 
 
-def vgg_weights(tensors: Mapping[str, Tensor], source: str) -> VGGWeights:
-    """VGG-16's convolutions among ``tensors``, under Caffe's or torchvision's names, with any prefix.
+def vgg_weights(tensors: Mapping[str, Tensor], source: str, asked: str = "VGG-16") -> VGGWeights:
+    """The convolutions of the VGG called ``asked`` among ``tensors``, under Caffe's or torchvision's names, with any
+    prefix.
 
     Args:
         tensors: the file's, by name.
         source: what error messages call the file.
+        asked: a name of ``ARCHITECTURES``.
 
     Raises:
         InputError: the file holds another VGG, or none.
@@ -77,17 +80,17 @@ def vgg_weights(tensors: Mapping[str, Tensor], source: str) -> VGGWeights:
     at_index = {i: pair for i, pair in by_index.items() if "weight" in pair and pair["weight"].dim() == 4}
     if "1_1" not in by_name and 0 not in at_index:
         raise InputError(
-            f"{source}: holds no VGG-16, which has conv1_1.weight or features.0.weight "
+            f"{source}: holds no {asked}, which has conv1_1.weight or features.0.weight "
             f"(its first tensor is {next(iter(tensors), 'missing')})"
         )
 
     normed = any(key.endswith("running_mean") for key in tensors)
-    architecture = _architecture(by_name.keys(), at_index.keys(), normed)
-    if architecture != "VGG-16" or normed:
+    architecture = _architecture(by_name.keys(), at_index.keys(), normed, asked)
+    if architecture != asked or normed:
         kind = f"{architecture} with batch norm" if normed else architecture
-        raise InputError(f"{source}: holds {kind}; give the weights of VGG-16 (without batch norm)")
+        raise InputError(f"{source}: holds {kind}; give the weights of {asked} (without batch norm)")
     if "1_1" not in by_name:
-        by_name = {name: at_index.get(i, {}) for name, i in zip(names("VGG-16"), indices("VGG-16", False))}
+        by_name = {name: at_index.get(i, {}) for name, i in zip(names(asked), indices(asked, False))}
     convolutions = {name: (pair.get("weight"), pair.get("bias")) for name, pair in by_name.items()}
     return VGGWeights(convolutions, _expected(convolutions["1_1"][0], tensors, "torchvision" if at_index else "caffe"))
 
@@ -98,6 +101,12 @@ def names(architecture: str) -> list[str]:
     return [f"{stage}_{i}" for stage, count in enumerate(counts, start=1) for i in range(1, count + 1)]
 
 
+def convolutions(architecture: str) -> tuple[tuple[str, int, int], ...]:
+    """Name, input and output channels of each convolution, in order: ``("1_1", 3, 64)``, ``("1_2", 64, 64)``, …"""
+    outputs = [CHANNELS[int(name[0]) - 1] for name in names(architecture)]
+    return tuple(zip(names(architecture), [3, *outputs], outputs))
+
+
 def indices(architecture: str, batch_norm: bool) -> list[int]:
     """Where torchvision's ``features`` Sequential keeps them: conv, norm if ``batch_norm``, ReLU, …, pooling, …"""
     step = 3 if batch_norm else 2
@@ -105,11 +114,15 @@ def indices(architecture: str, batch_norm: bool) -> list[int]:
     return [0, *accumulate(sizes[:-1])]
 
 
-def _architecture(given: Collection[str], at_index: Collection[int], batch_norm: bool) -> str:
-    """The VGG whose first convolutions those of a file are, or else one that has all of them and more between."""
+def _architecture(given: Collection[str], at_index: Collection[int], batch_norm: bool, asked: str) -> str:
+    """The VGG whose first convolutions those of a file are, or else one that has all of them and more between.
+
+    Several have the same first convolutions: ``asked`` comes first.
+    """
     present: list[Any] = sorted(given) if given else sorted(at_index)
     known: dict[str, list[Any]] = {
-        name: [*names(name)] if given else [*indices(name, batch_norm)] for name in ARCHITECTURES
+        name: [*names(name)] if given else [*indices(name, batch_norm)]
+        for name in dict.fromkeys((asked, *ARCHITECTURES))
     }
     first_ones = (name for name in known if present == known[name][: len(present)])
     some = (name for name in known if set(present) <= set(known[name]))

@@ -23,7 +23,8 @@ from fastperc.ops.rgb_conv_head import rgb_conv_head
 from fastperc.ops.rgb_conv_stem import rgb_conv_stem
 from fastperc.ops.subpixel_conv_bn_relu import subpixel_conv_bn_relu
 from fastperc.ops.tv_loss import tv_loss
-from fastperc.ops.vgg_loss import vgg_features, vgg_loss
+from fastperc.ops.vgg_features import vgg_features
+from fastperc.ops.vgg_loss import vgg_loss
 from fastperc.ops.vgg_lpips import vgg_lpips
 
 __all__ = [

@@ -1,17 +1,18 @@
 """VGG's frozen convolutions, each followed by ReLU, forward and backward: what the backward keeps, and how it runs.
 
 The weights want no gradients, so the backward needs little: whether each activation was positive (a bit), which pixel a
-pooling took (a byte a window), and the features that the caller asked for. Autograd would keep every activation, and
-eight bytes for each pooled one.
+pooling took (a byte a window), and what the taps, the places whose maps are wanted, keep for themselves. Autograd would
+keep every activation, and eight bytes for each pooled one.
 
-    forward    x ─ conv, ReLU ─ conv, ReLU ─┬─ pool ─ conv, ReLU ─ …
-                        bits     features ──┘winners        bits
+    forward    x ─ conv ─ ReLU ─ conv ─ ReLU ─ pool ─ conv ─ ReLU ─ …
+                          bits          winners              bits
+    taps            │       │      │      │      │      │      │
     backward   the same chain from its end; a gradient passes a layer as a convolution with turned weights
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from fastperc.backends import Implementation, Operation, TuningCases, first_two_
 from fastperc.ops import cudnn
 from fastperc.ops.common import channels_last, empty_like, packed
 from fastperc.ops.conv3x3 import CONV3X3, why_not_winograd, why_slow_winograd, winograd
-from fastperc.types import RELU, Epilogue, FrozenConv, Window, same_sides
+from fastperc.types import RELU, Epilogue, FrozenConv, Tap, Window, same_sides
 
 
 class PackedConv(NamedTuple):
@@ -32,7 +33,8 @@ class PackedConv(NamedTuple):
     weight: Tensor  # [O, I, 3, 3], channels-last
     bias: Tensor  # [O]
     turned: Tensor  # [I, O, 3, 3]: rotated by 180°, in and out exchanged; what carries gradients to the input
-    pooled: bool  # whether a 2×2 max pooling precedes it
+    pooled: bool  # whether a 2×2 pooling precedes it
+    averages: bool  # whether the network's poolings take averages
 
 
 def pack(conv: FrozenConv, dtype: torch.dtype) -> PackedConv:
@@ -41,28 +43,39 @@ def pack(conv: FrozenConv, dtype: torch.dtype) -> PackedConv:
     def make() -> PackedConv:
         weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
         turned = channels_last(weight.flip(2, 3).transpose(0, 1))
-        return PackedConv(weight, conv.bias.detach().to(dtype), turned, conv.pooled)
+        return PackedConv(weight, conv.bias.detach().to(dtype), turned, conv.pooled, conv.averages)
 
-    return packed(("vgg", dtype, conv.pooled), make, conv.weight, conv.bias)
+    return packed(("vgg", dtype, conv.pooled, conv.averages), make, conv.weight, conv.bias)
 
 
 def convolve_relu(x: Tensor, conv: PackedConv) -> Tensor:
     """Convolution, bias and ReLU. ``x`` is channels-last."""
-    return VGG_CONV(x, conv.weight, conv.bias)
+    return VGG_CONV(x, conv.weight, conv.bias, True)
 
 
 def convolve_turned(grad: Tensor, conv: PackedConv) -> Tensor:
     """The gradient to the convolution's input, from that to its output."""
-    return VGG_CONV(grad, conv.turned, None)
+    return VGG_CONV(grad, conv.turned, None, False)
 
 
 class SavedLayer(NamedTuple):
-    """What the backward needs of one convolution's output, channels-last [n, C, H, W]."""
+    """What the backward needs of one convolution's output, channels-last [n, C, H, W], besides what its taps keep."""
 
-    features: Tensor | None  # the output itself, where the caller asked for it
-    bits: Tensor | None  # whether each element is positive; features tell that too, and so do winners
-    winners: Tensor | None  # [n, C, H/2, W/2] uint8, where a pooling follows
     shape: torch.Size
+    bits: Tensor | None = None  # whether each element is positive; winners tell that too, and so does what a tap keeps
+    winners: Tensor | None = None  # [n, C, H/2, W/2] uint8, where a max pooling follows
+    averages: bool = False  # whether an average pooling follows
+    relu: bool = True  # whether its ReLU is part of the chain
+
+
+class Taps(NamedTuple):
+    """The taps of a forward."""
+
+    visit: Callable[[Tap, Tensor], Tensor]
+    """Takes the maps of all images at a tap; returns those of the images that go on."""
+    places: Collection[Tap]
+    kept: Collection[Tap] = ()
+    """The taps whose maps ``visit`` keeps for the backward, or gives to the caller: nothing may change them."""
 
 
 class Passes(Protocol):
@@ -74,100 +87,133 @@ class Passes(Protocol):
     def relu_pool_bwd(self, grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None: ...
 
 
-def forward_chain(
-    x: Tensor, images: int, convs: Sequence[PackedConv], taps: Collection[int], rest_until: int, passes: Passes
-) -> tuple[list[SavedLayer], Tensor]:
-    """Runs ``convs`` on ``x``, saving what the backward of its first ``images`` needs and their features at ``taps``.
-
-    The other images go along up to layer ``rest_until``. Returns the layers, and those images' activations there.
-    """
-    layers, rest = [], x
+def forward_chain(x: Tensor, images: int, convs: Sequence[PackedConv], taps: Taps, passes: Passes) -> list[SavedLayer]:
+    """Runs ``convs`` on ``x`` down to the deepest tap, and returns what the backward of the first ``images`` needs."""
+    layers = []
+    last, deepest = (max(values) for values in zip(*((tap.conv, tap.place) for tap in taps.places)))
     x = channels_last(x)
-    for i, conv in enumerate(convs):
-        x = convolve_relu(x, conv)
-        own = x[:images]
-        if i == rest_until:
-            rest, x = x[images:], own
-        features = bits = winners = None
-        if i in taps:
-            alone = len(x) == images
-            features = own if alone else own.clone(memory_format=torch.channels_last)  # else the rest would be kept too
-        if i + 1 < len(convs) and convs[i + 1].pooled:
-            n, c, h, w = x.shape
-            pooled = empty_like(x, torch.Size((n, c, h // 2, w // 2)))
-            winners = torch.empty_like(pooled[:images], dtype=torch.uint8)
-            passes.relu_pool_fwd(x, pooled, winners)
-            x = pooled
-        elif features is None:
-            bits = own.new_empty((own.numel() + 7) // 8, dtype=torch.uint8)
-            passes.relu_mask_fwd(own, bits)
-        layers.append(SavedLayer(features, bits, winners, own.shape))
-        del own  # the next convolution does not need it
-    return layers, rest
+    for i, conv in enumerate(convs[: 1 + last]):
+        before_relu, after_relu, after_pool = (Tap(i, kind) for kind in ("conv", "relu", "pool"))
+        if before_relu in taps.places:
+            x = taps.visit(before_relu, VGG_CONV(x, conv.weight, conv.bias, False))
+            if before_relu.place == deepest:
+                layers.append(SavedLayer(x[:images].shape, relu=False))
+                break
+            x = x.relu() if before_relu in taps.kept else x.relu_()
+        else:
+            x = convolve_relu(x, conv)
+        if after_relu in taps.places:
+            x = taps.visit(after_relu, x)
+        pooled = after_pool in taps.places or (i < last and convs[i + 1].pooled)
+        is_masked = after_relu in taps.kept or (pooled and not conv.averages and after_relu not in taps.places)
+        bits = None if is_masked or images == 0 else _positive(x[:images], passes)
+        shape, winners = x[:images].shape, None
+        if pooled:
+            x, winners = _pool(x, images, conv.averages, passes)
+        if after_pool in taps.places:
+            x = taps.visit(after_pool, x)
+        layers.append(SavedLayer(shape, bits, winners, pooled and conv.averages))
+    return layers
+
+
+def _positive(x: Tensor, passes: Passes) -> Tensor:
+    """A bit for each element of ``x``, the output of a ReLU: whether it is positive."""
+    bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    passes.relu_mask_fwd(x, bits)
+    return bits
+
+
+def _pool(x: Tensor, images: int, averages: bool, passes: Passes) -> tuple[Tensor, Tensor | None]:
+    """``x`` pooled, and where the maxima of the first ``images`` are."""
+    if averages:
+        return channels_last(F.avg_pool2d(x, 2)), None
+    n, c, h, w = x.shape
+    pooled = empty_like(x, (n, c, h // 2, w // 2))
+    winners = torch.empty_like(pooled[:images], dtype=torch.uint8)
+    passes.relu_pool_fwd(x, pooled, winners)
+    return pooled, winners
 
 
 def backward_chain(
     layers: list[SavedLayer],
     convs: Sequence[PackedConv],
-    tap_gradient: Callable[[int, Tensor, SavedLayer, Tensor | None], Tensor],
+    tap_gradients: Mapping[Tap, Callable[[SavedLayer, Tensor | None], Tensor | None]],
     passes: Passes,
-) -> Tensor:
-    """The gradient of the chain's input, freeing ``layers`` on the way.
+) -> Tensor | None:
+    """The gradient of the chain's input, freeing ``layers`` on the way; ``None`` if no tap has one.
 
-    ``tap_gradient(i, features, layer, above)`` gives the gradient before the ReLU of a layer whose features are kept.
-    ``above`` is the gradient from the layers above, which it may overwrite: after the pooling if one follows, ``None``
-    at the end of the chain.
+    ``tap_gradients`` has a function for each tap: ``(layer, above)`` → the gradient there and, for a tap after a ReLU,
+    before that ReLU. ``above`` is the gradient from the layers above, which it may overwrite (for a tap after a ReLU
+    with a pooling above it, from after that pooling), and ``None`` where no tap above has a gradient.
     """
     grad: Tensor | None = None
     while layers:
         layer, i = layers.pop(), len(layers)
-        if layer.features is not None:
-            grad = tap_gradient(i, layer.features, layer, grad)
-        else:
-            assert grad is not None, "the chain ends at a layer whose features are kept"
-            if layer.winners is not None:
-                grad = unpool(grad, layer, passes)
-            else:
-                assert layer.bits is not None
-                passes.relu_mask_bwd(grad, layer.bits)
+        if (at_tap := tap_gradients.get(Tap(i, "pool"))) is not None:
+            grad = at_tap(layer, grad)
+        if (at_tap := tap_gradients.get(Tap(i, "relu"))) is not None:
+            grad = at_tap(layer, grad)
+        elif grad is not None and layer.relu:
+            is_masked = layer.winners is not None
+            grad = unpool(grad, layer, passes)
+            if not is_masked:
+                mask(grad, layer, passes)
+        if (at_tap := tap_gradients.get(Tap(i, "conv"))) is not None:
+            grad = at_tap(layer, grad)
         del layer
-        grad = convolve_turned(grad, convs[i])
-    assert grad is not None
+        if grad is not None:
+            grad = convolve_turned(channels_last(grad), convs[i])
     return grad
 
 
-def unpool(grad_pooled: Tensor, layer: SavedLayer, passes: Passes) -> Tensor:
-    """The gradient before a layer's pooling and ReLU."""
-    assert layer.winners is not None
-    grad = empty_like(grad_pooled, layer.shape)
-    passes.relu_pool_bwd(channels_last(grad_pooled), layer.winners, grad)
-    return grad
+def unpool(grad: Tensor, layer: SavedLayer, passes: Passes) -> Tensor:
+    """The gradient before a layer's pooling and, for a max pooling, before its ReLU; ``grad`` itself without one."""
+    if layer.winners is not None:
+        before = empty_like(grad, layer.shape)
+        passes.relu_pool_bwd(channels_last(grad), layer.winners, before)
+        return before
+    if not layer.averages:
+        return grad
+    before = empty_like(grad, layer.shape)
+    height, width = (2 * size for size in grad.shape[2:])
+    before[:, :, height:], before[:, :, :, width:] = 0, 0  # an odd last row or column, which no window covers
+    quarter = grad / 4
+    for row in (0, 1):
+        for column in (0, 1):
+            before[:, :, row:height:2, column:width:2] = quarter
+    return before
 
 
-# The convolution with its bias and ReLU or, without a bias, alone.
+def mask(grad: Tensor, layer: SavedLayer, passes: Passes) -> None:
+    """Sets ``grad``, the gradient after a layer's ReLU, to zero where the ReLU's output is zero."""
+    assert layer.bits is not None
+    passes.relu_mask_bwd(grad, layer.bits)
 
 
-def _why_not_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+# The convolution with its bias, and its ReLU if asked for; without a bias, alone.
+
+
+def _why_not_triton(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -> str | None:
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the activations are not in NHWC"
     return backends.why_not_triton_product(x) or ("the tensor is empty" if x.numel() == 0 else None)
 
 
-def _why_slow_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def _why_slow_triton(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -> str | None:
     return None if weight.shape[0 if bias is None else 1] == 3 else "between many channels cuDNN is faster"
 
 
-def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -> Tensor:
     """The kernels of a network's two ends where there are three channels, else that of its convolutions between."""
     out = empty_like(x, (len(x), len(weight), *x.shape[2:]))
     bias = None if bias is None else packed("float32", bias.float, bias)
-    border, relu = same_sides(1), bias is not None
+    border, relu = same_sides(1), relu and bias is not None
     with backends.on_device(x):
         if x.shape[1] == 3 and bias is not None:
             stem = kernels.rgb_conv_stem
             picture = stem.rgb_prepare(x, Window(0, 0, *x.shape[2:]), border, (1.0, 0.0), x.dtype)
-            stem.rgb_conv_stem_fwd(picture, packed("stem", lambda: stem.pack(weight), weight), bias, out, True)
-        elif len(weight) == 3 and not relu:
+            stem.rgb_conv_stem_fwd(picture, packed("stem", lambda: stem.pack(weight), weight), bias, out, relu)
+        elif len(weight) == 3 and bias is None:
             head = kernels.rgb_conv_head
             head.rgb_conv_head_fwd(x, packed("head", lambda: head.pack(weight), weight), bias, out, border, None)
         else:
@@ -176,32 +222,32 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _why_not_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def _why_not_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -> str | None:
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the activations are not in NHWC"
     return why_not_winograd(x, weight, bias) or ("the tensor is empty" if x.numel() == 0 else None)
 
 
-def _why_slow_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def _why_slow_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -> str | None:
     return why_slow_winograd(len(x) * x.shape[2] * x.shape[3])
 
 
-def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return winograd(x, weight, bias, 1, relu=bias is not None)
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -> Tensor:
+    return winograd(x, weight, bias, 1, relu=relu and bias is not None)
 
 
-def _why_not_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    return "there is no ReLU to fuse" if bias is None else cudnn.why_not(x, weight)
+def _why_not_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -> str | None:
+    return cudnn.why_not(x, weight) if relu and bias is not None else "there is no ReLU to fuse"
 
 
-def _cudnn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True) -> Tensor:
     return cudnn.convolution_relu(x, weight, bias, padding=(1, 1))
 
 
-def _library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _library(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -> Tensor:
     """PyTorch's own two calls. oneDNN fuses them, but its ReLU turns NaN into 0."""
     y = F.conv2d(x, weight, bias, padding=1)
-    return y if bias is None else y.relu_()
+    return y.relu_() if relu and bias is not None else y
 
 
 VGG_CONV = register(

@@ -1,118 +1,94 @@
-"""VGG-16 as a fixed loss network: its features, and the content and style terms of an image under it."""
+"""The loss of images under a fixed VGG network: content and Gram terms at its taps, and their gradient.
+
+Each backend runs the output through the network once and keeps a bit or a byte where autograd keeps an activation. On a
+CPU the images go one by one, and the target's maps of an image become the slopes of its terms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastperc import _native, backends, reference
+from fastperc import backends, reference
 from fastperc.backends import CannotServe, Implementation, Operation, TuningCases, register
-from fastperc.ops.common import COMMON_CPP_SOURCES, compute_dtype, without_slow_autocast
-from fastperc.ops.gram_loss import GRAM_LOSS, gram_loss
-from fastperc.ops.vgg_chain import (
-    VGG_CONV,
-    PackedConv,
-    Passes,
-    SavedLayer,
-    backward_chain,
-    forward_chain,
-    pack,
-    unpool,
+from fastperc.ops.common import compute_dtype, without_slow_autocast
+from fastperc.ops.gram_loss import GRAM_LOSS
+from fastperc.ops.vgg_chain import PackedConv, SavedLayer, Taps, backward_chain, forward_chain
+from fastperc.ops.vgg_features import (
+    PASSES,
+    SOURCES,
+    packed_down_to,
+    random_convs,
+    vgg_features,
+    why_not_fused,
 )
-from fastperc.ops.vgg_passes import NativePasses, Style, Tap, TritonPasses
-from fastperc.types import FrozenConv
-
-
-class Terms(NamedTuple):
-    """What :func:`vgg_loss` returns; float32, or float64 for float64."""
-
-    content: Tensor  # scalar: mean of (features − target)²
-    style: Tensor  # [layers]: ‖G − target‖²_F of each, averaged over the batch
-    target_square: Tensor  # scalar: mean of target², without a gradient
-
-
-def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) -> dict[int, Tensor]:
-    """The activations of the convolutions numbered ``taps``, as :func:`fastperc.reference.vgg_features` gives them.
-
-    Args:
-        x: [N, C, H, W], normalised as the weights expect it.
-        convs: the network. Gradients flow to ``x`` only.
-        taps: indices into ``convs``.
-    """
-    dtype = compute_dtype(x)
-    with without_slow_autocast(x):
-        return VGG_FEATURES(x.to(dtype), convs, taps)
+from fastperc.ops.vgg_passes import Content, NativePasses, SavedTap, Style, slopes_
+from fastperc.ops.vgg_terms import (
+    CRITERIA,
+    ContentTerm,
+    GramTerm,
+    LossValues,
+    Term,
+    check_taps,
+    compares_target,
+    gram_size,
+    plain_values,
+)
+from fastperc.types import FrozenConv, Tap
 
 
 def vgg_loss(
     output: Tensor,
-    content: Tensor,
+    target: Tensor,
     convs: Sequence[FrozenConv],
-    content_layer: int,
-    grams: Mapping[int, Tensor],
-) -> Terms:
-    """The content and style terms of ``output`` (paper, equations 2 and 4).
+    terms: Sequence[Term],
+    sized: bool = False,
+    target_gradient: bool = False,
+) -> LossValues:
+    """The values of ``terms`` of ``output``, each an average over the batch; 0 for an empty batch.
 
     Args:
-        output, content: [N, C, H, W], normalised as the weights expect it. Gradients flow to ``output`` only.
+        output, target: [N, C, H, W], normalised as the weights expect it. Gradients flow to ``output`` only.
         convs: the network.
-        content_layer: index into ``convs`` of the layer where ``output`` is compared with ``content``.
-        grams: the style's Gram matrices [1, C, C], by index into ``convs``.
+        terms: what is compared, at which taps.
+        sized: whether to compute the sizes of the targets too.
+        target_gradient: whether gradients flow to ``target`` as well. Then only the network's passes are fused, and
+            the maps at the taps are kept.
 
     Raises:
-        ValueError: images of different shapes.
+        ValueError: images of different shapes, or smaller than the poolings; no terms; an unknown tap or criterion.
     """
-    if output.shape != content.shape:
-        raise ValueError(f"content must have the output's shape {list(output.shape)}, got {list(content.shape)}")
+    if output.shape != target.shape:
+        raise ValueError(f"the target must have the output's shape {list(output.shape)}, got {list(target.shape)}")
+    check_taps({term.tap for term in terms}, convs, output.shape)
+    if unknown := [term.criterion for term in terms if term.criterion not in CRITERIA]:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {unknown[0]!r}")
     dtype = compute_dtype(output)
+    if output.shape[0] == 0:
+        zero = (output.sum() + (target.sum() if target_gradient else 0)).to(torch.promote_types(dtype, torch.float32))
+        zeros = zero.expand(len(terms))
+        return LossValues(zeros, torch.ones_like(zeros.detach()) if sized else zeros.detach()[:0])
     with without_slow_autocast(output):
-        return VGG_LOSS(output.to(dtype), content.detach().to(dtype), convs, content_layer, grams)
+        if target_gradient:
+            maps = vgg_features(output, convs, {term.tap for term in terms})
+            others = {term.tap for term in terms if compares_target(term)}
+            return plain_values(maps, vgg_features(target, convs, others) if others else {}, terms, sized)
+        return VGG_LOSS(output.to(dtype), target.detach().to(dtype), convs, terms, sized)
 
 
 def plain_vgg_loss(
-    output: Tensor, content: Tensor, convs: Sequence[FrozenConv], content_layer: int, grams: Mapping[int, Tensor]
-) -> Terms:
+    output: Tensor, target: Tensor, convs: Sequence[FrozenConv], terms: Sequence[Term], sized: bool = False
+) -> LossValues:
     """:func:`vgg_loss` out of plain PyTorch and the Gram loss, for autograd to differentiate."""
-    features = reference.vgg_features(output, convs, {content_layer, *grams})
+    maps = reference.vgg_features(output, convs, {term.tap for term in terms})
+    taps = {term.tap for term in terms if compares_target(term)}
     with torch.no_grad():
-        target = reference.vgg_features(content, convs, {content_layer})[content_layer]
-    layers = list(grams)
-    style = gram_loss([features[layer] for layer in layers], list(grams.values())) if layers else output.new_zeros(0)
-    square = reference.widen(target).square().mean()
-    return Terms(reference.feature_loss(features[content_layer], target), style, square)
-
-
-# Why a backend cannot serve
-
-
-def _why_not_fused(x: Tensor, convs: Sequence[FrozenConv], deepest: int) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses plain PyTorch itself"
-    if any(conv.weight.requires_grad or conv.bias.requires_grad for conv in convs):
-        return "the loss network's weights want gradients"
-    if x.shape[0] == 0:
-        return "the batch is empty"
-    if min(x.shape[2:]) >> sum(conv.pooled for conv in convs[: 1 + deepest]) == 0:
-        return "the image is smaller than the poolings"
-    return None
-
-
-def _why_not_triton(x: Tensor, convs: Sequence[FrozenConv]) -> str | None:
-    if any(conv.bias.shape[0] not in (16, 32) and conv.bias.shape[0] % 64 for conv in convs):
-        return "its blocks are of 16, 32 or 64 channels"
-    return backends.why_not_triton(x)
-
-
-def _why_not_native(x: Tensor, convs: Sequence[FrozenConv]) -> str | None:
-    return _native.why_not(x) if x.device.type == "cpu" else f"no C++ kernel for {x.device.type} tensors"
-
-
-WHY_NOT = {"triton": _why_not_triton, "native": _why_not_native}
-PASSES = {"triton": TritonPasses(), "native": NativePasses()}
+        targets = reference.vgg_features(target, convs, taps) if taps else {}
+    return plain_values(maps, targets, terms, sized)
 
 
 def chunks(x: Tensor) -> list[slice]:
@@ -121,107 +97,161 @@ def chunks(x: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
-class _VGGFeatures(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, convs: Sequence[PackedConv], taps: Sequence[int], backend: str) -> Any:
-        with backends.on_device(x):
-            layers, _ = forward_chain(x, len(x), convs, taps, -1, PASSES[backend].passes)
-        features = tuple(layers[i].features for i in taps)
-        ctx.layers = [layer._replace(features=None) for layer in layers]  # autograd keeps the outputs
-        ctx.save_for_backward(x, *features)
-        ctx.convs, ctx.taps, ctx.backend = convs, taps, backend
-        ctx.set_materialize_grads(False)
-        return features
+class Problem(NamedTuple):
+    """What is computed of the images, and how."""
 
-    @staticmethod
-    def backward(ctx: Any, *grad_features: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *features = ctx.saved_tensors
-        given = {i: grad for i, grad in zip(ctx.taps, grad_features) if grad is not None}
-        if torch.is_grad_enabled():  # to be differentiated again
-            again = reference.vgg_features(x, ctx.convs, ctx.taps)
-            outputs = [again[i] for i in given]
-            return torch.autograd.grad(outputs, x, list(given.values()), create_graph=True)[0], None, None, None
-        passes = PASSES[ctx.backend].passes
-        layers = list(ctx.layers)
-        for i, kept in zip(ctx.taps, features):
-            layers[i] = layers[i]._replace(features=kept)
+    convs: Sequence[PackedConv]
+    terms: Sequence[Term]
+    sized: bool
+    backend: str
+    saves: bool  # whether a backward follows
 
-        def tap_gradient(i: int, features: Tensor, layer: SavedLayer, above: Tensor | None) -> Tensor:
-            if above is not None and layer.winners is not None:
-                above = unpool(above, layer, passes)
-            if above is None:
-                total = given.get(i, torch.zeros_like(features))
-            else:
-                total = above.add_(given[i]) if i in given else above
-            return torch.ops.aten.threshold_backward(total, features, 0)
+    @property
+    def passes(self) -> NativePasses:
+        """The passes of the backend."""
+        return PASSES[self.backend]
 
-        with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            return backward_chain(layers, ctx.convs, tap_gradient, passes), None, None, None
+    @property
+    def target_taps(self) -> list[Tap]:
+        """Where the target's maps are needed."""
+        return [term.tap for term in self.terms if compares_target(term)]
+
+    @property
+    def kept_taps(self) -> set[Tap]:
+        """Where the output's maps are needed after the chain has passed them."""
+        keeps_all = self.passes.keeps_maps and self.saves
+        return {term.tap for term in self.terms if keeps_all or isinstance(term, GramTerm)}
 
 
 class Tape(NamedTuple):
     """What the backward of the terms of some images needs."""
 
     layers: list[SavedLayer]
-    target: list[Tensor]  # the content's activations at the content layer; emptied by their use
-    style: dict[int, Style]
-    content_layer: int
+    taps: Mapping[Tap, SavedTap]
 
 
-def forward_both(
-    output: Tensor,
-    content: Tensor,
-    convs: Sequence[PackedConv],
-    taps: Collection[int],
-    content_layer: int,
-    passes: Passes,
-) -> tuple[list[SavedLayer], Tensor]:
-    """The layers of ``output``, and the activations of ``content`` at its layer; on a GPU both go as one batch."""
-    if output.device.type == "cuda":
-        return forward_chain(torch.cat([output, content]), len(output), convs, taps, content_layer, passes)
-    _, target = forward_chain(content, 0, convs[: content_layer + 1], (), content_layer, passes)
-    layers, _ = forward_chain(output, len(output), convs, taps, -1, passes)
-    return layers, target
+class _Chunk:
+    """Some images of the batch, whose terms are computed as the network's chain passes their taps."""
+
+    def __init__(self, problem: Problem, images: int, wide: torch.dtype) -> None:
+        self.problem, self.images, self.wide = problem, images, wide
+        self.values: dict[int, Tensor] = {}  # by position among the terms
+        self.sizes: dict[int, Tensor] = {}
+        self.targets: dict[int, Tensor] = {}  # the target's maps, or their Gram matrices
+        self.saved = {term.tap: SavedTap(term.tap, [], [], []) for term in problem.terms}
+        self.last_of_target = max((tap.place for tap in problem.target_taps), default=None)
+
+    def forward(self, output: Tensor, target: Tensor) -> Tape:
+        """Computes the terms. On a GPU the output and the target go as one batch, down to the last tap of both."""
+        problem, passes = self.problem, self.problem.passes.passes
+        images = len(output) if problem.saves else 0
+        together = output.device.type == "cuda" and self.last_of_target is not None
+        if self.last_of_target is not None and not together:
+            content = {term.tap for term in problem.terms if isinstance(term, ContentTerm)}
+            forward_chain(target, 0, problem.convs, Taps(self.visit_target, problem.target_taps, content), passes)
+        batch = torch.cat([output, target]) if together else output
+        taps = Taps(self.visit_both if together else self.visit, self.saved.keys(), problem.kept_taps)
+        layers = forward_chain(batch, images, problem.convs, taps, passes)
+        self.gram_terms()
+        return Tape(layers, self.saved)
+
+    def terms_at(self, tap: Tap) -> list[tuple[int, Term]]:
+        """The terms at ``tap`` and their positions."""
+        return [(i, term) for i, term in enumerate(self.problem.terms) if term.tap == tap]
+
+    def visit_target(self, tap: Tap, maps: Tensor) -> Tensor:
+        """Takes what the terms at ``tap`` need of the target."""
+        contents = 0
+        for i, term in self.terms_at(tap):
+            if isinstance(term, ContentTerm):
+                self.targets[i] = maps.clone() if contents else maps  # the comparison may overwrite it
+                contents += 1
+            elif term.gram is None:
+                self.targets[i] = reference.gram_matrix(maps)
+        return maps
+
+    def visit(self, tap: Tap, maps: Tensor) -> Tensor:
+        """Computes the content terms at ``tap``, and keeps the output's maps if they are needed later."""
+        problem = self.problem
+        for i, term in self.terms_at(tap):
+            if isinstance(term, ContentTerm):
+                compared = problem.passes.compare(maps, self.targets.pop(i), term.criterion, problem.sized)
+                self.values[i] = compared.value
+                if compared.size is not None:
+                    self.sizes[i] = compared.size
+                if problem.saves:
+                    self.saved[tap].contents.append(Content(i, term.criterion, compared.saved))
+        if tap in problem.kept_taps:
+            self.saved[tap].maps.append(maps)
+        return maps
+
+    def visit_both(self, tap: Tap, maps: Tensor) -> Tensor:
+        """:meth:`visit` of a batch of output and, down to the last tap that needs it, target."""
+        if len(maps) == self.images:
+            return self.visit(tap, maps)
+        own, rest = maps[: self.images], maps[self.images :]
+        self.visit_target(tap, rest)
+        self.visit(tap, own)
+        saved = self.saved[tap]
+        if saved.maps and not saved.contents:  # else the target's would be kept with it
+            saved.maps[0] = own.clone(memory_format=torch.channels_last)
+        return own if tap.place == self.last_of_target else maps
+
+    def gram_terms(self) -> None:
+        """Computes the Gram terms: those that sum squares in one call."""
+        grams = [(i, term) for i, term in enumerate(self.problem.terms) if isinstance(term, GramTerm)]
+        squares = [(i, term) for i, term in grams if term.criterion == "l2"]
+        for group in (squares, *([entry] for entry in grams if entry not in squares)):
+            if not group:
+                continue
+            maps = [self.saved[term.tap].maps[0] for _, term in group]
+            targets = [self.gram_of_target(i, term, maps[0].device) for i, term in group]
+            is_square = group is squares
+            backend = gram_backend(maps, targets, self.problem.backend) if is_square else "native"
+            losses, scales, *deltas = torch.ops.fastperc.gram_loss_fwd(maps, targets, backend)
+            for k, (i, term) in enumerate(group):
+                self.values[i] = losses[k]
+                if not is_square:
+                    self.values[i] = gram_size(deltas[k], term.criterion)
+                    slopes_(deltas[k], term.criterion).div_(2)
+                self.saved[term.tap].styles.append(Style(deltas[k], scales[k : k + 1], i, backend))
+        if not self.problem.saves:
+            self.saved.clear()
+
+    def gram_of_target(self, i: int, term: GramTerm, device: torch.device) -> Tensor:
+        """The Gram matrix that term ``i`` compares with."""
+        if term.gram is not None:
+            return term.gram.to(device, self.wide)
+        gram = self.targets.pop(i)
+        if self.problem.sized:
+            self.sizes[i] = gram_size(gram, term.criterion)
+        return gram
 
 
-def run(
-    output: Tensor,
-    content: Tensor,
-    convs: Sequence[PackedConv],
-    content_layer: int,
-    grams: Mapping[int, Tensor],
-    backend: str,
-) -> tuple[Terms, list[Tape]]:
-    """The terms, and what their backward needs: a tape for each of :func:`chunks`."""
-    passes = PASSES[backend]
+def run(output: Tensor, target: Tensor, problem: Problem) -> tuple[LossValues, list[Tape]]:
+    """The values, and what their backward needs: a tape for each of :func:`chunks`."""
     wide = torch.promote_types(output.dtype, torch.float32)
-    targets = [gram.to(output.device, wide) for gram in grams.values()]
-    sums = Terms(*(output.new_zeros(size, dtype=wide) for size in ((), (len(grams),), ())))
+    values = output.new_zeros(len(problem.terms), dtype=wide)
+    sizes = values.new_zeros(len(values) if problem.sized else 0)
     if output.device.type == "cuda":
-        sums.content.copy_(0 * output.sum(dtype=wide))  # keeps NaN, which cuDNN's ReLU may drop
+        values.add_(0 * output.sum(dtype=wide))  # keeps NaN, which cuDNN's ReLU may drop
     tapes = []
     with backends.on_device(output):
         for images in chunks(output):
-            taps = {content_layer, *grams}
-            layers, target = forward_both(output[images], content[images], convs, taps, content_layer, passes.passes)
-            share = len(target) / len(output)
-            kept = {i: layer.features for i, layer in enumerate(layers) if layer.features is not None}
-            difference, square = passes.compare(kept[content_layer], target)
-            sums.content.add_(difference, alpha=share)
-            sums.target_square.add_(square, alpha=share)
-            style = {}
-            if grams:
-                features = [kept[i] for i in grams]
-                gram_backend = _gram_backend(features, targets, backend)
-                losses, scales, *deltas = torch.ops.fastperc.gram_loss_fwd(features, targets, gram_backend)
-                sums.style.add_(losses, alpha=share)
-                for position, (i, delta) in enumerate(zip(grams, deltas)):
-                    style[i] = Style(delta, scales[position : position + 1], position, gram_backend)
-            tapes.append(Tape(layers, [target], style, content_layer))
-    return sums, tapes
+            own = output[images]
+            chunk, share = _Chunk(problem, len(own), wide), len(own) / len(output)
+            tape = chunk.forward(own, target[images])
+            for i in range(len(problem.terms)):
+                values[i].add_(chunk.values[i], alpha=share)
+                if problem.sized:
+                    sizes[i].add_(chunk.sizes.get(i, 1.0), alpha=share)
+            if problem.saves:
+                tapes.append(tape)
+            del chunk, tape
+    return LossValues(values, sizes), tapes
 
 
-def _gram_backend(features: Sequence[Tensor], targets: Sequence[Tensor], backend: str) -> str:
+def gram_backend(features: Sequence[Tensor], targets: Sequence[Tensor], backend: str) -> str:
     """The Gram loss's own choice, if it leaves Δ in a form that the passes of ``backend`` read."""
     try:
         with torch.enable_grad():
@@ -235,135 +265,76 @@ class _VGGLoss(torch.autograd.Function):
     """The first backward frees what the forward has saved, on the way; a further one runs the forward again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        content: Tensor,
-        convs: Sequence[PackedConv],
-        content_layer: int,
-        grams: Mapping[int, Tensor],
-        backend: str,
-    ) -> Any:
-        ctx.arguments = convs, content_layer, grams, backend
-        terms, tapes = run(output, content, *ctx.arguments)
-        ctx.tapes = tapes if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(output, content)
-        ctx.mark_non_differentiable(terms.target_square)
-        return tuple(terms)
+    def forward(ctx: Any, output: Tensor, target: Tensor, problem: Problem) -> Any:
+        values, ctx.tapes = run(output, target, problem)
+        ctx.problem = problem
+        ctx.save_for_backward(output, target)
+        ctx.mark_non_differentiable(values.sizes)
+        return tuple(values)
 
     @staticmethod
-    def backward(ctx: Any, grad_content: Tensor, grad_style: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        output, content = ctx.saved_tensors
-        convs, content_layer, grams, backend = ctx.arguments
+    def backward(ctx: Any, grads: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        output, target = ctx.saved_tensors
+        problem = ctx.problem
         if torch.is_grad_enabled():  # to be differentiated again
-            terms = plain_vgg_loss(output, content, convs, content_layer, grams)
-            total = terms.content * grad_content + (terms.style * grad_style).sum()
-            return torch.autograd.grad(total, output, create_graph=True)[0], *(None,) * 5
+            values, _ = plain_vgg_loss(output, target, problem.convs, problem.terms)
+            return torch.autograd.grad(values, output, grads, create_graph=True)[0], None, None
         tapes, ctx.tapes = ctx.tapes, None
         if tapes is None:
-            tapes = run(output, content, *ctx.arguments)[1]
+            tapes = run(output, target, problem)[1]
         grad = torch.empty_like(output)
-        passes = PASSES[backend]
         with backends.on_device(output), torch.autocast(output.device.type, enabled=False):
             for images in reversed(chunks(output)):
-                share = len(output[images]) / len(output)
-                tape = tapes.pop()
-                gradient = _tap_gradient(passes, tape, share * grad_content, share * grad_style)
-                grad[images] = backward_chain(tape.layers, convs, gradient, passes.passes)
-                del tape, gradient
-        return grad, *(None,) * 5
+                tape, share = tapes.pop(), len(output[images]) / len(output)
+                functions = tap_gradients(problem.passes, tape, share * grads)
+                gradient = backward_chain(tape.layers, problem.convs, functions, problem.passes.passes)
+                grad[images] = 0 if gradient is None else gradient
+                del tape, functions, gradient
+        return grad, None, None
 
 
-def _tap_gradient(
-    passes: NativePasses, tape: Tape, grad_content: Tensor, grad_style: Tensor
-) -> Callable[[int, Tensor, SavedLayer, Tensor | None], Tensor]:
+def tap_gradients(
+    passes: NativePasses, tape: Tape, grads: Tensor
+) -> dict[Tap, Callable[[SavedLayer, Tensor | None], Tensor]]:
     """The gradients of the terms at the taps, for :func:`backward_chain`."""
-
-    def gradient(i: int, features: Tensor, layer: SavedLayer, above: Tensor | None) -> Tensor:
-        target = tape.target.pop() if i == tape.content_layer else None
-        style = tape.style.get(i)
-        grad = None if style is None else grad_style[style.position]
-        return passes.tap_gradient(features, layer, above, Tap(style, grad, target, grad_content))
-
-    return gradient
+    return {tap: partial(passes.tap_gradient, saved, grads) for tap, saved in tape.taps.items()}
 
 
-# The operations
+# The operation
 
 
-def _fused_features(backend: str) -> Implementation:
-    def why_not(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) -> str | None:
-        return _why_not_fused(x, convs, max(taps)) or WHY_NOT[backend](x, convs)
-
-    def run(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[int]) -> dict[int, Tensor]:
-        ordered = sorted(taps)
-        with torch.autocast(x.device.type, enabled=False):
-            packed = [pack(conv, x.dtype) for conv in convs[: 1 + ordered[-1]]]
-            features = _VGGFeatures.apply(x, packed, ordered, backend)
-        return dict(zip(ordered, features))
-
-    return Implementation(backend, run, why_not)
-
-
-def _fused_loss(backend: str) -> Implementation:
+def _fused(backend: str) -> Implementation:
     def why_not(
-        output: Tensor, content: Tensor, convs: Sequence[FrozenConv], content_layer: int, grams: Mapping[int, Tensor]
+        output: Tensor, target: Tensor, convs: Sequence[FrozenConv], terms: Sequence[Term], sized: bool = False
     ) -> str | None:
-        return _why_not_fused(output, convs, max(content_layer, *grams, 0)) or WHY_NOT[backend](output, convs)
+        return why_not_fused(output, convs, backend)
 
     def run(
-        output: Tensor, content: Tensor, convs: Sequence[FrozenConv], content_layer: int, grams: Mapping[int, Tensor]
-    ) -> Terms:
+        output: Tensor, target: Tensor, convs: Sequence[FrozenConv], terms: Sequence[Term], sized: bool = False
+    ) -> LossValues:
+        saves = output.requires_grad and torch.is_grad_enabled()
         with torch.autocast(output.device.type, enabled=False):
-            packed = [pack(conv, output.dtype) for conv in convs[: 1 + max(content_layer, *grams, 0)]]
-            return Terms(*_VGGLoss.apply(output, content, packed, content_layer, dict(grams), backend))
+            packed = packed_down_to([term.tap for term in terms], convs, output.dtype)
+            return LossValues(*_VGGLoss.apply(output, target, Problem(packed, terms, sized, backend, saves)))
 
     return Implementation(backend, run, why_not)
-
-
-def _random_convs(images: Tensor) -> list[FrozenConv]:
-    """VGG-16's convolutions up to relu2_2: the deeper ones are alike on all backends."""
-    return [
-        FrozenConv(
-            images.new_empty(c_out, c_in, 3, 3).normal_(std=(2 / (9 * c_in)) ** 0.5), images.new_zeros(c_out), i == 2
-        )
-        for i, (c_in, c_out) in enumerate(pairwise((3, 64, 64, 128, 128)))
-    ]
 
 
 def _tuned_loss(images: Tensor) -> tuple[Any, ...]:
-    grams = {i: images.new_zeros(1, c, c, dtype=torch.float32) for i, c in ((1, 64), (3, 128))}
-    return images, images.detach().flip(3), _random_convs(images.detach()), 3, grams
+    grams = ((1, 64), (3, 128))
+    terms = [
+        ContentTerm(Tap(3)),
+        *(GramTerm(Tap(i), gram=images.new_zeros(1, c, c, dtype=torch.float32)) for i, c in grams),
+    ]
+    return images, images.detach().flip(3), random_convs(images.detach()), terms
 
-
-SOURCES = (
-    *COMMON_CPP_SOURCES,
-    *VGG_CONV.sources,
-    "csrc/vgg_loss*",
-    "kernels/vgg_loss.py",
-    "fastperc/ops/vgg_passes.py",
-    "fastperc/ops/vgg_loss.py",
-)
-
-VGG_FEATURES = register(
-    Operation(
-        "vgg_features",
-        "Loss network's features",
-        (_fused_features("triton"), _fused_features("native"), Implementation("reference", reference.vgg_features)),
-        TuningCases(
-            lambda batch, size: [((batch, 3, size, size),)],
-            lambda images: (images, _random_convs(images.detach()), (1, 3)),
-        ),
-        SOURCES,
-    )
-)
 
 VGG_LOSS = register(
     Operation(
         "vgg_loss",
         "Loss network",
-        (_fused_loss("triton"), _fused_loss("native"), Implementation("reference", plain_vgg_loss)),
+        (_fused("triton"), _fused("native"), Implementation("reference", plain_vgg_loss)),
         TuningCases(lambda batch, size: [((batch, 3, size, size),)], _tuned_loss),
-        (*SOURCES, *GRAM_LOSS.sources),
+        (*SOURCES, *GRAM_LOSS.sources, "fastperc/ops/vgg_terms.py", "fastperc/ops/vgg_loss.py"),
     )
 )

@@ -8,74 +8,137 @@ import torch
 from torch import Tensor
 
 from fastperc import _native, kernels, reference
-from fastperc.ops.vgg_chain import Passes, SavedLayer, unpool
+from fastperc.ops.vgg_chain import Passes, SavedLayer, mask, unpool
+from fastperc.types import Tap
+
+# The gradient of a content term is this much, over the number of elements, of its slopes.
+SLOPE_FACTORS = {"l2": 2.0, "l1": 1.0, "smooth_l1": 1.0}
+
+
+class Content(NamedTuple):
+    """What the backward of a content term needs."""
+
+    position: int  # among the terms
+    criterion: str
+    saved: Tensor  # [n, C, H, W]: the slopes, see ``slopes_``, or, if the pass says so, the target's maps
 
 
 class Style(NamedTuple):
-    """What the backward of one layer's style term needs; see :func:`fastperc.ops.gram_loss.gram_loss_fwd`."""
+    """What the backward of a Gram term needs; see :func:`fastperc.ops.gram_loss.gram_loss_fwd`."""
 
-    delta: Tensor
+    delta: Tensor  # half of the sum's slopes, in the form of the backend
     scale: Tensor  # [1]
-    position: int  # among the style's layers
+    position: int  # among the terms
     backend: str  # of ``fastperc.ops.gram_loss.KERNELS``
 
 
-class Tap(NamedTuple):
-    """The terms at a layer whose features are kept."""
+class SavedTap(NamedTuple):
+    """What the backward of the terms at a tap needs."""
 
-    style: Style | None
-    grad_style: Tensor | None  # scalar: of the layer's style term, if it has one
-    target: Tensor | None  # the content's features, at the content layer
-    grad_content: Tensor  # scalar
+    tap: Tap
+    maps: list[Tensor]  # [n, C, H, W]: the output's, if a term needs them; emptied by their use
+    contents: list[Content]  # emptied by their use
+    styles: list[Style]
+
+
+class Compared(NamedTuple):
+    """A content term of some images."""
+
+    value: Tensor  # scalar
+    size: Tensor | None  # scalar: against zeros
+    saved: Tensor  # for ``Content``
+
+
+def slopes_(difference: Tensor, criterion: str) -> Tensor:
+    """The derivatives of each element's distance by ``difference``, over ``SLOPE_FACTORS``; changes ``difference``."""
+    if criterion == "l2":
+        return difference
+    return difference.sign_() if criterion == "l1" else difference.clamp_(-1, 1)
 
 
 class NativePasses:
     """The passes between the convolutions and at the taps, in C++ and plain PyTorch."""
 
     passes: Passes = _native
+    keeps_maps = False  # whether the backward of a content term needs the output's maps
 
-    def compare(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The means of (features − target)² and of target²."""
-        features, target = reference.widen(features), reference.widen(target)
+    def compare(self, x: Tensor, target: Tensor, criterion: str, sized: bool) -> Compared:
+        """The mean distance between ``x`` and ``target``, and, if ``sized``, between ``target`` and zeros; overwrites
+        ``target`` with the slopes."""
         # Not mse_loss, which takes the memory twice, nor vector_norm, which adds millions of float32 one by one.
-        return (features - target).square_().mean(), target.square().mean()
-
-    def tap_gradient(self, x: Tensor, layer: SavedLayer, above: Tensor | None, tap: Tap) -> Tensor:
-        """The gradient before the ReLU of a layer whose features ``x`` are kept; it may overwrite ``above``."""
-        if above is None:
-            grad = torch.zeros_like(x)
+        size = reference.distances(reference.widen(target), criterion).mean() if sized else None
+        if target.dtype in (torch.float32, torch.float64):
+            difference = torch.sub(x, target, out=target)
         else:
-            grad = above if layer.winners is None else unpool(above, layer, self.passes)
-        if tap.style is not None:
-            assert tap.grad_style is not None
-            slope = tap.style.delta * (tap.grad_style * (4 / x.numel()))
+            difference = reference.widen(x) - reference.widen(target)
+        value = reference.distances(difference, criterion).mean()
+        slopes = slopes_(difference, criterion)
+        return Compared(value, size, target if slopes is target else target.copy_(slopes))
+
+    def slopes(self, x: Tensor | None, content: Content) -> Tensor:
+        """The slopes of a content term, in memory that nothing else uses any more."""
+        return content.saved
+
+    def tap_gradient(self, saved: SavedTap, grads: Tensor, layer: SavedLayer, above: Tensor | None) -> Tensor:
+        """The gradient at a tap (after a ReLU: before it); it may overwrite ``above``. ``grads`` [terms] are those of
+        the terms."""
+        after_relu = saved.tap.kind == "relu"
+        grad = unpool(above, layer, self.passes) if above is not None and after_relu else above
+        x = saved.maps.pop() if saved.maps else None
+        for style in saved.styles:
+            assert x is not None
+            grad = torch.zeros_like(x) if grad is None else grad
+            slope = style.delta * (grads[style.position] * (4 / x.numel()))
             if grad.dtype == slope.dtype:
                 grad.flatten(2).baddbmm_(slope, x.flatten(2))
             else:
                 grad += torch.bmm(slope, reference.widen(x).flatten(2)).view_as(x)
-        if tap.target is not None:  # in place: nothing else uses the target any more
-            grad -= tap.target.sub_(x).mul_(tap.grad_content * (2 / x.numel()))
-        return torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
+        while saved.contents:
+            content = saved.contents.pop()
+            slopes = self.slopes(x, content)
+            slopes.mul_(grads[content.position] * (SLOPE_FACTORS[content.criterion] / slopes.numel()))
+            grad = slopes if grad is None else grad.add_(slopes)
+        assert grad is not None
+        if after_relu and x is not None:
+            torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
+        elif after_relu:
+            mask(grad, layer, self.passes)
+        return grad
 
 
 class TritonPasses(NativePasses):
     """The same as Triton kernels."""
 
+    keeps_maps = True
+
     @property
     def passes(self) -> Passes:  # type: ignore[override]
         return kernels.vgg_loss
 
-    def compare(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        difference, square = kernels.vgg_loss.content_fwd(features, target) / target.numel()
-        return difference, square
+    def compare(self, x: Tensor, target: Tensor, criterion: str, sized: bool) -> Compared:
+        """As in :class:`NativePasses`; the target stays as it is."""
+        value, size = kernels.vgg_loss.content_fwd(x, target, criterion) / target.numel()
+        return Compared(value, size, target)
 
-    def tap_gradient(self, x: Tensor, layer: SavedLayer, above: Tensor | None, tap: Tap) -> Tensor:
-        if tap.style is not None and tap.style.backend != "triton":
-            return super().tap_gradient(x, layer, above, tap)
-        grad = torch.empty_like(x) if above is None or layer.winners is not None else above
-        style = None
-        if tap.style is not None:
-            assert tap.grad_style is not None
-            style = kernels.vgg_loss.StyleTerm(tap.style.delta, tap.style.scale, tap.grad_style)
-        kernels.vgg_loss.tap_bwd(x, above, layer.winners, style, tap.target, tap.grad_content, grad)
+    def slopes(self, x: Tensor | None, content: Content) -> Tensor:
+        assert x is not None
+        return slopes_(x - content.saved, content.criterion)
+
+    def tap_gradient(self, saved: SavedTap, grads: Tensor, layer: SavedLayer, above: Tensor | None) -> Tensor:
+        several = len(saved.contents) > 1 or len(saved.styles) > 1
+        if several or any(style.backend != "triton" for style in saved.styles):
+            return super().tap_gradient(saved, grads, layer, above)
+        x, after_relu = saved.maps.pop(), saved.tap.kind == "relu"
+        if above is not None and after_relu and layer.averages:
+            above = unpool(above, layer, self.passes)
+        winners = layer.winners if after_relu else None
+        style = content = None
+        if saved.styles:
+            delta, scale, position, _ = saved.styles[0]
+            style = kernels.vgg_loss.StyleTerm(delta, scale, grads[position])
+        if saved.contents:
+            position, criterion, target = saved.contents.pop()
+            content = kernels.vgg_loss.ContentTerm(target, grads[position], criterion)
+        grad = torch.empty_like(x) if above is None or winners is not None else above
+        kernels.vgg_loss.tap_bwd(x, kernels.vgg_loss.Above(above, winners, after_relu), style, content, grad)
         return grad

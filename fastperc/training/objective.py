@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ def build_loss(
     content_layer: str,
     convention: str = "relative",
     vgg_preprocessing: str | None = None,
-    **weights: float | None,
+    **weights: Any,
 ) -> PerceptualLoss:
     """The loss that trains a network to paint in the style of an image.
 
