@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -231,8 +231,6 @@ def _operations() -> Iterator[Run]:
     yield Run("loss network, fp16", lambda: _loss_network(FP16))
     yield Run("loss network, fp32", lambda: _loss_network(FP32))
     yield Run("loss network without style, bf16", lambda: _loss_network(BF16, style=False))
-    for criterion in ("l1", "smooth_l1"):
-        yield Run(f"loss network before the ReLU, {criterion}, bf16", partial(_loss_before_relu, criterion))
     yield Run("instance norm, bf16", lambda: _instance_norm(BF16))
     yield Run("instance norm, fp32", lambda: _instance_norm(FP32))
     for name, change in (("training", nn.Module.train), ("frozen", nn.Module.eval), ("averaged", _without_momentum)):
@@ -306,20 +304,6 @@ def _loss_network(dtype: torch.dtype, style: bool = True) -> None:
     with torch.autocast("cuda", dtype, enabled=dtype != FP32):
         terms = _perceptual_loss(style)(output, photos)
     terms.total.backward()
-
-
-def _loss_before_relu(criterion: str) -> None:
-    """Content and Gram terms before a ReLU, and after one, as other libraries have them."""
-    from fastperc import ops
-    from fastperc.ops.vgg_terms import ContentTerm, GramTerm, Term
-    from fastperc.types import Tap
-
-    convs = _loss_features().frozen()
-    deepest, after_relu = Tap(len(convs) - 1, "conv"), Tap(1)
-    terms: list[Term] = [ContentTerm(deepest, criterion), ContentTerm(after_relu, criterion), GramTerm(deepest)]
-    output, target = torch.zeros(4, 3, 256, 256, requires_grad=True), torch.zeros(4, 3, 256, 256)
-    with torch.autocast("cuda", BF16):
-        ops.vgg_loss(output, target, convs, terms).values.sum().backward()
 
 
 def _instance_norm(dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from cases import GPU, RUNS, dtype_id, error, no_worse
 from fastperc import ops, use_backend
 from fastperc.models.vgg import CONVOLUTIONS
 from fastperc.ops.vgg_lpips import Network, plain_vgg_lpips
-from fastperc.types import FrozenConv
+from fastperc.types import FrozenConv, Tap
 
 KERNEL_RUNS = [run for run in RUNS if run != ("cuda", "native")]
 CASES = [
@@ -92,7 +92,7 @@ def test_same_bits_every_time_and_in_a_second_backward(network, device, backend)
 
 def test_features_as_the_target(network):
     x, target = torch.randn(2, 3, 21, 18, requires_grad=True), torch.randn(2, 3, 21, 18)
-    features = [ops.vgg_features(target, network.convs, network.taps)[i] for i in network.taps]
+    features = [*ops.vgg_features(target, network.convs, [Tap(i) for i in network.taps]).values()]
     kept = [f.clone() for f in features]
     results = []
     for given in (target, features, [f.contiguous() for f in features]):

@@ -16,6 +16,7 @@ from fastperc.models.vgg import VGG16Features
 from fastperc.models.vgg_weights import PREPROCESSING
 from fastperc.modules.norms import WideStatistics
 from fastperc.ops.vgg_lpips import Network
+from fastperc.types import Tap
 
 LAYERS = {"relu1_2": 64, "relu2_2": 128, "relu3_3": 256, "relu4_3": 512, "relu5_3": 512}  # their channels
 SMALLEST = 16  # pixels a side: below, nothing is left after four poolings
@@ -116,8 +117,8 @@ class LPIPS(WideStatistics):
         normalize = self.normalize if normalize is None else normalize
         x = self._normalized("LPIPS' target", target, normalize)
         network = self._network()
-        features = ops.vgg_features(x, network.convs, network.taps)
-        return LPIPSTarget(tuple(features[i] for i in network.taps), (x.shape[2], x.shape[3]))
+        features = ops.vgg_features(x, network.convs, [Tap(i) for i in network.taps])
+        return LPIPSTarget(tuple(features[Tap(i)] for i in network.taps), (x.shape[2], x.shape[3]))
 
     def _normalized(self, name: str, image: Tensor, normalize: bool) -> Tensor:
         """``image`` as VGG-16's first convolution expects it."""

@@ -27,7 +27,7 @@ from fastperc.ops.common import (
 )
 from fastperc.ops.lpips_distance import KERNELS, LPIPS_DISTANCE
 from fastperc.ops.vgg_chain import VGG_CONV, PackedConv, Passes, convolve_relu, convolve_turned, pack
-from fastperc.types import FrozenConv
+from fastperc.types import FrozenConv, Tap
 
 PAIRS_ON_CPU = 2  # that go through the network together
 
@@ -78,8 +78,8 @@ def plain_vgg_lpips(x: Tensor, target: Target, network: Network) -> list[Tensor]
 
 def _plain_features(x: Tensor, network: Network) -> list[Tensor]:
     convs = [conv._replace(weight=conv.weight.to(x.dtype), bias=conv.bias.to(x.dtype)) for conv in network.convs]
-    features = reference.vgg_features(x, convs, network.taps)
-    return [features[i] for i in network.taps]
+    features = reference.vgg_features(x, convs, [Tap(i) for i in network.taps])
+    return [features[Tap(i)] for i in network.taps]
 
 
 class Packed(NamedTuple):
