@@ -1,5 +1,11 @@
 // LPIPS on the CPU: distances and gradients in one pass over two feature maps. A pixel's features are read from memory
-// once and then stay in the cache. Compiled without fused multiply-add, so that equal features have a distance of 0.
+// once and then stay in the cache.
+// Without fused multiply-add: a product fused into a difference would leave a distance between equal images.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
 #include "lpips_distance.h"
 
 #include <algorithm>
