@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastperc import _native, backends, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.ops.common import COMMON_CPP_SOURCES, channels_last, compute_dtype, without_slow_autocast
+from fastperc.ops.common import COMMON_CPP_SOURCES, channels_last, compute_dtype, storage_dtype, without_slow_autocast
 from fastperc.ops.vgg_chain import (
     VGG_CONV,
     PackedConv,
@@ -42,9 +42,10 @@ def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[Tap]) 
         ValueError: there is no such tap, or the images are smaller than the poolings.
     """
     check_taps(taps, convs, x.shape)
-    dtype = compute_dtype(x)
+    stored = storage_dtype(x)
     with without_slow_autocast(x):
-        return VGG_FEATURES(x.to(dtype), convs, taps)
+        maps = VGG_FEATURES(x.to(compute_dtype(x)), convs, taps)
+    return {tap: features.to(stored) for tap, features in maps.items()}
 
 
 # Why a backend cannot serve
