@@ -33,7 +33,10 @@ def test_matches_the_formula(shape, dtype, layout, device):
         again = with_gradient(fastperc.gram_matrix, x, weights.to(wide))
     assert gram.dtype == wide and gradient.dtype == dtype
     assert torch.equal(gram, gram.mT) and torch.equal(gram, again[0]) and torch.equal(gradient, again[1])
-    assert error(gram, exact[0]) < LOSS_ERROR[dtype] and error(gradient, exact[1]) < GRAD_ERROR[dtype]
+    with use_backend("reference"):  # a BLAS library without AVX2 rounds more than the tolerances allow
+        stock = with_gradient(fastperc.gram_matrix, x, weights.to(wide))
+    assert error(gram, exact[0]) < max(LOSS_ERROR[dtype], 1.5 * error(stock[0], exact[0]))
+    assert error(gradient, exact[1]) < max(GRAD_ERROR[dtype], 1.5 * error(stock[1], exact[1]))
 
 
 @pytest.mark.parametrize("channels", [1, 63, 64, 65, 128])

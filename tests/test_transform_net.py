@@ -11,7 +11,7 @@ import torch
 from cases import error
 from variants import VARIANTS, activations, build_variant, variant_id
 
-from fastperc import ResidualBlock, SubpixelConvBNReLU, TransformNet
+from fastperc import ResidualBlock, SubpixelConvBNReLU, TransformNet, use_backend
 from fastperc.presets import PRESETS
 
 
@@ -21,7 +21,8 @@ def test_matches_the_oracle(variant, training):
     preset, residual, _ = variant
     net = build_variant(*variant).train(training)
     # The state before the forward: in training mode that updates the running statistics.
-    weights = oracle.Weights(copy.deepcopy(net.state_dict()), net.config["norm"])
+    before = copy.deepcopy(net)
+    weights = oracle.Weights(before.state_dict(), net.config["norm"])
     x = torch.rand(2, 3, 36, 29)
     upstream = torch.randn(2, 3, 36, 29)
 
@@ -36,7 +37,12 @@ def test_matches_the_oracle(variant, training):
 
     assert y.shape == x.shape
     assert error(y, expected) < 1e-5
-    assert error(x32.grad, x64.grad) < 5e-4
+    stock = x.clone().requires_grad_()
+    with use_backend("reference"):  # without AVX2 rounding alone makes more than 5e-4
+        stock_net = copy.deepcopy(before)
+        stock_net(stock).backward(upstream)
+    assert error(x32.grad, x64.grad) < max(5e-4, 1.5 * error(stock.grad, x64.grad))
+    of_stock = {name: parameter.grad for name, parameter in stock_net.named_parameters()}
     largest = max(w.grad.norm().item() for w in weights.tensors.values() if w.grad is not None)
     for name, parameter in net.named_parameters():
         gradient = weights.tensors[name].grad
@@ -44,7 +50,7 @@ def test_matches_the_oracle(variant, training):
         if gradient.norm() < 1e-9 * largest:
             assert parameter.grad.norm() < 1e-5 * largest, name
         else:
-            assert error(parameter.grad, gradient) < 5e-4, name
+            assert error(parameter.grad, gradient) < max(5e-4, 1.5 * error(of_stock[name], gradient)), name
 
 
 @pytest.mark.parametrize("preset", PRESETS)
