@@ -106,17 +106,19 @@ def forward_chain(x: Tensor, images: int, convs: Sequence[PackedConv], taps: Tap
             x = x.relu() if before_relu in taps.kept else x.relu_()
         else:
             x = convolve_relu(x, conv)
-        is_visited = after_relu in taps.places
-        if is_visited and not taps.late:
+        is_tap = after_relu in taps.places
+        is_late = is_tap and taps.late
+        if is_tap and not is_late:
             x = taps.visit(after_relu, x)
         pooled = after_pool in taps.places or (i < last and convs[i + 1].pooled)
-        winners_mask = pooled and not conv.averages and (taps.late or not is_visited)
-        is_masked = after_relu in taps.kept or winners_mask
+        winners_mask = pooled and not conv.averages and (is_late or not is_tap)
+        nothing_to_mask = is_late and after_relu.place == deepest
+        is_masked = after_relu in taps.kept or winners_mask or nothing_to_mask
         bits = None if is_masked or images == 0 else _positive(x[:images], passes)
         shape, winners, before_pool = x[:images].shape, None, x
         if pooled:
             x, winners = _pool(x, images, conv.averages, passes)
-        if is_visited and taps.late:
+        if is_late:
             taps.visit(after_relu, before_pool)
         del before_pool
         if after_pool in taps.places:
