@@ -76,6 +76,10 @@ class Taps(NamedTuple):
     places: Collection[Tap]
     kept: Collection[Tap] = ()
     """The taps whose maps ``visit`` keeps for the backward, or gives to the caller: nothing may change them."""
+    late: bool = False
+    """Whether ``visit`` comes to a tap after a ReLU when the bits are taken and the pooling is done, if there is one.
+    Then it may overwrite the maps, unless a convolution reads them next, and its gradient enters the backward before
+    the ReLU, at the tap of the convolution."""
 
 
 class Passes(Protocol):
@@ -102,18 +106,31 @@ def forward_chain(x: Tensor, images: int, convs: Sequence[PackedConv], taps: Tap
             x = x.relu() if before_relu in taps.kept else x.relu_()
         else:
             x = convolve_relu(x, conv)
-        if after_relu in taps.places:
+        is_tap = after_relu in taps.places
+        is_late = is_tap and taps.late
+        if is_tap and not is_late:
             x = taps.visit(after_relu, x)
         pooled = after_pool in taps.places or (i < last and convs[i + 1].pooled)
-        is_masked = after_relu in taps.kept or (pooled and not conv.averages and after_relu not in taps.places)
+        winners_mask = pooled and not conv.averages and (is_late or not is_tap)
+        nothing_to_mask = is_late and after_relu.place == deepest
+        is_masked = after_relu in taps.kept or winners_mask or nothing_to_mask
         bits = None if is_masked or images == 0 else _positive(x[:images], passes)
-        shape, winners = x[:images].shape, None
+        shape, winners, before_pool = x[:images].shape, None, x
         if pooled:
             x, winners = _pool(x, images, conv.averages, passes)
+        if is_late:
+            taps.visit(after_relu, before_pool)
+        del before_pool
         if after_pool in taps.places:
             x = taps.visit(after_pool, x)
         layers.append(SavedLayer(shape, bits, winners, pooled and conv.averages))
     return layers
+
+
+def chunks(x: Tensor, images_on_cpu: int) -> list[slice]:
+    """The images that go through the chain together: on a GPU all of them, on a CPU ``images_on_cpu``."""
+    step = len(x) if x.device.type == "cuda" else images_on_cpu
+    return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
 def _positive(x: Tensor, passes: Passes) -> Tensor:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from fastperc import _native, backends, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.ops.common import COMMON_CPP_SOURCES, channels_last, compute_dtype, storage_dtype, without_slow_autocast
+from fastperc.ops.common import (
+    COMMON_CPP_SOURCES,
+    channels_last,
+    compute_dtype,
+    storage_dtype,
+    why_not_here,
+    without_slow_autocast,
+)
 from fastperc.ops.vgg_chain import (
     VGG_CONV,
     PackedConv,
@@ -53,10 +60,17 @@ def vgg_features(x: Tensor, convs: Sequence[FrozenConv], taps: Collection[Tap]) 
 
 def why_not_fused(x: Tensor, convs: Sequence[FrozenConv], backend: str) -> str | None:
     """Why ``backend`` cannot run ``convs`` on ``x``, or ``None``."""
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses plain PyTorch itself"
+    if reason := why_not_frozen_convs(x, convs, backend):
+        return reason
     if any(conv.weight.requires_grad or conv.bias.requires_grad for conv in convs):
         return "the loss network's weights want gradients"
+    return None
+
+
+def why_not_frozen_convs(x: Tensor, convs: Sequence[FrozenConv], backend: str) -> str | None:
+    """Why ``backend`` cannot run ``convs`` on ``x`` even if their weights want no gradients, or ``None``."""
+    if reason := why_not_here():
+        return reason
     if x.shape[0] == 0:
         return "the batch is empty"
     if backend == "native":

@@ -17,7 +17,7 @@ from fastperc import backends, reference
 from fastperc.backends import CannotServe, Implementation, Operation, TuningCases, register
 from fastperc.ops.common import compute_dtype, without_slow_autocast
 from fastperc.ops.gram_loss import GRAM_LOSS
-from fastperc.ops.vgg_chain import PackedConv, SavedLayer, Taps, backward_chain, forward_chain
+from fastperc.ops.vgg_chain import PackedConv, SavedLayer, Taps, backward_chain, chunks, forward_chain
 from fastperc.ops.vgg_features import (
     PASSES,
     SOURCES,
@@ -39,6 +39,8 @@ from fastperc.ops.vgg_terms import (
     plain_values,
 )
 from fastperc.types import FrozenConv, Tap
+
+IMAGES_ON_CPU = 1  # that go through the network together
 
 
 def vgg_loss(
@@ -89,12 +91,6 @@ def plain_vgg_loss(
     with torch.no_grad():
         targets = reference.vgg_features(target, convs, taps) if taps else {}
     return plain_values(maps, targets, terms, sized)
-
-
-def chunks(x: Tensor) -> list[slice]:
-    """The images that go through the chain together: on a GPU all of them, on a CPU one."""
-    step = len(x) if x.device.type == "cuda" else 1
-    return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
 class Problem(NamedTuple):
@@ -229,7 +225,7 @@ class _Chunk:
 
 
 def run(output: Tensor, target: Tensor, problem: Problem) -> tuple[LossValues, list[Tape]]:
-    """The values, and what their backward needs: a tape for each of :func:`chunks`."""
+    """The values, and what their backward needs: a tape for each of the batch's chunks."""
     wide = torch.promote_types(output.dtype, torch.float32)
     values = output.new_zeros(len(problem.terms), dtype=wide)
     sizes = values.new_zeros(len(values) if problem.sized else 0)
@@ -237,7 +233,7 @@ def run(output: Tensor, target: Tensor, problem: Problem) -> tuple[LossValues, l
         values.add_(0 * output.sum(dtype=wide))  # keeps NaN, which cuDNN's ReLU may drop
     tapes = []
     with backends.on_device(output):
-        for images in chunks(output):
+        for images in chunks(output, IMAGES_ON_CPU):
             own = output[images]
             chunk, share = _Chunk(problem, len(own), wide), len(own) / len(output)
             tape = chunk.forward(own, target[images])
@@ -284,7 +280,7 @@ class _VGGLoss(torch.autograd.Function):
             tapes = run(output, target, problem)[1]
         grad = torch.empty_like(output)
         with backends.on_device(output), torch.autocast(output.device.type, enabled=False):
-            for images in reversed(chunks(output)):
+            for images in reversed(chunks(output, IMAGES_ON_CPU)):
                 tape, share = tapes.pop(), len(output[images]) / len(output)
                 functions = tap_gradients(problem.passes, tape, share * grads)
                 gradient = backward_chain(tape.layers, problem.convs, functions, problem.passes.passes)
