@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds",
         type=float,
-        default=0.5,
+        default=0.3,
         help="time to spend on the rounds of one measurement (default: %(default)s)",
     )
     group.addoption("--tiny", action="store_true", help="run the smallest case of each file only, to try the code")

@@ -282,7 +282,8 @@ def measure(benchmark: Any, case: Case, provider: Provider, seconds: float, rows
         if seconds_a_call < (PATIENCE if is_off_the_cliff(case, provider, seconds_a_call) else LONG):
             seconds_a_call = seconds_of(step)
         timed_once = is_off_the_cliff(case, provider, seconds_a_call)
-        rounds = 1 if timed_once else min(200, max(5, int(seconds / seconds_a_call)))
+        fewest = 5 if seconds_a_call < LONG else 3
+        rounds = 1 if timed_once else min(200, max(fewest, int(seconds / seconds_a_call)))
         benchmark.group = f"{case.operation} {case.direction} {case.shape} {case.dtype}"
         benchmark.pedantic(step, setup=evict_caches, rounds=rounds, warmup_rounds=int(DEVICE == "cuda"))
     row = make_row(Measurement(case, provider, expected.costs, max(error), peak, timed_once), benchmark.stats.stats)
