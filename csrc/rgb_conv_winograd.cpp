@@ -3,14 +3,13 @@
 // at every third row and column, so block (i, j) of an output tile reads the tile i below it and j to its right, and
 // each tile is transformed once:
 //
-//   V[I, J] = Bᵀ d B of tile (I, J)              [25, C]
+//   V[I, J] = Bᵀ d B of tile (I, J)                   [25, C]
 //   M[I, J] = Σ over i, j of V[I+i, J+j] · U[i, j]    [25, O]
-//   y = Aᵀ M A                                   [3, 3, O]
+//   y = Aᵀ M A                                        [3, 3, O]
 //
 // From RGB, the sum over j and the three channels is one product, of 9 adjacent numbers of V. To RGB, three columns
-// would leave most of a register empty, so the blocks j are columns too: a product has 9 columns, and M is the sum of
-// three of its rows. A thread takes a strip of tiles at a time, and keeps those rows of V in its L2 cache that it
-// reads.
+// would leave most of a register empty, so the blocks are columns too: a product has 27, and M is the sum of nine of
+// its places. A thread takes a strip of tiles at a time, whose V or products stay in its L2 cache.
 #include <algorithm>
 #include <type_traits>
 
@@ -52,6 +51,19 @@ struct Strips {
   }
 };
 
+// to [5, step] = Bᵀ of five rows, of the floats from `first` on; a row that is null has zeros.
+template <int lanes>
+FASTPERC_INLINE void transform_rows(const float* const (&rows)[width], std::int64_t first, float* to,
+                                    std::int64_t step) {
+  const Vector<lanes> zero = {};
+  Vector<lanes> d[width], v[width];
+#pragma GCC unroll 5
+  for (int i = 0; i < width; ++i) d[i] = rows[i] ? at<lanes>(rows[i] + first) : zero;
+  Transform<tile>::input(d, v);
+#pragma GCC unroll 5
+  for (int i = 0; i < width; ++i) at<lanes>(to + i * step) = v[i];
+}
+
 // to [5, step] = Bᵀ of five rows of x [rows, columns, in], for the pixels of `tiles` tiles from (row, column) on.
 template <int lanes>
 FASTPERC_INLINE void transform_down(const float* x, const RGBConvShape& s, std::int64_t row, std::int64_t column,
@@ -62,16 +74,6 @@ FASTPERC_INLINE void transform_down(const float* x, const RGBConvShape& s, std::
     const bool zero = !s.reflect && (position < 0 || position >= s.rows);
     rows[i] = zero ? nullptr : x + reflected(position, s.rows) * s.columns * s.in;
   }
-  const auto transform = [&](auto lane, std::int64_t from, float* place) {
-    constexpr int n = decltype(lane)::value;
-    const Vector<n> zero = {};
-    Vector<n> d[width], v[width];
-#pragma GCC unroll 5
-    for (int i = 0; i < width; ++i) d[i] = rows[i] ? at<n>(rows[i] + from) : zero;
-    Transform<tile>::input(d, v);
-#pragma GCC unroll 5
-    for (int i = 0; i < width; ++i) at<n>(place + i * step) = v[i];
-  };
   for (std::int64_t pixel = 0, run; pixel < tile * tiles + 2; pixel += run) {
     std::int64_t position = tile * column - s.left + pixel;
     float* place = to + pixel * s.in;
@@ -83,10 +85,8 @@ FASTPERC_INLINE void transform_down(const float* x, const RGBConvShape& s, std::
     }
     position = reflected(position, s.columns);
     std::int64_t i = 0;
-    for (; i + lanes <= run * s.in; i += lanes) {
-      transform(std::integral_constant<int, lanes>(), position * s.in + i, place + i);
-    }
-    for (; i < run * s.in; ++i) transform(std::integral_constant<int, 1>(), position * s.in + i, place + i);
+    for (; i + lanes <= run * s.in; i += lanes) transform_rows<lanes>(rows, position * s.in + i, place + i, step);
+    for (; i < run * s.in; ++i) transform_rows<1>(rows, position * s.in + i, place + i, step);
   }
 }
 
