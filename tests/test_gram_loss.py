@@ -344,3 +344,15 @@ def test_copies_and_pickles():
 def test_refuses_layers_that_do_not_fit(features, targets, told):
     with pytest.raises(ValueError, match=told):
         ops.gram_loss(features, targets)
+
+
+def test_layers_made_of_each_other_in_a_gradient_that_is_differentiated_again():
+    x = torch.randn(1, 8, 12, 12, dtype=torch.float64, requires_grad=True)
+    targets = [torch.zeros(1, 8, 8, dtype=torch.float64)] * 2
+
+    def gradient(create_graph):
+        first = x * 1
+        losses = ops.gram_loss([first, 3 * first.tanh()], targets)
+        return torch.autograd.grad(losses.sum(), x, create_graph=create_graph)[0]
+
+    assert error(gradient(True), gradient(False)) < 1e-12

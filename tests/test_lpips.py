@@ -377,3 +377,22 @@ def test_images_that_do_not_fit(loss, a, b, told):
 def test_other_options_are_refused(files, options, told):
     with pytest.raises(ValueError, match=told):
         LPIPS(**files, **options)
+
+
+def test_the_mean_over_no_images_is_zero(files):
+    empty = torch.zeros(0, 3, 32, 32)
+    assert LPIPS(**files, reduction="mean")(empty, empty) == 0
+
+
+def test_a_network_that_leaves_the_range_can_be_evaluated(loss):
+    with torch.no_grad():
+        assert loss(9 * torch.rand(1, 3, 32, 32), images(1, 3, 32, 32)).isfinite().all()
+
+
+def test_second_image_made_of_the_first_in_a_gradient_that_is_differentiated_again(loss):
+    x = images(1, 3, 32, 32, wanted=True)
+    gradients = [
+        torch.autograd.grad(loss(x.tanh(), (x.tanh() * 0.5).sin()).sum(), x, create_graph=create)[0]
+        for create in (False, True)
+    ]
+    assert error(gradients[1], gradients[0]) < 1e-4

@@ -297,3 +297,7 @@ def test_wrong_arguments_get_one_sentence(features, monkeypatch):
     monkeypatch.setattr(image_range, "_warned", False)
     with pytest.warns(UserWarning, match="should be RGB in −1…1"):
         loss(x, 5 * x)
+
+
+def test_no_style_layers_are_no_style(features):
+    assert PerceptualLoss(features, "target", content_layers=features.layers[:1], style_layers={}).style_layers == {}

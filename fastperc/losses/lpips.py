@@ -105,7 +105,8 @@ class LPIPS(WideStatistics):
         terms = ops.vgg_lpips(x, target, self._network(), in0.shape[2:] if self.spatial else None)
         distance = torch.stack(terms).sum(dim=0)
         if self.reduction != "none":
-            distance = distance.mean() if self.reduction == "mean" else distance.sum()
+            count = max(distance.numel(), 1) if self.reduction == "mean" else 1  # a batch of no images gives 0
+            distance = distance.sum() / count
         return (distance, terms) if retPerLayer else distance
 
     @torch.no_grad()
@@ -126,7 +127,8 @@ class LPIPS(WideStatistics):
             raise ValueError(
                 f"{name} must be RGB [N, 3, H, W] with H and W of at least {SMALLEST}, got shape {list(image.shape)}"
             )
-        check_range(name, image, limits=(0.0, 1.0) if normalize else (-1.0, 1.0))
+        evaluates = not torch.is_grad_enabled()  # a network's output, which wants no gradient then
+        check_range(name, image, evaluates, (0.0, 1.0) if normalize else (-1.0, 1.0))
         dtype = torch.promote_types(image.dtype, self.features.convs["1_1"].weight.dtype)  # type: ignore[arg-type]
         image = reference.widen(image)
         return self.features.normalized(image if normalize else (image + 1) / 2).to(dtype)

@@ -141,7 +141,8 @@ class PerceptualLoss(WideStatistics):
         if content_layers is None:
             content_layers = checked_content_layer(options.get("content_layer", CONTENT_LAYER))
         self.content_layers = weighted_layers(content_layers)
-        self.style_layers = {} if style is None else weighted_layers(style_layers or features.layers)
+        style_layers = features.layers if style_layers is None else style_layers
+        self.style_layers = {} if style is None else weighted_layers(style_layers)
         check_style(style)
         missing = [layer for layer in (*self.content_layers, *self.style_layers) if layer not in features.layers]
         if missing:
@@ -244,7 +245,7 @@ class PerceptualLoss(WideStatistics):
         total = None
         for i, (weight, numbers) in enumerate(parts):
             value = as_norm(values[i], numbers, criterion)
-            if self.convention == "relative":
+            if self.convention == "relative" and numbers:
                 value = value / as_norm(sizes[i], numbers, criterion)
             value = value if weight == 1 else weight * value
             total = value if total is None else total + value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -98,6 +98,15 @@ def channels_adjacent(skip: Tensor | None) -> Tensor | None:
 def empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Uninitialised memory of ``shape``, channels-last, with the dtype and device of ``x``."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def siblings(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Views of ``tensors``, of which none is made of another.
+
+    A backward that differentiates its forward again asks for the gradients to them: to the tensors themselves autograd
+    would add what reaches one through another.
+    """
+    return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
 
 
 def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastperc import backends, kernels, reference
 from fastperc.collective import gathered
-from fastperc.ops.common import channels_last, compute_dtype
+from fastperc.ops.common import channels_last, compute_dtype, siblings
 from fastperc.ops.kinds import STEM, GradientTarget, Layer, Weight, partials_of
 from fastperc.ops.norm_relu import group_of
 from fastperc.types import Deferred
@@ -78,6 +78,7 @@ class _ConvChain(torch.autograd.Function):
         x, *parameters = saved[:count]
         needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
         if torch.is_grad_enabled():  # to be differentiated again
+            x, *parameters = siblings(saved[:count])
             leaves = [t for t, needs in zip((x, *parameters), needed) if needs]
             y = differentiable_chain(x, layers, parameters)
             grads = iter(torch.autograd.grad(y, leaves, grad, create_graph=True, materialize_grads=True))

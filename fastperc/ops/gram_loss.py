@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastperc import backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.ops.common import COMMON_SOURCES
+from fastperc.ops.common import COMMON_SOURCES, siblings
 
 PIXELS_AT_ONCE = 8192  # in a product of the BLAS library
 
@@ -197,6 +197,7 @@ class _GramLoss(torch.autograd.Function):
             list(saved[2 * layers + 1 :]),
         )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+            features = siblings(features)
             losses = torch.stack([reference.gram_loss(x, target) for x, target in zip(features, targets)])
             grads = torch.autograd.grad(losses, features, grad_losses, create_graph=True)
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastperc import _native, backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.ops.common import COMMON_CPP_SOURCES
+from fastperc.ops.common import COMMON_CPP_SOURCES, siblings
 from fastperc.ops.gram_loss import dense_format
 
 MOST_CHANNELS = 1024  # of the Triton kernel, whose programs hold all channels of a pixel
@@ -158,7 +158,7 @@ class _LpipsDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_maps: Tensor) -> tuple[Tensor | None, ...]:
         layers, none = ctx.layers, [None] * ctx.layers
-        features_a, features_b, weights = _split(ctx.saved_tensors, layers)
+        features_a, features_b, weights = _split(siblings(ctx.saved_tensors), layers)
         of_a, of_b = any(ctx.needs_input_grad[1 : 1 + layers]), any(ctx.needs_input_grad[1 + layers : 1 + 2 * layers])
         wanted = [*features_a * of_a, *features_b * of_b]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again

@@ -19,7 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastperc import _native, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
 from fastperc.collective import combine_over_processes, gathered
-from fastperc.ops.common import COMMON_CPP_SOURCES, channels_adjacent, channels_last, why_not_cpp, why_not_here
+from fastperc.ops.common import (
+    COMMON_CPP_SOURCES,
+    channels_adjacent,
+    channels_last,
+    siblings,
+    why_not_cpp,
+    why_not_here,
+)
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.InstanceNorm2d)
@@ -190,6 +197,7 @@ class _NormReLU(torch.autograd.Function):
         x, weight, bias, statistics, count = ctx.saved_tensors
         grad_skip = grad if ctx.skipped else None
         if torch.is_grad_enabled():  # to be differentiated again
+            x, weight, bias = siblings((x, weight, bias))
             if ctx.group is None:
                 y = reference.norm_relu(x, weight, bias, ctx.eps, ctx.relu, ctx.batch)
             else:
@@ -232,6 +240,7 @@ class _SyncNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
+            x, weight, bias = siblings((x, weight, bias))
             y = reference.sync_norm_relu(x, weight, bias, ctx.eps, False, ctx.group)[0]
             return *_differentiable_gradients(ctx, y, grad, x, weight, bias), None, None
         grads, wide = reference.widen(grad), reference.widen(x)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastperc import backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.ops.common import channels_last, compute_dtype, empty_like, without_slow_autocast
+from fastperc.ops.common import channels_last, compute_dtype, empty_like, siblings, without_slow_autocast
 from fastperc.ops.lpips_distance import KERNELS, LPIPS_DISTANCE
 from fastperc.ops.vgg_chain import PackedConv, Passes, SavedLayer, Taps, backward_chain, chunks, forward_chain
 from fastperc.ops.vgg_features import PASSES, SOURCES, packed_down_to, random_convs, why_not_frozen_convs
@@ -51,14 +51,17 @@ def vgg_lpips(x: Tensor, target: Target, network: Network, size: Sequence[int] |
         ValueError: images of different shapes, or features of another image size.
     """
     sides = [x, *([target] if isinstance(target, Tensor) else target)]
-    images = max(len(side) for side in sides) if min(len(side) for side in sides) else 0
-    if any(len(side) not in (1, images) for side in sides):
-        raise ValueError(f"expected as many images on both sides, or one on either, got {len(x)} and {len(sides[-1])}")
+    if any(side.shape[0] != x.shape[0] for side in sides):  # else the number of images may be unknown, in an export
+        images = max(len(side) for side in sides) if min(len(side) for side in sides) else 0
+        if any(len(side) not in (1, images) for side in sides):
+            given = f"{len(x)} and {len(sides[-1])}"
+            raise ValueError(f"expected as many images on both sides, or one on either, got {given}")
+        sides = [side.expand(images, -1, -1, -1) for side in sides]
     if isinstance(target, Tensor) and target.shape[1:] != x.shape[1:]:
         raise ValueError(f"expected images of one shape, got {list(x.shape)} and {list(target.shape)}")
     dtype = compute_dtype(x)
     with without_slow_autocast(x):
-        x, *others = (side.to(dtype).expand(images, -1, -1, -1) for side in sides)
+        x, *others = (side.to(dtype) for side in sides)
         maps = VGG_LPIPS(x, others[0] if isinstance(target, Tensor) else others, network)
         with torch.autocast(x.device.type, enabled=False):
             return reference.lpips_terms(maps, size)
@@ -207,7 +210,8 @@ class _VGGLpips(torch.autograd.Function):
         given = features if target is None else target
         nothing = (None,) * (1 + len(features))
         if torch.is_grad_enabled():  # to be differentiated again
-            maps = plain_vgg_lpips(x, given, network.plain)
+            x, target = siblings((x, target))
+            maps = plain_vgg_lpips(x, features if target is None else target, network.plain)
             grads = torch.autograd.grad(maps, (x, target)[:sides], grad_maps, create_graph=True, allow_unused=True)
             return *grads, *(None,) * (2 - sides), *nothing
         tapes, ctx.tapes = ctx.tapes, None
