@@ -258,8 +258,11 @@ class PerceptualLoss(WideStatistics):
         return channels**2 if is_mean else 1
 
     def _tv_term(self, output: Tensor) -> Tensor:
-        """The total variation of ``output`` in 0–1, weighted."""
-        if not self.tv_weight:
+        """The total variation of ``output`` in 0–1, weighted.
+
+        In style transfer it is computed with a weight of 0 too: it shows pixels that are not finite.
+        """
+        if not self.tv_weight and self.convention == "plain":
             computed = (self.content_weight and self.content_layers) or (self.style_weight and self.style_layers)
             zero = output.new_zeros(()) if computed else 0 * output.sum()  # which has a gradient, as a loss has
             return zero.to(torch.promote_types(zero.dtype, torch.float32))
