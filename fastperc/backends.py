@@ -124,7 +124,9 @@ class Operation:
         """The implementation that ``use_backend`` or ``use_implementation`` asks for."""
         asked = [one for one in self.implementations if one.name == _pinned.get(self.name)]
         if not asked:
-            asked = [one for one in self.implementations if one.backend in (_forced, None)]  # None: of operations
+            asked = [one for one in self.implementations if one.backend == _forced]
+            if all(one.label for one in asked):  # ways for some shapes, beside what is made of other operations
+                asked += [one for one in self.implementations if one.backend is None]
         able = [one for one in asked if one.why_not(*call) is None]
         if not able:
             reasons = [f"{one.label and one.label + ': '}{one.why_not(*call)}" for one in asked]

@@ -221,7 +221,7 @@ def test_an_unknown_style_is_refused(refused):
         ("missing.npz", "relu2_2", "missing.npz: no such file"),
         ("photo.png", "relu2_2", "photo.png: not a file of tensors"),
         (None, "relu1_2,relu4_3", "has no conv3_1, so it cannot give relu4_3"),
-        (None, "relu1_2,relu9_9", "no such VGG-16 layer: relu9_9; there are relu1_1"),
+        (None, "relu1_2,relu9_9", "no such VGG-16 layer: relu9_9; there are "),
         (None, " , ", "--style-layers: no name given"),
     ],
     ids=["missing", "photo", "too-shallow", "unknown-layer", "no-layer"],
