@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,8 +29,10 @@ from cases import SHALLOW_VGG
 from pictures import picture
 from refusals import check_refused
 
-if not torch.cuda.is_available():  # set before any kernel is imported
+if not torch.cuda.is_available():  # set before any kernel is imported, and before Triton's own functions are
     os.environ["TRITON_INTERPRET"] = "1"
+    with suppress(ImportError):
+        import triton.language  # noqa: F401
 
 import fastperc
 from fastperc import _native, devices, dispatch
