@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from functools import partial
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
