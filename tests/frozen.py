@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastperc import use_backend
 from fastperc.ops import onednn
-from fastperc.types import Epilogue, InstanceNorm
+from fastperc.types import Epilogue, FrozenConv, InstanceNorm
 
 
 def runs(native: Callable[[torch.Tensor], str | None]) -> list[Any]:
@@ -80,3 +80,18 @@ def filters(*shape: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 def instance_norm(channels: int, device: str) -> InstanceNorm:
     return InstanceNorm(torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device), 1e-5)
+
+
+def narrow_vgg(averages=False):
+    """Like VGG-16, five layers deep and narrow: 3 → 16 → 16, pool, → 32 → 32, pool, → 32."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(3, 16, False), (16, 16, False), (16, 32, True), (32, 32, False), (32, 32, True)]
+    return [
+        FrozenConv(
+            torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i)) ** 0.5,
+            torch.randn(o, generator=generator) * 0.1,
+            pooled,
+            averages,
+        )
+        for i, o, pooled in sizes
+    ]

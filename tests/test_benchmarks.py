@@ -115,6 +115,21 @@ class FakeBenchmark:
         self.stats = SimpleNamespace(stats=stats)
 
 
+def identity_case(fused):
+    """A case of no work, computed by ``fused``."""
+    return harness.Case(
+        "tv_loss",
+        "inference",
+        "8",
+        "fp32",
+        module=nn.Identity,
+        inputs=lambda: (torch.rand(8),),
+        reference=networks.forward,
+        fused=fused,
+        tolerance=(1e-6, 0),
+    )
+
+
 class TestHarness:
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     @pytest.mark.parametrize("name", BENCHES)
@@ -234,17 +249,7 @@ class TestHarness:
 
             return wrap
 
-        case = harness.Case(
-            "tv_loss",
-            "inference",
-            "8",
-            "fp32",
-            module=nn.Identity,
-            inputs=lambda: (torch.rand(8),),
-            reference=networks.forward,
-            fused=networks.forward,
-            tolerance=(1e-6, 0),
-        )
+        case = identity_case(networks.forward)
         for provider in (
             providers.Provider("reference", False, wrap_step=sleeping(1)),
             providers.Provider("fused", True, wrap_step=sleeping(1)),
@@ -260,17 +265,7 @@ class TestHarness:
         def fail(*inputs):
             raise RuntimeError("first line\nno such primitive")
 
-        case = harness.Case(
-            "tv_loss",
-            "inference",
-            "8",
-            "fp32",
-            module=nn.Identity,
-            inputs=lambda: (torch.rand(8),),
-            reference=networks.forward,
-            fused=fail,
-            tolerance=(1e-6, 0),
-        )
+        case = identity_case(fail)
         benchmark = SimpleNamespace(disabled=True, pedantic=lambda step: step())
         with pytest.raises(RuntimeError, match="no such primitive"):
             harness.measure(benchmark, case, providers.Provider("fused", True), 0.1, None)

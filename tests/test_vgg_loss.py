@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import RUNS, dtype_id, error, half_precision, no_worse
+from frozen import narrow_vgg
 from torch import Tensor
 
 from fastperc import _native, gram_matrix, ops, reference, use_backend
@@ -35,17 +36,7 @@ TERMS = {  # the content layer, and the style layers, of a network whose pooling
 
 @pytest.fixture(scope="module")
 def convs():
-    """Like VGG-16, five layers deep and narrow: 3 → 16 → 16, pool, → 32 → 32, pool, → 32."""
-    generator = torch.Generator().manual_seed(3)
-    sizes = [(3, 16, False), (16, 16, False), (16, 32, True), (32, 32, False), (32, 32, True)]
-    return [
-        FrozenConv(
-            torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i)) ** 0.5,
-            torch.randn(o, generator=generator) * 0.1,
-            pooled,
-        )
-        for i, o, pooled in sizes
-    ]
+    return narrow_vgg()
 
 
 class Terms(NamedTuple):

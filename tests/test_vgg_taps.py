@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import RUNS, dtype_id, error, half_precision, no_worse
+from frozen import narrow_vgg
 
 from fastperc import ops, reference, use_backend
 from fastperc.ops.vgg_loss import plain_vgg_loss
@@ -32,18 +33,7 @@ TAPS = {  # of a network of five convolutions, whose poolings stand after 1, 3 a
 
 @pytest.fixture(scope="module", params=[False, True], ids=["max", "average"])
 def convs(request):
-    """Like VGG-16, five layers deep and narrow: 3 → 16 → 16, pool, → 32 → 32, pool, → 32."""
-    generator = torch.Generator().manual_seed(3)
-    sizes = [(3, 16, False), (16, 16, False), (16, 32, True), (32, 32, False), (32, 32, True)]
-    return [
-        FrozenConv(
-            torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i)) ** 0.5,
-            torch.randn(o, generator=generator) * 0.1,
-            pooled,
-            request.param,
-        )
-        for i, o, pooled in sizes
-    ]
+    return narrow_vgg(averages=request.param)
 
 
 def moved(convs, device, dtype):

@@ -17,7 +17,7 @@ except ImportError as error:  # installed without a compiler, or broken
     _C, _has_cuda = None, False  # type: ignore[assignment]
     _missing = f"the compiled module fastperc._C cannot be imported ({error})"
     warnings.warn(
-        "fastperc has no compiled kernels: networks and losses run in plain PyTorch, up to three times slower on a "
+        "fastperc has no compiled kernels: networks and losses run in plain PyTorch, several times slower on a "
         "CPU; install a C++ compiler and Python's headers, then fastperc again",
         stacklevel=1,
     )
