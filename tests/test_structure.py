@@ -228,3 +228,11 @@ def test_imports_no_framework(module):
     code = f"import sys, {module}; print(*[name for name in ('torch', 'triton') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not done.stdout.split(), f"{module} imports {done.stdout}"
+
+
+def test_every_folder_with_code_is_installed():
+    """``packages`` in pyproject.toml, read without tomllib, which Python 3.10 lacks."""
+    (packages,) = re.findall(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text("utf-8"), re.M | re.S)
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fastperc").rglob("*.py")}
+    folders |= {Path("fastperc") / path.parent.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
+    assert set(re.findall(r'"(.*?)"', packages)) >= {".".join(folder.parts) for folder in folders}
