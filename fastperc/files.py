@@ -56,7 +56,7 @@ def check_writable(path: PathLike) -> Path:
         missing = [folder for folder in target.parents if not os.path.lexists(folder)]
         try:
             probe = _temporary_path(target)
-            _create(probe)
+            os.close(create(probe))
             probe.unlink()
         finally:
             for folder in missing:
@@ -140,7 +140,7 @@ def write_atomically(path: PathLike) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     temporary = _temporary_path(target)
     try:
-        _create(temporary)
+        os.close(create(temporary))
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -152,15 +152,22 @@ def write_atomically(path: PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _create(path: Path) -> None:
-    """Creates the file ``path`` and the folders it needs, which other processes may remove at the same time."""
-    for attempts_left in reversed(range(100)):
+def create(path: Path) -> int:
+    """Opens the file ``path`` to read and write, and returns its descriptor.
+
+    Creates it where it is missing, and the folders it needs, which other processes may remove while they are empty.
+
+    Raises:
+        OSError: the system allows no file there.
+    """
+    attempts = 100
+    while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            return
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except (FileNotFoundError, FileExistsError):
-            if not attempts_left:
+            attempts -= 1
+            if not attempts:
                 raise
 
 

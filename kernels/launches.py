@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -80,6 +81,9 @@ class _PretendGPU(TorchFunctionMode):
                 engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
                 ones = (torch.ones_like(args[0]),)
                 return engine.run_backward(args[:1], ones, False, False, (), True, True)
+        if getattr(func, "_qualified_op_name", "").startswith("fastperc::"):
+            with self:  # likewise off inside PyTorch's operators
+                return OPDEFS[func._qualified_op_name]._init_fn(*args, **kwargs)
         if func in LIBRARY:
             return _unwritten(func, args, kwargs)
         if func is torch.Tensor.relu_:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from cases import error
 from torch import nn
-from two_processes import free_port, in_two_processes
+from two_processes import in_two_processes
 
 from fastperc import backends, ops, use_backend
 from fastperc.collective import combine_over_processes
@@ -143,9 +143,9 @@ def test_statistics_combine(both):
     assert (first[0] == count).all() and error(first[1], mean) < 1e-6 and error(first[2], variance * count) < 1e-6
 
 
-def test_one_process_normalises_as_batch_norm():
+def test_one_process_normalises_as_batch_norm(tmp_path):
     """A group of one: PyTorch's own SyncBatchNorm refuses the CPU even then."""
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    dist.init_process_group("gloo", (tmp_path / "store").as_uri(), rank=0, world_size=1)
     try:
         x, incoming = whole_batch("3+2")
         synced, plain = (

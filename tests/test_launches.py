@@ -36,6 +36,7 @@ for number in configs.SHARED_MEMORY:
 table = runs.runs()
 alone = {run.name: runs.recorded(arch, [run]) for run in table}
 jobs = aot.triton_jobs([arch], [""])
+operators = runs.recorded(86, [run for run in table if run.name.startswith(("Gram", "LPIPS"))]).values()
 runs.NETWORKS["narrow"] = lambda: TransformNet("paper", width=24)
 outside = runs.recorded(arch, [runs.paint("narrow", (512, 512))])
 
@@ -53,6 +54,8 @@ print(json.dumps({
     "limits": limits,
     "capabilities": capabilities,
     "registers": {arch: sorted({launch.options.maxnreg or 0 for launch in paper[arch]}) for arch in paper},
+    "in_operators": sorted({launch.options.maxnreg or 0 for launch in operators if "_loss_" in launch.name
+                            or launch.name.startswith("lpips")}),
     "defined": sorted(defined),
     "descriptors": {arch: sum("tensordesc" in str(launch.signature) for launch in paper[arch]) for arch in paper},
     "conv": [launch._replace(kernel=launch.name, options=vars(launch.options), constants=[], attributes=[])
@@ -100,6 +103,7 @@ def test_launches_depend_on_the_architecture(report):
     assert report["descriptors"]["90"] > 0
     assert report["descriptors"]["80"] == report["descriptors"]["86"] == report["descriptors"]["120"] == 0
     assert report["registers"] == {"80": [0, 255], "86": [0, 255], "90": [0], "120": [0, 255]}
+    assert report["in_operators"] == [255]
 
 
 @pytest.mark.slow

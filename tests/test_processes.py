@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cases import error
 from pictures import picture
 from training_runs import finish, tensors, training_metadata
-from two_processes import COUNT, free_port, in_two_processes
+from two_processes import COUNT, in_two_processes
 
 from fastperc.cli import main
 from fastperc.errors import InputError
@@ -64,8 +64,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(both):
     assert not Path("never made").exists()
 
 
-def test_a_group_that_exists_is_used_and_left_alone():
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+def test_a_group_that_exists_is_used_and_left_alone(tmp_path):
+    dist.init_process_group("gloo", (tmp_path / "store").as_uri(), rank=0, world_size=1)
     try:
         with join_processes("cpu") as processes:
             assert processes == Processes(torch.device("cpu"), 0, 1)
@@ -110,7 +110,7 @@ def start(options, out, *more):
         "-m",
         "torch.distributed.run",
         f"--nproc-per-node={COUNT}",
-        f"--master-port={free_port()}",
+        "--standalone",  # which binds a free port itself
     ]
     command += ["-m", "fastperc", *options, "--out", str(out), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -158,7 +158,7 @@ def test_a_signal_to_the_launcher_stops_all_and_saves(options, tmp_path):
     out = tmp_path / "run"
     process = start(options, out, "--iterations", "100000", "--checkpoint-every", "100000")
     while not (out / "losses.csv").exists():
-        assert process.poll() is None
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, errors = finish(process)

@@ -59,6 +59,20 @@ def test_folders_without_files_are_removed_again(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
 
 
+def test_another_process_may_remove_the_empty_folder_at_the_worst_moment(tmp_path, monkeypatch):
+    """As the check of the other processes of one run does."""
+    system = os.open
+
+    def open_late(path, *arguments):
+        monkeypatch.setattr(os, "open", system)
+        Path(path).parent.rmdir()
+        return system(path, *arguments)
+
+    monkeypatch.setattr(os, "open", open_late)
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK).exists()
+
+
 def test_a_file_system_without_locks_trains_all_the_same(tmp_path, monkeypatch):
     def lockf(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,20 +13,14 @@ import torch.distributed as dist
 COUNT = 2
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def in_two_processes(work: Callable[[int], Any], folder: Path) -> list[Any]:
     """What ``work(rank)`` returns in each of two joined processes of one thread each, in the order of ranks."""
-    torch.multiprocessing.spawn(_run, (free_port(), work, folder), COUNT)
+    torch.multiprocessing.spawn(_run, (work, folder), COUNT)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(COUNT)]
 
 
-def _run(rank: int, port: int, work: Callable[[int], Any], folder: Path) -> None:
-    store = f"tcp://127.0.0.1:{port}"
+def _run(rank: int, work: Callable[[int], Any], folder: Path) -> None:
+    store = (folder / "store").as_uri()  # a free port may be taken by another test before it is used
     dist.init_process_group("gloo", store, rank=rank, world_size=COUNT, timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     torch.save(work(rank), folder / f"{rank}.pt")

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastperc.errors import InputError
+from fastperc.files import create
 
 CHECKPOINT = "checkpoint.safetensors"  # the network and the optimizer: what --resume reads
 MODEL = "model.safetensors"  # the network alone: what the other commands read
@@ -37,8 +38,8 @@ def locked(out: Path) -> Iterator[None]:
         InputError: another process runs there.
     """
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         file = _lock(out / LOCK)
         try:
             yield
@@ -60,7 +61,7 @@ def _lock(path: Path) -> int | None:
     except ImportError:
         return None
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = create(path)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
