@@ -7,7 +7,8 @@ serves, and the baseline the benchmarks time. Each function is written as its fo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -156,11 +157,20 @@ def activate(x: Tensor, activation: Activation | None) -> Tensor:
     """
     if activation is None:
         return x
-    if activation.name == "relu":
-        return x.relu()
-    if activation.name == "leaky_relu":
-        return F.leaky_relu(x, 0.01 if activation.slope is None else activation.slope)
-    raise ValueError(f"activation must be 'relu' or 'leaky_relu', got {activation.name!r}")
+    if activation.name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation.name!r}")
+    return ACTIVATIONS[activation.name](x, activation)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor, Activation], Tensor]] = {
+    "relu": lambda x, _: x.relu(),
+    "leaky_relu": lambda x, activation: F.leaky_relu(x, 0.01 if activation.slope is None else activation.slope),
+    "prelu": lambda x, activation: F.prelu(x, cast(Tensor, activation.slopes).to(x.dtype)),
+    "relu6": lambda x, _: F.relu6(x),
+    "silu": lambda x, _: F.silu(x),
+    "sigmoid": lambda x, _: x.sigmoid(),
+    "tanh": lambda x, _: x.tanh(),
+}
 
 
 def instance_norm(x: Tensor, norm: InstanceNorm) -> Tensor:

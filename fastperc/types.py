@@ -60,10 +60,11 @@ def same_sides(pixels: int, mode: str = "zeros") -> Padding:
 
 
 class Activation(NamedTuple):
-    """An elementwise function, by name: ``"relu"``, or ``"leaky_relu"`` with the slope of its negative side."""
+    """An elementwise function, by name. Compare names, not tuples: of two tensors ``==`` is another tensor."""
 
-    name: str
-    slope: float | None = None
+    name: str  # "relu", "leaky_relu", "prelu", "relu6", "silu", "sigmoid" or "tanh"
+    slope: float | None = None  # of the negative side of leaky_relu
+    slopes: Tensor | None = None  # of the negative side of prelu, [C] or [1]
 
 
 RELU = Activation("relu")
@@ -75,6 +76,7 @@ class Epilogue(NamedTuple):
     norm: InstanceNorm | None = None  # a batch norm is folded into the weights
     activation: Activation | None = RELU
     skip: Tensor | None = None  # [N, O, H', W'], as the output
+    out: Tensor | None = None  # where the result goes, [N, O, H', W'] with adjacent channels; default: new memory
 
 
 NO_EPILOGUE = Epilogue(activation=None)
