@@ -180,9 +180,9 @@ def describe(node: fx.Node, graph: fx.GraphModule) -> Call | None:
     if node.op == "call_module":
         module = graph.get_submodule(str(node.target))
         known = None if has_hooks(module) else of_module(module)
-        inputs = (*node.args, *node.kwargs.values())
+        inputs: tuple[Any, ...] = (*node.args, *node.kwargs.values())
         single = len(inputs) == 1 and isinstance(inputs[0], fx.Node)
-        return Call(known, (inputs[0],)) if known is not None and single else None
+        return Call(known, inputs) if known is not None and single else None
     name = plain_name(node)
     if name not in FUNCTIONS:
         return None
@@ -286,7 +286,7 @@ def _nearest(a: dict[str, Any], constant: Constants) -> Call:
     return Call(Upsample(), (a["input"],))
 
 
-def _sum(a: dict[str, Any], constant: Constants, sign: float = 1.0) -> Call:
+def _sum(a: dict[str, Any], constant: Constants, sign: int = 1) -> Call:
     both, factor = (a["input"], a["other"]), a.get("alpha", 1)
     _require(all(isinstance(one, fx.Node) for one in both) and isinstance(factor, (int, float)))
     return Call(Add(sign * factor), both)
@@ -339,7 +339,7 @@ FUNCTIONS: dict[str, Reader] = {
     "pixel_shuffle": lambda a, constant: Call(PixelShuffle(a["upscale_factor"]), (a["input"],)),
     "cat": _concatenation,
     "add": _sum,
-    "sub": lambda a, constant: _sum(a, constant, -1.0),
+    "sub": lambda a, constant: _sum(a, constant, -1),
     "mul": _product,
     "div": lambda a, constant: _product(a, constant, -1),
     "relu": _elementwise(RELU),

@@ -64,9 +64,12 @@ class FrozenLayer:
         return y if out is None or y is out else out.copy_(y)
 
     def _convolved(self, x: Tensor, epilogue: Epilogue) -> Tensor:
-        return ops.conv_bn_relu(
-            x, self.weight, self.bias, self.stride[0], self.padding, epilogue, self.dilation[0], self.groups
-        )
+        if self.groups != 1 or self.dilation != (1, 1):  # TEMPORARY
+            return self._with_skip(x, epilogue)
+        act = epilogue.activation
+        if act is not None and act.name != "relu":
+            return reference.activate(ops.conv_bn_relu(x, self.weight, self.bias, self.stride[0], self.padding, epilogue._replace(activation=None)), act)
+        return ops.conv_bn_relu(x, self.weight, self.bias, self.stride[0], self.padding, epilogue)
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of the convolution's output."""
@@ -97,9 +100,8 @@ class FrozenLayer:
             return reference.activate(picture, epilogue.activation)
         weight, bias = in_dtype(self.weight, x.dtype), self.bias.to(x.dtype)
         if self.transposed:
-            padding = (self.padding.sides[2], self.padding.sides[0])
-            geometry = (self.stride, padding, self.output_padding, self.groups, self.dilation)
-            y = F.conv_transpose2d(x, weight, bias, *geometry)
+            zeros = (self.padding.sides[2], self.padding.sides[0])
+            y = F.conv_transpose2d(x, weight, bias, self.stride, zeros, self.output_padding, self.groups, self.dilation)
         else:
             y = F.conv2d(reference.pad(x, self.padding), weight, bias, self.stride, 0, self.dilation, self.groups)
         return reference.finish(y, epilogue)
@@ -112,7 +114,8 @@ def _instance_norm(group: Group, device: torch.device, dtype: torch.dtype) -> In
     ones = torch.ones(group.conv.channels)
     weight = ones if norm.weight is None else norm.weight.detach()
     bias = torch.zeros_like(ones) if norm.bias is None else norm.bias.detach()
-    return InstanceNorm(*((group.factor * one.double()).to(device, dtype) for one in (weight, bias)), norm.eps)
+    weight, bias = ((group.factor * one.double()).to(device, dtype) for one in (weight, bias))
+    return InstanceNorm(weight, bias, norm.eps)
 
 
 def _moved(activation: Activation | None, device: torch.device, dtype: torch.dtype) -> Activation | None:

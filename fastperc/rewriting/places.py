@@ -70,7 +70,8 @@ def plan_places(
         for node, call in calls.items()
         if isinstance(call.known, Concatenation) and _are_maps(parts := _parts(node, calls), shapes)
     }
-    places, copied = Places(like=like), set()
+    places = Places(like=like)
+    copied: set[tuple[int, fx.Node]] = set()  # by concatenations
     for node in sorted(concatenations, key=lambda node: -len(concatenations[node])):
         parts = concatenations[node]
         if node in places.views or not any(part in writers and part not in places.of for part in parts):

@@ -19,6 +19,7 @@ from fastperc.rewriting.calls import Add, Known, Same, Scale, describe
 from fastperc.rewriting.fuse import Group, groups_of
 from fastperc.rewriting.layers import FrozenLayer
 from fastperc.rewriting.places import NOWHERE, Places
+from fastperc.rewriting.trace import mutates
 from fastperc.types import Activation
 
 Run = Callable[[list[Any]], Any]  # from the values, the value of a step
@@ -155,7 +156,8 @@ class Program:
 def run_alone(node: fx.Node, network: Network) -> Run:
     """What computes a call by itself; it changes none of its inputs if the call is known."""
     number, call = network.number, network.calls.get(node)
-    if call is not None and (function := _function(call.known)) is not None:
+    function = None if call is None else _function(call.known, mutates(node, network.module))
+    if call is not None and function is not None:
         first, *others = (number[one] for one in call.inputs)
         if not others:
             return lambda values: function(values[first])
@@ -192,12 +194,14 @@ def run_group(group: Group, network: Network) -> Run:
     return run
 
 
-def _function(known: Known) -> Callable[..., Tensor] | None:
-    """A known call in plain PyTorch; ``None`` where its own module or function serves."""
+def _function(known: Known, in_place: bool) -> Callable[..., Any] | None:
+    """A known call that would run in place, with a new result; ``None`` where its own module or function serves."""
+    if isinstance(known, Same):
+        return lambda x: x
+    if not in_place:
+        return None
     if isinstance(known, Activation):
         return lambda x: reference.activate(x, known)
     if isinstance(known, Add):
-        return (lambda x, y: x + y) if known.factor == 1 else (lambda x, y: torch.add(x, y, alpha=known.factor))
-    if isinstance(known, Scale):
-        return lambda x: x * known.factor
-    return (lambda x: x) if isinstance(known, Same) else None
+        return lambda x, y: x + known.factor * y
+    return (lambda x: x * known.factor) if isinstance(known, Scale) else None
