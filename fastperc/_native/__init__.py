@@ -15,6 +15,7 @@ from fastperc._native.convolutions import (
 )
 from fastperc._native.module import _C, DTYPES, build_info, is_channels_last, reuse_freed_memory, why_not
 from fastperc._native.passes import (
+    PASS_ACTIVATIONS,
     RowLayout,
     Sides,
     channel_mean_m2,
@@ -33,6 +34,7 @@ from fastperc._native.passes import (
 
 __all__ = [
     "DTYPES",
+    "PASS_ACTIVATIONS",
     "WINOGRAD_PANEL",
     "_C",
     "RowLayout",

@@ -39,8 +39,7 @@ def native_instance_norm(x: Tensor, epilogue: Epilogue, out: Tensor | None = Non
     mean, m2 = _native.channel_mean_m2(x).unbind(1)
     scale = norm.weight / (m2 / x[0, 0].numel() + norm.eps).sqrt()
     shift = norm.bias - mean * scale
-    relu, skip = epilogue.activation is not None, channels_adjacent(epilogue.skip)
-    _native.scale_shift(x, scale.float(), shift.float(), skip, relu, out)
+    _native.scale_shift(x, scale.float(), shift.float(), channels_adjacent(epilogue.skip), epilogue.activation, out)
     return out
 
 
