@@ -44,8 +44,8 @@ ImageStrides image_strides(const std::array<std::int64_t, 4>& s) { return {s[0],
 RowStrides row_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
 WeightStrides weight_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 FeatureStrides feature_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
-WinogradShape winograd_shape(const std::array<std::int64_t, 7>& s) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
+WinogradShape winograd_shape(const std::array<std::int64_t, 9>& s) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
 }
 
 }  // namespace
@@ -213,37 +213,42 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "scale_shift_cpu",
       [](Address x, Address scale, Address shift, Address skip, Address out, const std::string& dtype,
-         const std::array<std::int64_t, 4>& shape, const std::array<std::int64_t, 4>& skip_strides, bool relu,
-         int threads) {
+         const std::array<std::int64_t, 4>& shape, const std::array<std::int64_t, 4>& skip_strides,
+         const std::string& activation, Address slopes, int threads) {
         const DType type = dtype_from_name(dtype);
+        const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;
         scale_shift_cpu(pointer<>(x), pointer<float>(scale), pointer<float>(shift), pointer<>(skip), pointer<>(out),
-                        type, image_shape(shape), image_strides(skip_strides), relu, threads);
+                        type, image_shape(shape), image_strides(skip_strides), function, threads);
       },
       py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("skip"), py::arg("out"), py::arg("dtype"),
-      py::arg("shape"), py::arg("skip_strides"), py::arg("relu"), py::arg("threads"));
+      py::arg("shape"), py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
   m.def(
       "norm_gradient_sums_cpu",
       [](Address x, Address grad, const std::array<Address, 3>& norm, Address sums, const std::string& dtype,
-         const std::array<std::int64_t, 4>& shape, bool relu, int threads) {
+         const std::array<std::int64_t, 4>& shape, const std::string& activation, Address slopes, Address y,
+         Address masked, int threads) {
         const DType type = dtype_from_name(dtype);
+        const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;
         norm_gradient_sums_cpu(pointer<>(x), pointer<>(grad), norm_pointers(norm), pointer<double>(sums), type,
-                               image_shape(shape), relu, threads);
+                               image_shape(shape), function, {pointer<>(y), pointer<>(masked)}, threads);
       },
       py::arg("x"), py::arg("grad"), py::arg("norm"), py::arg("sums"), py::arg("dtype"), py::arg("shape"),
-      py::arg("relu"), py::arg("threads"));
+      py::arg("activation"), py::arg("slopes"), py::arg("y"), py::arg("masked"), py::arg("threads"));
   m.def(
       "norm_gradient_cpu",
       [](Address x, Address grad, const std::array<Address, 3>& norm, Address factors, Address out,
-         const std::string& dtype, const std::array<std::int64_t, 4>& shape, bool relu, int threads) {
+         const std::string& dtype, const std::array<std::int64_t, 4>& shape, const std::string& activation,
+         Address slopes, int threads) {
         const DType type = dtype_from_name(dtype);
+        const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;
         norm_gradient_cpu(pointer<>(x), pointer<>(grad), norm_pointers(norm), pointer<float>(factors), pointer<>(out),
-                          type, image_shape(shape), relu, threads);
+                          type, image_shape(shape), function, threads);
       },
       py::arg("x"), py::arg("grad"), py::arg("norm"), py::arg("factors"), py::arg("out"), py::arg("dtype"),
-      py::arg("shape"), py::arg("relu"), py::arg("threads"));
+      py::arg("shape"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
 
   m.def("winograd_lanes", &winograd_lanes);
   m.def(
@@ -258,17 +263,18 @@ PYBIND11_MODULE(_C, m) {
       py::arg("tile"), py::arg("threads"));
   m.def(
       "winograd_conv_cpu",
-      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 7>& shape,
-         const std::array<std::int64_t, 4>& skip_strides, bool relu, int threads) {
+      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 9>& shape,
+         const std::array<std::int64_t, 4>& skip_strides, const std::string& activation, Address slopes, int threads) {
+        const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;
         winograd_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(skip),
-                          pointer<float>(out), winograd_shape(shape), image_strides(skip_strides), relu, threads);
+                          pointer<float>(out), winograd_shape(shape), image_strides(skip_strides), function, threads);
       },
       py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
-      py::arg("skip_strides"), py::arg("relu"), py::arg("threads"));
+      py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
   m.def(
       "winograd_weight_gradient_cpu",
-      [](Address x, Address grad, Address weight, Address bias, const std::array<std::int64_t, 7>& shape,
+      [](Address x, Address grad, Address weight, Address bias, const std::array<std::int64_t, 9>& shape,
          const std::array<std::int64_t, 4>& strides, int threads) {
         py::gil_scoped_release release;
         winograd_weight_gradient_cpu(pointer<float>(x), pointer<float>(grad), pointer<float>(weight),

@@ -63,18 +63,21 @@ void rgb_conv_head_winograd_cpu(const float* x, const float* weights, const floa
 
 // statistics [N, 2, C] = the mean and Σ (x − mean)² over the pixels of each image of x [N, H, W, C].
 void channel_statistics_cpu(const void* x, double* statistics, DType dtype, const ImageShape& shape, int threads);
-// out [N, H, W, C] = relu?(x · scale [N, C] + shift [N, C] + skip). skip may be null; its channels have stride 1. out
-// may be x.
+// out [N, H, W, C] = activation(x · scale [N, C] + shift [N, C] + skip). skip may be null; its channels have stride 1.
+// out may be x.
 void scale_shift_cpu(const void* x, const float* scale, const float* shift, const void* skip, void* out, DType dtype,
-                     const ImageShape& shape, const ImageStrides& skip_strides, bool relu, int threads);
+                     const ImageShape& shape, const ImageStrides& skip_strides, const Activation& activation,
+                     int threads);
 
-// The sums that the backward of out = relu?(x · scale + shift) needs: sums [N, 2, C] = Σ g and Σ g · (x − mean), where
-// g is grad [N, H, W, C] where the ReLU was positive, else 0.
+// The sums that the backward of out = activation(x · scale + shift + skip) needs: sums [N, 2, C] = Σ g and
+// Σ g · (x − mean), where g is grad [N, H, W, C] through the activation. With slopes there is a third row: the gradient
+// of the slopes. It is right without a skip only.
 void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers& norm, double* sums, DType dtype,
-                            const ImageShape& shape, bool relu, int threads);
+                            const ImageShape& shape, const Activation& activation, const GradientExtras& extras,
+                            int threads);
 // out [N, H, W, C] = g · factors[:, 0] + (x − mean) · factors[:, 1] + factors[:, 2], with factors [N, 3, C].
 void norm_gradient_cpu(const void* x, const void* grad, const NormPointers& norm, const float* factors, void* out,
-                       DType dtype, const ImageShape& shape, bool relu, int threads);
+                       DType dtype, const ImageShape& shape, const Activation& activation, int threads);
 
 // How many floats a vector register holds in the three launchers that follow, on this processor.
 int winograd_lanes();
@@ -82,10 +85,11 @@ int winograd_lanes();
 // 4. The channels of all three launchers are multiples of the panel.
 void winograd_weights_cpu(const float* weight, float* transformed, std::int64_t in, std::int64_t out,
                           const WeightStrides& strides, std::int64_t tile, int threads);
-// out [N, H', W', O] = relu?(x [N, H, W, I] convolved with the transformed weights + bias [O] + skip). bias and skip
-// may be null; the channels of skip have stride 1.
+// out [N, H', W', O] = activation(x [N, H, W, I] convolved with the transformed weights + bias [O] + skip). bias and
+// skip may be null; the channels of skip have stride 1. x and out may be different channels of one map.
 void winograd_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
-                       const WinogradShape& shape, const ImageStrides& skip_strides, bool relu, int threads);
+                       const WinogradShape& shape, const ImageStrides& skip_strides, const Activation& activation,
+                       int threads);
 // weight [O, I, 3, 3] = the gradient of the weights, made of x and grad [N, H', W', O], by tiles of 2×2. Unless bias
 // [O] is null, it gets the gradient of the bias.
 void winograd_weight_gradient_cpu(const float* x, const float* grad, float* weight, float* bias,

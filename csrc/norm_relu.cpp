@@ -1,6 +1,6 @@
-// Norms and the ReLU after them, on the CPU and on NHWC activations. The forward takes the statistics of each channel
-// of each image, then scales, shifts, adds a skip and applies ReLU in one pass. The backward takes two passes. A batch
-// norm is computed as if all images were one.
+// Norms and the activation after them, on the CPU and on NHWC activations. The forward takes the statistics of each
+// channel of each image, then scales, shifts, adds a skip and applies the activation in one pass. The backward takes
+// two passes. A batch norm is computed as if all images were one.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -36,105 +36,145 @@ FASTPERC_INLINE void add_up(const T* __restrict x, const float* __restrict mean,
   }
 }
 
-// out = relu?(x · scale + shift + skip?) over `pixels` consecutive pixels. Those of skip are `skip_step` elements
+// The activation of x.
+template <ActivationKind kind>
+FASTPERC_INLINE float activate(float x, [[maybe_unused]] float slope) {
+  if constexpr (kind == ActivationKind::relu) return x < 0 ? 0.0f : x;  // NaN stays NaN
+  if constexpr (kind == ActivationKind::slopes) return x > 0 ? x : x * slope;
+  if constexpr (kind == ActivationKind::relu6) return x < 0 ? 0.0f : x > 6 ? 6.0f : x;
+  return x;
+}
+
+// The gradient before the activation, from that after it. `z` is the value before it or, unless slopes may be
+// negative, the value after it.
+template <ActivationKind kind>
+FASTPERC_INLINE float before(float grad, [[maybe_unused]] float z, [[maybe_unused]] float slope) {
+  if constexpr (kind == ActivationKind::relu) return z <= 0 ? 0.0f : grad;
+  if constexpr (kind == ActivationKind::slopes) return z > 0 ? grad : grad * slope;
+  if constexpr (kind == ActivationKind::relu6) return z <= 0 || z >= 6 ? 0.0f : grad;
+  return grad;
+}
+
+// out = activation(x · scale + shift + skip?) over `pixels` consecutive pixels. Those of skip are `skip_step` elements
 // apart.
-template <typename T>
-FASTPERC_INLINE void apply(const T* x, const float* __restrict scale, const float* __restrict shift, const T* skip,
-                           std::int64_t skip_step, bool relu, T* out, std::int64_t pixels, std::int64_t channels) {
+template <ActivationKind kind, typename T>
+FASTPERC_INLINE void apply(const T* x, const float* __restrict scale, const float* __restrict shift,
+                           const float* __restrict slopes, const T* skip, std::int64_t skip_step, T* out,
+                           std::int64_t pixels, std::int64_t channels) {
+  constexpr bool with_slopes = kind == ActivationKind::slopes;
   for (std::int64_t p = 0; p < pixels; ++p) {
     const T *pixel = x + p * channels, *skip_pixel = skip ? skip + p * skip_step : nullptr;
     T* out_pixel = out + p * channels;
     for (std::int64_t c = 0; c < channels; ++c) {
       float y = static_cast<float>(widen(pixel[c])) * scale[c] + shift[c];
       if (skip_pixel) y += static_cast<float>(widen(skip_pixel[c]));
-      narrow(relu && y < 0 ? 0.0f : y, out_pixel[c]);  // NaN stays NaN
+      narrow(activate<kind>(y, with_slopes ? slopes[c] : 0), out_pixel[c]);
     }
   }
 }
 
-// The gradient before the ReLU. The ReLU is computed again to see where its input was positive or NaN.
-FASTPERC_INLINE float before_relu(float grad, float x, float scale, float shift, bool relu) {
-  return relu && x * scale + shift <= 0 ? 0.0f : grad;
-}
-
-// sums [2][channels] += Σ g and Σ g · (x − mean) over `pixels` pixels, where g is the gradient before the ReLU.
-template <typename T>
+// sums [2 or 3][channels] += Σ g, Σ g · (x − mean) and Σ grad · min(z, 0) over `pixels` pixels, where g is the gradient
+// before the activation, and z the value before it.
+template <ActivationKind kind, bool extras, typename T>
 FASTPERC_INLINE void add_up_gradients(const T* __restrict x, const T* __restrict grad, const NormPointers& norm,
-                                      bool relu, double* __restrict sums, float* __restrict partial,
-                                      std::int64_t pixels, std::int64_t channels) {
+                                      const float* __restrict slopes, const T* __restrict y, T* __restrict masked,
+                                      double* __restrict sums, float* __restrict partial, std::int64_t pixels,
+                                      std::int64_t channels) {
+  constexpr bool with_slopes = kind == ActivationKind::slopes;
+  const std::int64_t rows = with_slopes ? 3 : 2;
   const float* __restrict mean = norm.mean;
   const float* __restrict scale = norm.scale;
   const float* __restrict shift = norm.shift;
-  float* __restrict products = partial + channels;
+  float* __restrict products = partial + channels, * __restrict of_slopes = partial + 2 * channels;
   for (std::int64_t begin = 0; begin < pixels; begin += pixels_at_once) {
     const std::int64_t end = std::min(begin + pixels_at_once, pixels);
-    std::fill(partial, partial + 2 * channels, 0.0f);
+    std::fill(partial, partial + rows * channels, 0.0f);
     for (std::int64_t p = begin; p < end; ++p) {
       const T *pixel = x + p * channels, *gradient = grad + p * channels;
+#pragma GCC ivdep
       for (std::int64_t c = 0; c < channels; ++c) {
-        const float value = static_cast<float>(widen(pixel[c]));
-        const float g = before_relu(static_cast<float>(widen(gradient[c])), value, scale[c], shift[c], relu);
+        const float value = static_cast<float>(widen(pixel[c])), after = static_cast<float>(widen(gradient[c]));
+        const float z = extras ? static_cast<float>(widen(y[p * channels + c])) : value * scale[c] + shift[c];
+        const float g = before<kind>(after, z, with_slopes ? slopes[c] : 0);
         partial[c] += g;
         products[c] += g * (value - mean[c]);
+        if (with_slopes) of_slopes[c] += z > 0 ? 0.0f : after * z;
+        if (extras) narrow(g, masked[p * channels + c]);
       }
     }
-    for (std::int64_t c = 0; c < 2 * channels; ++c) sums[c] += partial[c];
+    for (std::int64_t c = 0; c < rows * channels; ++c) sums[c] += partial[c];
   }
 }
 
 // out = g · of_grad + (x − mean) · of_x + constant, per channel.
-template <typename T>
+template <ActivationKind kind, typename T>
 FASTPERC_INLINE void apply_gradients(const T* __restrict x, const T* __restrict grad, const NormPointers& norm,
-                                     const float* __restrict of_grad, const float* __restrict of_x,
-                                     const float* __restrict constant, bool relu, T* __restrict out,
+                                     const float* __restrict slopes, const float* __restrict factors, T* __restrict out,
                                      std::int64_t pixels, std::int64_t channels) {
+  constexpr bool with_slopes = kind == ActivationKind::slopes;
   const float* __restrict mean = norm.mean;
   const float* __restrict scale = norm.scale;
   const float* __restrict shift = norm.shift;
+  const float* __restrict of_grad = factors, * __restrict of_x = factors + channels;
+  const float* __restrict constant = factors + 2 * channels;
   for (std::int64_t p = 0; p < pixels; ++p) {
     const T *pixel = x + p * channels, *gradient = grad + p * channels;
     T* out_pixel = out + p * channels;
     for (std::int64_t c = 0; c < channels; ++c) {
-      const float value = static_cast<float>(widen(pixel[c]));
-      const float g = before_relu(static_cast<float>(widen(gradient[c])), value, scale[c], shift[c], relu);
+      const float value = static_cast<float>(widen(pixel[c])), after = static_cast<float>(widen(gradient[c]));
+      const float g = before<kind>(after, value * scale[c] + shift[c], with_slopes ? slopes[c] : 0);
       narrow(g * of_grad[c] + (value - mean[c]) * of_x[c] + constant[c], out_pixel[c]);
     }
   }
 }
 
-#define FASTPERC_PASSES(T)                                                                                            \
-  FASTPERC_MULTIVERSION void sum_pass(const T* x, const float* mean, double* sums, float* partial,                    \
-                                      std::int64_t pixels, std::int64_t channels) {                                   \
-    add_up(x, mean, sums, partial, pixels, channels);                                                                 \
-  }                                                                                                                   \
-  FASTPERC_MULTIVERSION void apply_pass(const T* x, const float* scale, const float* shift, const T* skip,            \
-                                        std::int64_t skip_step, bool relu, T* out, std::int64_t pixels,               \
-                                        std::int64_t channels) {                                                      \
-    if (skip) {                                                                                                       \
-      apply(x, scale, shift, skip, skip_step, relu, out, pixels, channels);                                           \
-    } else if (relu) {                                                                                                \
-      apply<T>(x, scale, shift, nullptr, 0, true, out, pixels, channels);                                             \
-    } else {                                                                                                          \
-      apply<T>(x, scale, shift, nullptr, 0, false, out, pixels, channels);                                            \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  FASTPERC_MULTIVERSION void gradient_sum_pass(const T* x, const T* grad, const NormPointers& norm, bool relu,        \
-                                               double* sums, float* partial, std::int64_t pixels,                     \
-                                               std::int64_t channels) {                                               \
-    if (relu) {                                                                                                       \
-      add_up_gradients(x, grad, norm, true, sums, partial, pixels, channels);                                         \
-    } else {                                                                                                          \
-      add_up_gradients(x, grad, norm, false, sums, partial, pixels, channels);                                        \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  FASTPERC_MULTIVERSION void gradient_pass(const T* x, const T* grad, const NormPointers& norm, const float* of_grad, \
-                                           const float* of_x, const float* constant, bool relu, T* out,               \
-                                           std::int64_t pixels, std::int64_t channels) {                              \
-    if (relu) {                                                                                                       \
-      apply_gradients(x, grad, norm, of_grad, of_x, constant, true, out, pixels, channels);                           \
-    } else {                                                                                                          \
-      apply_gradients(x, grad, norm, of_grad, of_x, constant, false, out, pixels, channels);                          \
-    }                                                                                                                 \
+// Runs `call` with the template parameter `kind`.
+#define FASTPERC_BY_KIND(activation, call)          \
+  switch (activation.kind) {                        \
+    case ActivationKind::none: {                    \
+      constexpr auto kind = ActivationKind::none;   \
+      return call;                                  \
+    }                                               \
+    case ActivationKind::relu: {                    \
+      constexpr auto kind = ActivationKind::relu;   \
+      return call;                                  \
+    }                                               \
+    case ActivationKind::slopes: {                  \
+      constexpr auto kind = ActivationKind::slopes; \
+      return call;                                  \
+    }                                               \
+    case ActivationKind::relu6: {                   \
+      constexpr auto kind = ActivationKind::relu6;  \
+      return call;                                  \
+    }                                               \
+  }
+
+#define FASTPERC_PASSES(T)                                                                                             \
+  FASTPERC_MULTIVERSION void sum_pass(const T* x, const float* mean, double* sums, float* partial,                     \
+                                      std::int64_t pixels, std::int64_t channels) {                                    \
+    add_up(x, mean, sums, partial, pixels, channels);                                                                  \
+  }                                                                                                                    \
+  FASTPERC_MULTIVERSION void apply_pass(const T* x, const float* scale, const float* shift, Activation act,            \
+                                        const T* skip, std::int64_t skip_step, T* out, std::int64_t pixels,            \
+                                        std::int64_t channels) {                                                       \
+    if (skip) {                                                                                                        \
+      FASTPERC_BY_KIND(act, apply<kind>(x, scale, shift, act.slopes, skip, skip_step, out, pixels, channels))          \
+    }                                                                                                                  \
+    FASTPERC_BY_KIND(act, apply<kind>(x, scale, shift, act.slopes, (const T*)nullptr, 0, out, pixels, channels))       \
+  }                                                                                                                    \
+  FASTPERC_MULTIVERSION void gradient_sum_pass(const T* x, const T* grad, const NormPointers& norm, Activation act,    \
+                                               const T* y, T* masked, double* sums, float* partial,                    \
+                                               std::int64_t pixels, std::int64_t channels) {                           \
+    if (y) {                                                                                                           \
+      FASTPERC_BY_KIND(                                                                                                \
+          act, (add_up_gradients<kind, true>(x, grad, norm, act.slopes, y, masked, sums, partial, pixels, channels)))  \
+    }                                                                                                                  \
+    FASTPERC_BY_KIND(                                                                                                  \
+        act, (add_up_gradients<kind, false>(x, grad, norm, act.slopes, y, masked, sums, partial, pixels, channels)))   \
+  }                                                                                                                    \
+  FASTPERC_MULTIVERSION void gradient_pass(const T* x, const T* grad, const NormPointers& norm, Activation act,        \
+                                           const float* factors, T* out, std::int64_t pixels, std::int64_t channels) { \
+    FASTPERC_BY_KIND(act, apply_gradients<kind>(x, grad, norm, act.slopes, factors, out, pixels, channels))            \
   }
 FASTPERC_PASSES(float)
 FASTPERC_PASSES(Half)
@@ -203,7 +243,8 @@ void channel_statistics_cpu(const void* x, double* statistics, DType dtype, cons
 }
 
 void scale_shift_cpu(const void* x, const float* scale, const float* shift, const void* skip, void* out, DType dtype,
-                     const ImageShape& shape, const ImageStrides& skip_strides, bool relu, int threads) {
+                     const ImageShape& shape, const ImageStrides& skip_strides, const Activation& activation,
+                     int threads) {
   const std::int64_t channels = shape.channels, row_length = shape.columns * channels;
   const std::int64_t per_task = std::max<std::int64_t>(elements_per_task / std::max<std::int64_t>(row_length, 1), 1);
   const std::int64_t total = shape.images * shape.rows;
@@ -215,45 +256,49 @@ void scale_shift_cpu(const void* x, const float* scale, const float* shift, cons
         const T* skip_row =
             skip ? static_cast<const T*>(skip) + image * skip_strides.image + row * skip_strides.row : nullptr;
         apply_pass(static_cast<const T*>(x) + i * row_length, scale + image * channels, shift + image * channels,
-                   skip_row, skip_strides.column, relu, static_cast<T*>(out) + i * row_length, shape.columns, channels);
+                   activation, skip_row, skip_strides.column, static_cast<T*>(out) + i * row_length, shape.columns,
+                   channels);
       }
     });
   });
 }
 
 void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers& norm, double* sums, DType dtype,
-                            const ImageShape& shape, bool relu, int threads) {
+                            const ImageShape& shape, const Activation& activation, const GradientExtras& extras,
+                            int threads) {
   const Tasks tasks(shape);
   const std::int64_t channels = shape.channels, total = shape.images * tasks.per_image;
-  std::vector<double> partials(total * 2 * channels);
+  const std::int64_t row = (activation.kind == ActivationKind::slopes ? 3 : 2) * channels;
+  std::vector<double> partials(total * row);
   dispatch_narrow(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     parallel_for(total, threads, [&](std::int64_t task) {
-      std::vector<float> partial(2 * channels);
-      gradient_sum_pass(static_cast<const T*>(x) + tasks.offset(task), static_cast<const T*>(grad) + tasks.offset(task),
-                        norm.of_image(tasks.image(task), channels), relu, partials.data() + task * 2 * channels,
+      std::vector<float> partial(row);
+      const std::int64_t offset = tasks.offset(task);
+      gradient_sum_pass(static_cast<const T*>(x) + offset, static_cast<const T*>(grad) + offset,
+                        norm.of_image(tasks.image(task), channels), activation,
+                        extras.y ? static_cast<const T*>(extras.y) + offset : nullptr,
+                        extras.masked ? static_cast<T*>(extras.masked) + offset : nullptr, partials.data() + task * row,
                         partial.data(), tasks.count(task), channels);
     });
   });
-  std::fill(sums, sums + shape.images * 2 * channels, 0.0);
+  std::fill(sums, sums + shape.images * row, 0.0);
   for (std::int64_t task = 0; task < total; ++task) {  // in order: the number of threads does not change the result
-    double* image_sums = sums + tasks.image(task) * 2 * channels;
-    for (std::int64_t c = 0; c < 2 * channels; ++c) image_sums[c] += partials[task * 2 * channels + c];
+    double* image_sums = sums + tasks.image(task) * row;
+    for (std::int64_t c = 0; c < row; ++c) image_sums[c] += partials[task * row + c];
   }
 }
 
 void norm_gradient_cpu(const void* x, const void* grad, const NormPointers& norm, const float* factors, void* out,
-                       DType dtype, const ImageShape& shape, bool relu, int threads) {
+                       DType dtype, const ImageShape& shape, const Activation& activation, int threads) {
   const Tasks tasks(shape);
   const std::int64_t channels = shape.channels;
   dispatch_narrow(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     parallel_for(shape.images * tasks.per_image, threads, [&](std::int64_t task) {
-      const float* image_factors = factors + tasks.image(task) * 3 * channels;
       gradient_pass(static_cast<const T*>(x) + tasks.offset(task), static_cast<const T*>(grad) + tasks.offset(task),
-                    norm.of_image(tasks.image(task), channels), image_factors, image_factors + channels,
-                    image_factors + 2 * channels, relu, static_cast<T*>(out) + tasks.offset(task), tasks.count(task),
-                    channels);
+                    norm.of_image(tasks.image(task), channels), activation, factors + tasks.image(task) * 3 * channels,
+                    static_cast<T*>(out) + tasks.offset(task), tasks.count(task), channels);
     });
   });
 }

@@ -99,7 +99,8 @@ def scale_shift_cpu(
     dtype: str,
     shape: tuple[int, int, int, int],
     skip_strides: tuple[int, int, int, int],
-    relu: bool,
+    activation: str,
+    slopes: int,
     threads: int,
 ) -> None: ...
 def norm_gradient_sums_cpu(
@@ -109,7 +110,10 @@ def norm_gradient_sums_cpu(
     sums: int,
     dtype: str,
     shape: tuple[int, int, int, int],
-    relu: bool,
+    activation: str,
+    slopes: int,
+    y: int,
+    masked: int,
     threads: int,
 ) -> None: ...
 def norm_gradient_cpu(
@@ -120,7 +124,8 @@ def norm_gradient_cpu(
     out: int,
     dtype: str,
     shape: tuple[int, int, int, int],
-    relu: bool,
+    activation: str,
+    slopes: int,
     threads: int,
 ) -> None: ...
 def winograd_lanes() -> int: ...
@@ -139,9 +144,10 @@ def winograd_conv_cpu(
     bias: int,
     skip: int,
     out: int,
-    shape: tuple[int, int, int, int, int, int, int],
+    shape: tuple[int, int, int, int, int, int, int, int, int],
     skip_strides: tuple[int, int, int, int],
-    relu: bool,
+    activation: str,
+    slopes: int,
     threads: int,
 ) -> None: ...
 def winograd_weight_gradient_cpu(
@@ -149,7 +155,7 @@ def winograd_weight_gradient_cpu(
     grad: int,
     weight: int,
     bias: int,
-    shape: tuple[int, int, int, int, int, int, int],
+    shape: tuple[int, int, int, int, int, int, int, int, int],
     strides: tuple[int, int, int, int],
     threads: int,
 ) -> None: ...

@@ -11,6 +11,7 @@ from two_processes import in_two_processes
 
 from fastperc import backends, ops, use_backend
 from fastperc.collective import combine_over_processes
+from fastperc.types import RELU
 
 # Batches of the two processes, of different sizes, one of them empty, one of a single value a channel each.
 SHARES = {"3+2": (3, 2, 33, 20), "4+0": (4, 0, 9, 8), "1+1": (1, 1, 1, 1)}
@@ -54,7 +55,7 @@ def outcome(norm, x, incoming, relu, dtype, with_skip):
     """The output, the gradients to the input, weight and bias, and the norm's state afterwards."""
     x = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     skip = x.detach().flip(1) if with_skip else None
-    y = ops.norm_relu(x, norm, relu, skip)
+    y = ops.norm_relu(x, norm, RELU if relu else None, skip)
     gradients = torch.autograd.grad(y, [x, norm.weight, norm.bias], incoming.to(dtype))
     return [y.detach(), *gradients, *norm.state_dict().values()]
 

@@ -16,6 +16,7 @@ from fastperc.backends import Implementation, Operation
 from fastperc.dispatch import Key
 from fastperc.ops import OPERATIONS
 from fastperc.tools import tuning
+from fastperc.types import RELU
 
 CPU = torch.device("cpu")
 IMAGE = (4, 3, 256, 256)
@@ -237,8 +238,8 @@ def test_a_measured_batch_norm_says_nothing_of_an_instance_norm():
     x = torch.rand(4, 32, 16, 16).contiguous(memory_format=torch.channels_last)
     dispatch.save(CPU, {Key.of("norm_relu", x, (tuple(x.shape),)): measured("reference", "native")})
     record = OPERATIONS["norm_relu"]
-    assert record.choose(x, torch.nn.BatchNorm2d(32), True, None).name == "reference"
-    assert record.choose(x, torch.nn.InstanceNorm2d(32, affine=True), True, None).name == "native"
+    assert record.choose(x, torch.nn.BatchNorm2d(32), RELU, None).name == "reference"
+    assert record.choose(x, torch.nn.InstanceNorm2d(32, affine=True), RELU, None).name == "native"
 
 
 def test_versions_have_files_of_their_own(monkeypatch):

@@ -12,18 +12,36 @@ from torch import nn
 
 from fastperc import SuperResolutionNet, TransformNet, backends, ops, use_backend
 from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
+from fastperc.types import RELU, Activation
 
 # batch, channels, height, width; the last large enough for several tasks
 SHAPES = [(2, 3, 7, 11), (1, 1, 5, 9), (3, 70, 5, 6), (4, 16, 4, 5), (2, 5, 33, 65), (2, 8, 129, 67)]
 NORMS = {"batch": nn.BatchNorm2d, "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True)}
-ENDS = {"relu": (True, False), "bare": (False, False), "skip": (False, True)}
+MORE_NORMS = {
+    **NORMS,
+    "batch-plain": lambda channels: nn.BatchNorm2d(channels, affine=False, track_running_stats=False),
+    "instance-plain": nn.InstanceNorm2d,
+    "none": lambda channels: None,
+}
+ENDS = {"relu": (RELU, False), "bare": (None, False), "skip": (None, True)}
+ACTIVATIONS = {
+    "relu": RELU,
+    "relu6": Activation("relu6"),
+    "leaky": Activation("leaky_relu", 0.2),
+    "leaky-default": Activation("leaky_relu"),
+    "leaky-negative": Activation("leaky_relu", -0.3),
+    "prelu": Activation("prelu", slopes=torch.tensor(0.25)),  # one for each channel
+    "prelu-one": Activation("prelu", slopes=torch.tensor([-0.1])),
+    "silu": Activation("silu"),
+}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def norm_of(kind, channels):
-    norm = NORMS[kind](channels)
-    nn.init.uniform_(norm.weight, 0.5, 1.5)
-    nn.init.normal_(norm.bias)
+    norm = MORE_NORMS[kind](channels)
+    if norm is not None and norm.affine:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
     return norm
 
 
@@ -33,18 +51,24 @@ def features(shape, offset=0.7):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def run(backend, norm, x, relu, skip, dtype):
-    """The output, the gradients to the input, the skip, weight and bias, and the running statistics."""
-    norm = copy.deepcopy(norm).to(torch.float64 if dtype == torch.float64 else torch.float32)
+def run(backend, norm, x, activation, skip, dtype):
+    """The output, the gradients to the input, the skip, weight, bias and slopes, and the running statistics."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    norm = copy.deepcopy(norm) if norm is None else copy.deepcopy(norm).to(wide)
     x = x.to(dtype).detach().requires_grad_()
-    leaves = [x, *norm.parameters()]
+    leaves = [x, *(() if norm is None else norm.parameters())]
     if skip is not None:
         leaves.append(skip := skip.to(dtype).detach().requires_grad_())
+    if activation is not None and activation.slopes is not None:
+        slopes = activation.slopes.to(wide)
+        slopes = slopes.repeat(x.shape[1]) if slopes.dim() == 0 else slopes
+        leaves.append(slopes := slopes.detach().requires_grad_())
+        activation = activation._replace(slopes=slopes)
     with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        y = ops.norm_relu(x, norm, relu, skip)
+        y = ops.norm_relu(x, norm, activation, skip)
         incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
         gradients = torch.autograd.grad(y, leaves, incoming)
-    return [y, *gradients], list(norm.buffers())
+    return [y, *gradients], [] if norm is None else list(norm.buffers())
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -53,13 +77,29 @@ def run(backend, norm, x, relu, skip, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_matches_the_formula(shape, dtype, kind, end):
-    relu, with_skip = ENDS[end]
-    norm, x = norm_of(kind, shape[1]), features(shape).to(dtype)
+    activation, with_skip = ENDS[end]
+    matches(norm_of(kind, shape[1]), shape, dtype, activation, with_skip)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("with_skip", [False, True], ids=["bare", "skip"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", MORE_NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_every_norm_and_activation(kind, activation, with_skip, dtype):
+    if kind == "none" and not with_skip:
+        pytest.skip("the activation by itself")
+    matches(norm_of(kind, 7), (2, 7, 33, 30), dtype, ACTIVATIONS[activation], with_skip)
+
+
+def matches(norm, shape, dtype, activation, with_skip):
+    """Compares the native passes with float64 and with plain PyTorch, and with themselves."""
+    x = features(shape).to(dtype)
     skip = features(shape).to(dtype) if with_skip else None
-    exact, exact_statistics = run("reference", norm, x, relu, skip, torch.float64)
-    stock, _ = run("reference", norm, x, relu, skip, torch.float32)
-    ours, statistics = run("native", norm, x, relu, skip, dtype)
-    again, _ = run("native", norm, x, relu, skip, dtype)
+    exact, exact_statistics = run("reference", norm, x, activation, skip, torch.float64)
+    stock, _ = run("reference", norm, x, activation, skip, torch.float32)
+    ours, statistics = run("native", norm, x, activation, skip, dtype)
+    again, _ = run("native", norm, x, activation, skip, dtype)
     rounding = {torch.float32: 4e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     for mine, theirs, wanted, same in zip(ours, stock, exact, again):
         assert mine.isfinite().all() and torch.equal(mine, same)
@@ -84,26 +124,31 @@ def test_a_mean_far_from_zero_costs_no_digits():
     """A standard deviation of 1 about 1,000: where sums of squares would have lost it."""
     norm, x = norm_of("batch", 6), torch.randn(2, 6, 40, 30) + 1000
     x = x.contiguous(memory_format=torch.channels_last)
-    exact, _ = run("reference", norm, x, True, None, torch.float64)
-    stock, _ = run("reference", norm, x, True, None, torch.float32)
-    ours, _ = run("native", norm, x, True, None, torch.float32)
+    exact, _ = run("reference", norm, x, RELU, None, torch.float64)
+    stock, _ = run("reference", norm, x, RELU, None, torch.float32)
+    ours, _ = run("native", norm, x, RELU, None, torch.float32)
     for mine, theirs, wanted in zip(ours, stock, exact):
         no_worse(mine, theirs, wanted)
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("kind", NORMS)
-def test_gradients_of_gradients(kind, end):
-    relu, with_skip = ENDS[end]
+@pytest.mark.parametrize("with_skip", [False, True], ids=["bare", "skip"])
+@pytest.mark.parametrize("activation", ["none", *ACTIVATIONS])
+@pytest.mark.parametrize("kind", MORE_NORMS)
+def test_gradients_of_gradients(kind, activation, with_skip):
     x = features((2, 3, 4, 5))
     norm, skip = norm_of(kind, 3), x.flip(0) if with_skip else None
+    activation = ACTIVATIONS.get(activation)
+    slopes = [] if activation is None or activation.slopes is None else [activation.slopes.expand(3).clone()]
+    if slopes:
+        activation = activation._replace(slopes=slopes[0].requires_grad_())
 
     def penalty(backend):
         leaf = x.clone().requires_grad_()
         with use_backend(backend):
-            y = ops.norm_relu(leaf, norm, relu, skip)
+            y = ops.norm_relu(leaf, norm, activation, None if skip is None else skip * leaf.square().mean())
             (gradient,) = torch.autograd.grad(y.pow(3).sum(), leaf, create_graph=True)
-            return torch.autograd.grad(gradient.square().sum(), [leaf, *norm.parameters()])
+            leaves = [leaf, *slopes, *(() if norm is None else norm.parameters())]
+            return torch.autograd.grad(gradient.square().sum(), leaves)
 
     ours, stock = penalty("native"), penalty("reference")
     scale = max(one.norm() for one in stock)
@@ -115,7 +160,7 @@ def test_threads_do_not_change_a_bit():
     results, threads = [], torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(run("native", norm, x, True, None, torch.float32)[0])
+        results.append(run("native", norm, x, RELU, None, torch.float32)[0])
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
@@ -126,37 +171,40 @@ def chosen(call):
     return [choice.implementation for choice in choices if choice.operation == "norm_relu"]
 
 
-@pytest.mark.parametrize(
-    "cause",
-    ["eval", "NCHW", "affine", "subclass", "hook", "relu after a skip", "dtype of the skip", "fp64", "small", "few"],
-)
+@pytest.mark.parametrize("cause", ["eval", "NCHW", "subclass", "hook", "dtype of the skip", "fp64", "small", "few"])
 def test_the_rest_is_plain_pytorch(cause):
-    norm, x, relu, skip = nn.BatchNorm2d(4), features((1, 4, 800, 700)), True, None
+    norm, x, activation, skip = nn.BatchNorm2d(4), features((1, 4, 800, 700)), RELU, None
     if cause == "eval":
         norm.eval()
     elif cause == "NCHW":
         x = x.contiguous()
-    elif cause == "affine":
-        norm = nn.BatchNorm2d(4, affine=False)
     elif cause == "subclass":
         norm = nn.SyncBatchNorm.convert_sync_batchnorm(norm).eval()
     elif cause == "hook":
         norm.register_forward_hook(lambda module, inputs, output: 2 * output)
-    elif cause == "relu after a skip":
-        skip = x.flip(2)
     elif cause == "dtype of the skip":
-        relu, skip = False, x.flip(2).double()
+        activation, skip = None, x.flip(2).double()
     elif cause == "fp64":
         norm, x = norm.double(), x.double()
     elif cause == "small":
-        x = features((1, 4, 40, 40))
+        x, activation = features((1, 4, 40, 40)), None
     elif cause == "few":
         norm, x = norm_of("instance", 4), features((4, 4, 3, 5))
     stock = copy.deepcopy(norm)
-    assert chosen(lambda: ops.norm_relu(x, norm, relu, skip)) == ["reference"]
+    assert chosen(lambda: ops.norm_relu(x, norm, activation, skip)) == ["reference"]
     expected = stock(x) if skip is None else stock(x) + skip
     norm = copy.deepcopy(stock)
-    assert torch.equal(ops.norm_relu(x, norm, relu, skip), expected.relu() if relu else expected)
+    assert torch.equal(ops.norm_relu(x, norm, activation, skip), expected.relu() if activation else expected)
+
+
+def test_an_output_that_changes_in_place_is_refused():
+    """As PyTorch refuses it: the gradient of a ReLU after a skip reads the output."""
+    x = features((2, 4, 9, 8)).requires_grad_()
+    with use_backend("native"):
+        y = ops.norm_relu(x, norm_of("batch", 4), RELU, x)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("kind", NORMS)

@@ -13,7 +13,16 @@ from fastperc._native.convolutions import (
     winograd_weight_gradient,
     winograd_weights,
 )
-from fastperc._native.module import _C, DTYPES, build_info, is_channels_last, reuse_freed_memory, why_not
+from fastperc._native.module import (
+    _C,
+    DTYPES,
+    PASS_ACTIVATIONS,
+    build_info,
+    is_channels_last,
+    pixel_step,
+    reuse_freed_memory,
+    why_not,
+)
 from fastperc._native.passes import (
     RowLayout,
     Sides,
@@ -33,6 +42,7 @@ from fastperc._native.passes import (
 
 __all__ = [
     "DTYPES",
+    "PASS_ACTIVATIONS",
     "WINOGRAD_PANEL",
     "_C",
     "RowLayout",
@@ -44,6 +54,7 @@ __all__ = [
     "lpips_distance",
     "norm_gradient",
     "norm_gradient_sums",
+    "pixel_step",
     "relu_mask_bwd",
     "relu_mask_fwd",
     "relu_pool_bwd",

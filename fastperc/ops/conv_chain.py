@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastperc import backends, reference
+from fastperc import backends
 from fastperc.backends import Implementation, Operation, TuningCases, register
 from fastperc.ops.common import compute_dtype, storage_dtype, why_not_here
 from fastperc.ops.conv3x3 import CONV3X3
@@ -110,9 +110,7 @@ def one_by_one(x: Tensor, layers: Sequence[Layer]) -> Tensor:
         y = _convolved(layer.conv, wide)
         skip = cropped(layer_input, y) if layer.skip else None
         layer_input = x
-        relu = layer.norm is not None and layer.activation == RELU
-        x = y if layer.norm is None else norm_relu(y, layer.norm, relu, skip)
-        x = x if relu else reference.activate(x, layer.activation)
+        x = norm_relu(y, layer.norm, layer.activation, skip)
     return x
 
 

@@ -1,6 +1,8 @@
-"""Batch or instance norm in training, with the ReLU or the skip after it: in NHWC two passes forward, two backward.
+"""Batch or instance norm in training, with the skip and the activation after it: in NHWC two passes forward, two
+backward.
 
-Only the norm's input is saved; the backward computes the norm's output again.
+Only the norm's input is saved, and the backward computes the norm's output again. An activation after a skip saves its
+output too, which the next layer saves anyway.
 
 A ``nn.SyncBatchNorm`` in training uses the statistics of all processes of its group. Each process measures its own
 values, and one exchange in each direction combines them. PyTorch's own serves GPUs only; here it works on a CPU too.
@@ -27,23 +29,37 @@ from fastperc.ops.common import (
     why_not_cpp,
     why_not_here,
 )
+from fastperc.types import RELU, Activation
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.InstanceNorm2d)
 FEWEST_VALUES = 16  # of a channel
-FEWEST_ELEMENTS = 2_000_000  # with fewer, PyTorch's own batch norm takes less time than the calls around these passes
+FEWEST_ELEMENTS = 2_000_000  # with fewer, PyTorch's own single pass takes less time than the calls around these
 
 
-def norm_relu(x: Tensor, norm: nn.Module, relu: bool = True, skip: Tensor | None = None) -> Tensor:
-    """``norm(x)`` + ``skip``, then a ReLU if ``relu``; updates the running statistics of ``norm`` as it does itself.
+def norm_relu(x: Tensor, norm: Any, activation: Activation | None = RELU, skip: Tensor | None = None) -> Tensor:
+    """``activation(norm(x) + skip)``; updates the running statistics of ``norm`` as it does itself.
 
     Args:
         x: [N, C, H, W].
-        norm: ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, ``nn.InstanceNorm2d`` or any other module.
-        relu: whether a ReLU comes last.
+        norm: ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, ``nn.InstanceNorm2d``, any other module, or ``None``.
+        activation: what comes last; the slopes of a PReLU get their gradient.
         skip: [N, C, H, W], added before it.
     """
-    return NORM_RELU(x, norm, relu, skip)
+    fused = activation if activation is None or _in_the_passes(activation, skip) else None
+    if norm is None and (skip is None or fused is None):
+        return reference.activate(x if skip is None else x + skip, activation)
+    y = NORM_RELU(x, norm, fused, skip)
+    return y if fused is activation else reference.activate(y, activation)
+
+
+def _in_the_passes(activation: Activation, skip: Tensor | None) -> bool:
+    """Whether the passes compute ``activation``. After a skip, the sign of its output must be that of its input."""
+    if activation.name not in _native.PASS_ACTIVATIONS:
+        return False
+    if skip is None:
+        return True
+    return activation.name != "prelu" and (activation.slope is None or activation.slope > 0)
 
 
 def group_of(norm: nn.Module) -> dist.ProcessGroup | None:
@@ -56,10 +72,9 @@ def group_of(norm: nn.Module) -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _plain(x: Tensor, norm: nn.Module, relu: bool, skip: Tensor | None) -> Tensor:
-    y = _plain_norm(x, norm)
-    y = y if skip is None else y + skip
-    return y.relu() if relu else y
+def _plain(x: Tensor, norm: Any, activation: Activation | None, skip: Tensor | None) -> Tensor:
+    y = x if norm is None else _plain_norm(x, norm)
+    return reference.activate(y if skip is None else y + skip, activation)
 
 
 def _plain_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -89,35 +104,47 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks)
 
 
-def _why_not_native(x: Tensor, norm: nn.Module, relu: bool, skip: Tensor | None) -> str | None:
-    if reason := why_not_here():
+def _why_not_native(x: Tensor, norm: Any, activation: Activation | None, skip: Tensor | None) -> str | None:
+    if reason := why_not_here() or _why_not_norm(norm):
         return reason
-    if type(norm) not in NORMS or norm.weight is None:
-        return "the norm is no plain one with scale and shift"
-    if has_hooks(norm):
-        return "the norm has hooks"
-    batch = type(norm) in BATCH_NORMS
-    if norm.track_running_stats and not (batch and norm.training):
-        return "running statistics are applied by plain PyTorch"
-    if relu and skip is not None:
-        return "no gradient of a ReLU after a skip"
+    if activation is not None and not _in_the_passes(activation, skip):
+        return f"{activation.name} is computed by plain PyTorch"
     if skip is not None and (skip.shape, skip.dtype) != (x.shape, x.dtype):
         return "the skip is of another shape or dtype"
-    if x.dim() != 4 or x.numel() // x.shape[1] // (1 if batch else len(x) or 1) < FEWEST_VALUES:
+    if x.dim() != 4 or x.numel() // x.shape[1] // (1 if type(norm) in BATCH_NORMS else len(x) or 1) < FEWEST_VALUES:
         return f"with fewer than {FEWEST_VALUES} values a channel, gradients cancel: plain PyTorch may use float64"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the activations are not in NHWC"
     return why_not_cpp(x)
 
 
-def _why_slow_native(x: Tensor, norm: nn.Module, relu: bool, skip: Tensor | None) -> str | None:
-    few = isinstance(norm, BATCH_NORMS) and group_of(norm) is None and x.numel() < FEWEST_ELEMENTS
-    return f"a batch norm of fewer than {FEWEST_ELEMENTS:,} elements" if few else None
+def _why_not_norm(norm: Any) -> str | None:
+    if norm is None:
+        return None
+    if type(norm) not in NORMS or (norm.weight is None) != (norm.bias is None):
+        return "the norm is no plain one"
+    if has_hooks(norm):
+        return "the norm has hooks"
+    if norm.track_running_stats and not (type(norm) in BATCH_NORMS and norm.training):
+        return "running statistics are applied by plain PyTorch"
+    return None
 
 
-def _native_norm_relu(x: Tensor, norm: nn.Module, relu: bool, skip: Tensor | None) -> Tensor:
-    batch, group = type(norm) in BATCH_NORMS, group_of(norm)
-    y, statistics, count = _NormReLU.apply(x, norm.weight, norm.bias, skip, norm.eps, relu, batch, group)
+def _why_slow_native(x: Tensor, norm: Any, activation: Activation | None, skip: Tensor | None) -> str | None:
+    if x.numel() >= FEWEST_ELEMENTS or group_of(norm) is not None:
+        return None
+    if norm is None:
+        return f"a skip of fewer than {FEWEST_ELEMENTS:,} elements"
+    bare = isinstance(norm, BATCH_NORMS) and activation is None and skip is None
+    return f"a batch norm of fewer than {FEWEST_ELEMENTS:,} elements, and nothing after it" if bare else None
+
+
+def _native_norm_relu(x: Tensor, norm: Any, activation: Activation | None, skip: Tensor | None) -> Tensor:
+    if norm is None:
+        return _SkipActivation.apply(x, skip, activation)
+    options = _Options(norm.eps, activation, type(norm) in BATCH_NORMS, group_of(norm))
+    slopes = None if activation is None else activation.slopes
+    y, statistics, count = _NormReLU.apply(x, norm.weight, norm.bias, slopes, skip, options)
     if isinstance(norm, BATCH_NORMS) and norm.track_running_stats:
         update_running_statistics(norm, statistics, count)
     return y
@@ -140,6 +167,19 @@ def update_running_statistics(norm: _BatchNorm, statistics: Tensor, count: int |
         norm.running_var.lerp_((m2 / (count - 1)).to(norm.running_var), share)
 
 
+class _Options(NamedTuple):
+    """What decides how the passes compute, beside tensors."""
+
+    eps: float
+    activation: Activation | None
+    batch: bool  # whether the norm is a batch norm
+    group: dist.ProcessGroup | None  # over whose values it takes its statistics
+
+    def with_slopes(self, slopes: Tensor | None) -> Activation | None:
+        """The activation with these ``slopes``, which it has as an input that gets a gradient."""
+        return self.activation and self.activation._replace(slopes=slopes)
+
+
 class _Norm(NamedTuple):
     """A norm by its statistics: out = x · scale + shift."""
 
@@ -149,11 +189,12 @@ class _Norm(NamedTuple):
     inverse: Tensor  # float64: one over the standard deviation
 
 
-def _norm_of(statistics: Tensor, count: Tensor, weight: Tensor, bias: Tensor, eps: float) -> _Norm:
+def _norm_of(statistics: Tensor, count: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> _Norm:
     mean, m2 = statistics.unbind(1)
     inverse = (m2 / count + eps).rsqrt()
-    scale = weight * inverse
-    return _Norm(mean.float(), scale.float(), (bias - mean * scale).float(), inverse)
+    scale = inverse if weight is None else weight * inverse
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return _Norm(mean.float(), scale.float(), shift.float(), inverse)
 
 
 def _images(x: Tensor, batch: bool) -> Tensor:
@@ -165,59 +206,118 @@ class _NormReLU(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        slopes: Tensor | None,
         skip: Tensor | None,
-        eps: float,
-        relu: bool,
-        batch: bool,
-        group: dist.ProcessGroup | None,
+        options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The output, mean and Σ (x - mean)² of each channel, float64 [1 or N, 2, C], and of how many values, [C]."""
-        out, images = torch.empty_like(x), _images(x, batch)
+        out, images = torch.empty_like(x), _images(x, options.batch)
         statistics = _native.channel_mean_m2(images)
         count = statistics.new_full((x.shape[1],), images[0, 0].numel())
-        if group is not None:
-            combined = combine_over_processes(torch.cat([count[None], statistics[0]]), group)
+        if options.group is not None:
+            combined = combine_over_processes(torch.cat([count[None], statistics[0]]), options.group)
             count, statistics = combined[0], combined[None, 1:]
-        norm = _norm_of(statistics, count, weight, bias, eps)
-        skip_images = None if skip is None else _images(channels_last(skip), batch)
-        _native.scale_shift(images, norm.scale, norm.shift, channels_adjacent(skip_images), relu, _images(out, batch))
+        norm = _norm_of(statistics, count, weight, bias, options.eps)
+        skip_images = None if skip is None else channels_adjacent(_images(channels_last(skip), options.batch))
+        activation = options.with_slopes(slopes)
+        _native.scale_shift(images, norm.scale, norm.shift, skip_images, activation, _images(out, options.batch))
         return out, statistics, count
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, bias, skip, ctx.eps, ctx.relu, ctx.batch, ctx.group = inputs
+        x, weight, bias, slopes, skip, ctx.options = inputs
         ctx.skipped = skip is not None
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, weight, bias, *output[1:])
+        y = output[0] if ctx.skipped and ctx.options.activation else None
+        ctx.save_for_backward(x, weight, bias, slopes, y, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, statistics, count = ctx.saved_tensors
-        grad_skip = grad if ctx.skipped else None
+        x, weight, bias, slopes, y, statistics, count = ctx.saved_tensors
+        options: _Options = ctx.options
         if torch.is_grad_enabled():  # to be differentiated again
-            x, weight, bias = siblings((x, weight, bias))
-            if ctx.group is None:
-                y = reference.norm_relu(x, weight, bias, ctx.eps, ctx.relu, ctx.batch)
-            else:
-                y = reference.sync_norm_relu(x, weight, bias, ctx.eps, ctx.relu, ctx.group)[0]
-            return *_differentiable_gradients(ctx, y, grad, x, weight, bias), grad_skip, None, None, None, None
-
-        out, images, grads = torch.empty_like(x), _images(x, ctx.batch), _images(channels_last(grad), ctx.batch)
-        norm = _norm_of(statistics, count, weight, bias, ctx.eps)
-        sums = _native.norm_gradient_sums(images, grads, norm[:3], ctx.relu)
+            return *_norm_relu_again(ctx, grad, x, weight, bias, slopes, y), None
+        activation, batch = options.with_slopes(slopes), options.batch
+        out, images, grads = torch.empty_like(x), _images(x, batch), _images(channels_last(grad), batch)
+        norm = _norm_of(statistics, count, weight, bias, options.eps)
+        masked = grad
+        if y is None:
+            sums = _native.norm_gradient_sums(images, grads, norm[:3], activation)
+        else:
+            masked = torch.empty_like(x)
+            grads, extras = _images(masked, batch), (_images(y, batch), _images(masked, batch))
+            sums = _native.norm_gradient_sums(
+                images, _images(channels_last(grad), batch), norm[:3], activation, *extras
+            )
+            activation = None  # done
         total, product = sums[:, 0], sums[:, 1]
         residue = statistics[:, 0] - norm.mean  # the part of the mean that float32 cannot hold
         product = product - residue * total
-        scale, inverse = weight * norm.inverse, norm.inverse
-        grad_weight, grad_bias = (product * inverse).sum(0).to(weight), total.sum(0).to(bias)
-        if ctx.group is not None:  # the gradients of weight and bias stay this process's own
-            total, product = _over_processes(total[0], product[0], ctx.group).unbind()
+        scale, inverse = norm.inverse if weight is None else weight * norm.inverse, norm.inverse
+        grad_weight = None if weight is None else (product * inverse).sum(0).to(weight)
+        grad_bias = None if bias is None else total.sum(0).to(bias)
+        grad_slopes = None if slopes is None else sums[:, 2].sum(0).sum_to_size(slopes.shape).to(slopes)
+        if options.group is not None:  # the gradients of weight and bias stay this process's own
+            total, product = _over_processes(total[0], product[0], options.group).unbind()
         centred_factor = -scale * inverse.square() * product / count
         factors = torch.stack([scale, centred_factor, -scale * total / count - centred_factor * residue], dim=1)
-        _native.norm_gradient(images, grads, norm[:3], factors.float(), ctx.relu, _images(out, ctx.batch))
-        return out, grad_weight, grad_bias, grad_skip, None, None, None, None
+        _native.norm_gradient(images, grads, norm[:3], factors.float(), activation, _images(out, batch))
+        return out, grad_weight, grad_bias, grad_slopes, masked if ctx.skipped else None, None
+
+
+def _norm_relu_again(ctx: Any, grad: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of :class:`_NormReLU` as differentiable functions of ``grad`` and of what it ``saved``."""
+    *inputs, y = saved
+    x, weight, bias, slopes = siblings(inputs)
+    eps, activation, batch, group = ctx.options
+    activation = ctx.options.with_slopes(slopes)
+    if y is not None:
+        grad, activation = _through(activation, grad, y), None
+    scale, shift = (x.new_ones(x.shape[1]), x.new_zeros(x.shape[1])) if weight is None else (weight, bias)
+    if group is None:
+        z = reference.norm_relu(x, scale, shift, eps, False, batch)
+    else:
+        z = reference.sync_norm_relu(x, scale, shift, eps, False, group)[0]
+    gradients = _differentiable_gradients(ctx, reference.activate(z, activation), grad, x, weight, bias, slopes)
+    return *gradients, grad if ctx.skipped else None
+
+
+def _through(activation: Activation, grad: Tensor, y: Tensor) -> Tensor:
+    """The gradient before an activation of the passes, from ``grad`` after it and its output ``y``."""
+    if activation.name == "relu6":
+        return torch.where((y <= 0) | (y >= 6), 0, grad)
+    if activation.name == "relu":
+        return torch.where(y <= 0, 0, grad)
+    slope = 0.01 if activation.slope is None else activation.slope
+    return torch.where(y > 0, grad, grad * slope)
+
+
+class _SkipActivation(torch.autograd.Function):
+    """activation(x + skip), for an activation whose output has the sign of its input."""
+
+    @staticmethod
+    def forward(x: Tensor, skip: Tensor, activation: Activation) -> Tensor:
+        out, channels = torch.empty_like(x), x.shape[1]
+        images, ones = _images(x, True), x.new_ones(1, channels, dtype=torch.float32)
+        others = channels_adjacent(_images(channels_last(skip), True))
+        _native.scale_shift(images, ones, torch.zeros_like(ones), others, activation, _images(out, True))
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.activation = inputs[2]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        if ctx.activation.name == "relu" and not torch.is_grad_enabled():
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        else:
+            grad = _through(ctx.activation, grad, y)
+        return grad, grad, None
 
 
 class _SyncNorm(torch.autograd.Function):
@@ -278,9 +378,9 @@ NORM_RELU = register(
         ),
         TuningCases(
             lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((32, 1), (64, 2), (128, 4))],
-            lambda x: (x, nn.BatchNorm2d(x.shape[1]).to(x.device), True, None),
+            lambda x: (x, nn.BatchNorm2d(x.shape[1]).to(x.device), RELU, None),
         ),
         (*COMMON_CPP_SOURCES, "csrc/norm_relu*", "fastperc/ops/norm_relu.py", "fastperc/collective.py"),
-        lambda x, norm, relu, skip: (x,) if type(norm) is nn.BatchNorm2d else (),  # others are faster natively
+        lambda x, norm, activation, skip: (x,) if type(norm) is nn.BatchNorm2d else (),  # others are faster natively
     )
 )
