@@ -99,6 +99,12 @@ class Operation:
         Raises:
             CannotServe: ``use_backend`` asks for a backend that cannot.
         """
+        memory = _record.memory
+        if memory is None or _record.choices is not None or _pinned:
+            return self._choose(*call)
+        return memory.next(self) or memory.add(self, self._choose(*call))
+
+    def _choose(self, *call: Any) -> Implementation:
         free = self.name not in _pinned and not self._is_forced
         chosen = self._fastest(*call) if free else self._asked_for(*call)
         if _record.choices is not None:
@@ -211,9 +217,30 @@ class Choice(NamedTuple):
     implementation: str
 
 
+Choices = list[tuple[Operation, Implementation]]
+
+
+class _Memory:
+    """The choices of one run, and those of an earlier run of the same calls."""
+
+    def __init__(self, earlier: Choices) -> None:
+        self._earlier, self.made = iter(earlier), Choices()
+
+    def next(self, operation: Operation) -> Implementation | None:
+        """What ran the call in the earlier run."""
+        known, implementation = next(self._earlier, (None, None))
+        return implementation if known is operation else None
+
+    def add(self, operation: Operation, implementation: Implementation) -> Implementation:
+        """``implementation``, which runs the call now."""
+        self.made.append((operation, implementation))
+        return implementation
+
+
 class _Record(threading.local):
     layer = ""
     choices: list[Choice] | None = None
+    memory: _Memory | None = None
 
 
 _record = _Record()
@@ -228,6 +255,21 @@ def recorded() -> Iterator[list[Choice]]:
         yield _record.choices
     finally:
         _record.choices, _record.layer = before
+
+
+@contextmanager
+def remembering(choices: Choices) -> Iterator[None]:
+    """Runs the calls of the block by ``choices``, which are filled by the first run: choosing takes time.
+
+    The calls of each run must be alike in all that a choice depends on: shapes, dtypes, layouts, ``use_backend``.
+    """
+    before, _record.memory = _record.memory, _Memory(choices)
+    try:
+        yield
+        if not choices:
+            choices.extend(_record.memory.made)
+    finally:
+        _record.memory = before
 
 
 def at_layer(name: str) -> None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastperc import _native, backends
 from fastperc.devices import computes_in
+from fastperc.modules.chain import exporting
 from fastperc.rewriting.places import plan_places
 from fastperc.rewriting.program import Network, Program, Step, run_group
 from fastperc.rewriting.trace import export, trace
@@ -81,13 +82,17 @@ class FrozenNet:
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenNet, (self._original, self.asked_for, self.device, self.example, self.tune)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the network returns in evaluation.
 
         Raises:
             TypeError: arguments that the network's forward does not take.
+            RuntimeError: PyTorch exports or traces the call.
         """
+        if exporting():
+            raise RuntimeError("a frozen network cannot be exported; export the network itself, in eval mode")
         arguments = self._bound(*args, **kwargs)
         like = next((x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.is_floating_point()), None)
         arguments = tree_map(self._moved, arguments)

@@ -64,17 +64,9 @@ class FrozenLayer:
         return y if out is None or y is out else out.copy_(y)
 
     def _convolved(self, x: Tensor, epilogue: Epilogue) -> Tensor:
-        if self.groups != 1 or self.dilation != (1, 1):  # TEMPORARY
-            return self._with_skip(x, epilogue)
-        act = epilogue.activation
-        if act is not None and act.name != "relu":
-            return reference.activate(
-                ops.conv_bn_relu(
-                    x, self.weight, self.bias, self.stride[0], self.padding, epilogue._replace(activation=None)
-                ),
-                act,
-            )
-        return ops.conv_bn_relu(x, self.weight, self.bias, self.stride[0], self.padding, epilogue)
+        return ops.conv_bn_relu(
+            x, self.weight, self.bias, self.stride[0], self.padding, epilogue, self.dilation[0], self.groups
+        )
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of the convolution's output."""

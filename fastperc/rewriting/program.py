@@ -88,6 +88,7 @@ class Program:
         self.network, self._places = network, places
         self._values: list[Any] = [None] * (len(network.nodes) + len(places.buffers))
         self._inputs: list[tuple[int, str]] = []
+        self._implementations: backends.Choices = []
         self._result: Any = None
         inside = {node for last in fused for node in network.groups[last].nodes[:-1]}
         read: list[tuple[str, fx.Node, Run, list[int]]] = []
@@ -106,6 +107,10 @@ class Program:
 
     def __call__(self, arguments: Mapping[str, Any], watch: Callable[[Step, list[Any]], Any] | None = None) -> Any:
         """The network's output for ``arguments`` by name; ``watch`` computes a step's value instead of the step."""
+        with backends.remembering(self._implementations):
+            return self._run(arguments, watch)
+
+    def _run(self, arguments: Mapping[str, Any], watch: Callable[[Step, list[Any]], Any] | None) -> Any:
         values = self._values.copy()
         if self.network.exported:  # which flattens arguments and results
             arguments = dict(zip((name for _, name in self._inputs), tree_leaves(arguments)))
