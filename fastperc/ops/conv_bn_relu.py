@@ -30,7 +30,7 @@ from fastperc.ops.conv3x3 import CONV3X3, WIDEST_PADDING, why_not_winograd, why_
 from fastperc.ops.instance_norm import INSTANCE_NORM, native_instance_norm, triton_finish
 from fastperc.types import Epilogue, Padding, Sides, same_sides
 
-MOST_FILTERS_4X4 = 256 * 256  # by tiles of 4×4 more filters, 9 MB of them transformed, were no faster than by 2×2
+FLOPS_A_BYTE = 16  # that the CPU multiplies while it reads a byte of transformed weights, which are read once
 
 
 def conv_bn_relu(
@@ -194,12 +194,14 @@ def _why_slow_winograd_4x4(
     """Why tiles of 4×4 pixels are expected to be slower than those of 2×2."""
     if reason := _why_slow_winograd(x, weight, bias, stride, padding, epilogue):
         return reason
-    if weight.shape[0] * weight.shape[1] > MOST_FILTERS_4X4:
-        return "the transformed weights are too large for the cache"
     left, right, top, bottom = padding.sides
     height, width = x.shape[2] + top + bottom - 2, x.shape[3] + left + right - 2
-    products = {tile: -(-height // tile) * -(-width // tile) * (tile + 2) ** 2 for tile in (2, 4)}
-    return "tiles of 4×4 waste too much at the border" if products[4] > 0.9 * products[2] else None
+    products = {tile: len(x) * -(-height // tile) * -(-width // tile) * (tile + 2) ** 2 for tile in (2, 4)}
+    if products[4] > 0.9 * products[2]:
+        return "tiles of 4×4 waste too much at the border"
+    # For each filter: two operations a product, and 36 transformed weights of four bytes instead of 16.
+    is_small = 2 * (products[2] - products[4]) < FLOPS_A_BYTE * 4 * (36 - 16)
+    return "reading more transformed weights takes longer than the products saved" if is_small else None
 
 
 def _winograd(tile: int) -> Callable[..., Tensor]:

@@ -11,7 +11,7 @@ from fastperc.ops.common import in_dtype
 from fastperc.rewriting.fuse import Group, folded
 from fastperc.types import Activation, Epilogue, InstanceNorm, Padding, Window
 
-ENDS: tuple[int, ...] = ()  # the kernels that have a way of their own from and to RGB
+ENDS = (7, 9)  # the kernels that have a way of their own from and to RGB
 UNSCALED = (1.0, 0.0)
 
 
