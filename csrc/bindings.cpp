@@ -34,7 +34,8 @@ NormPointers norm_pointers(const std::array<Address, 3>& norm) {
 Output output_from_name(const std::string& name) {
   if (name == "tanh") return Output::tanh;
   if (name == "linear") return Output::linear;
-  throw std::invalid_argument("fastperc: output must be 'tanh' or 'linear', got " + name);
+  if (name == "plain") return Output::plain;
+  throw std::invalid_argument("fastperc: output must be 'tanh', 'linear' or 'plain', got " + name);
 }
 RGBConvShape rgb_conv_shape(const std::array<std::int64_t, 9>& s, bool reflect) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], reflect};

@@ -8,7 +8,7 @@
 
 namespace fastperc {
 
-enum class Output { tanh, linear };  // of a network: 150·tanh around mid-grey, or 0…255
+enum class Output { tanh, linear, plain };  // of a network: 150·tanh around mid-grey, 0…255, or left as it is
 
 // The shape of the products of a k×k convolution with 3 filters: [rows, columns, k, 3], dense, summed over the filters'
 // rows and the input channels. Pixel x of a row of the picture is the sum of products[x - left + dx, dx] over dx.
@@ -45,12 +45,13 @@ inline float tanh_of(float x) {
   return x * p / q;
 }
 
-// Converts the output of the last convolution to 0–1.
+// Converts the output of the last convolution to 0–1, which is not plain.
 inline float to_image_range(float x, Output output) {
   return output == Output::tanh ? 0.5f + 150.0f / 255.0f * tanh_of(x) : x / 255.0f;
 }
 
 FASTPERC_INLINE void to_image_range(float* x, std::int64_t count, Output output) {
+  if (output == Output::plain) return;
   for (std::int64_t i = 0; i < count; ++i) x[i] = to_image_range(x[i], output);
 }
 

@@ -294,14 +294,17 @@ def image_io(image: Tensor, window: Window, input_range: tuple[float, float], dt
 def rgb_conv_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
     """The last convolution: [N, C, H, W] → ``out`` [N, 3, H', W'], RGB in 0–1, or levels if that is uint8.
 
-    ``output`` is ``"tanh"``, the authors' 150·tanh about mid-grey, or ``"linear"``, 0…255.
+    ``output`` is ``"tanh"``, the authors' 150·tanh about mid-grey, ``"linear"``, 0…255, or ``"plain"``: ``out`` is the
+    convolution itself.
     """
     y = to_image_range(widen(convolve(x, weight, bias, 1, padding)), output)
     out.copy_(to_levels(y) if out.dtype == torch.uint8 else y)
 
 
 def to_image_range(x: Tensor, output: str) -> Tensor:
-    """The last convolution's output to 0–1: the authors' 150·tanh about mid-grey, or 0…255."""
+    """The last convolution's output to 0–1: the authors' 150·tanh about mid-grey, or 0…255; ``"plain"`` stays."""
+    if output == "plain":
+        return x
     return 0.5 + 150 / 255 * x.tanh() if output == "tanh" else x / 255
 
 

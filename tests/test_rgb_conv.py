@@ -7,15 +7,20 @@ from importlib import import_module
 import pytest
 import torch
 from cases import GPU, error, no_worse
-from frozen import FROZEN_RUNS, features, filters, instance_norm
+from frozen import ACTIVATION_NAMES, FROZEN_RUNS, activations, features, filters, instance_norm, widened
 
-from fastperc import backends, ops, reference, use_backend
+from fastperc import _native, backends, ops, reference, use_backend
 from fastperc.modules import RGBConv
+from fastperc.ops.conv3x3 import FEWEST_LANES
 from fastperc.ops.rgb_conv import _Fold
-from fastperc.types import Epilogue, Padding, Window
+from fastperc.types import Epilogue, Padding, Window, same_sides
 
 FOURS = (4, 4, 4, 4)
-ENDS = {"tanh": ((2.0, -1.0), 1.0), "linear": ((255.0, 0.0), 60.0)}  # input range, size of what the head gives
+ENDS = {
+    "tanh": ((2.0, -1.0), 1.0),
+    "linear": ((255.0, 0.0), 60.0),
+    "plain": ((1.0, 0.0), 1.0),
+}  # input range, size of what the head gives
 
 # image, window, filters, kernel, padding, mode, norm
 STEMS = {
@@ -71,6 +76,11 @@ HEADS = {
     "B2-I32-H37-W131-strips": (2, 32, 37, 131, 9, FOURS, "zeros"),
     "B1-I64-H25-W108-strips-reflect": (1, 64, 25, 108, 9, (4, 1, 0, 3), "reflect"),
     "B1-I70-H4-W5-kernel3": (1, 70, 4, 5, 3, (1, 1, 1, 1), "reflect"),
+    "B2-I64-H17-W21-kernel3-zeros": (2, 64, 17, 21, 3, (1, 1, 1, 1), "zeros"),
+    "B2-I16-H4-W40-kernel7": (2, 16, 4, 40, 7, (3, 3, 3, 3), "zeros"),
+    "B1-I64-H25-W47-kernel7-reflect": (1, 64, 25, 47, 7, (3, 3, 3, 3), "reflect"),
+    "B1-I32-H4-W35-kernel7-reflect-thin": (1, 32, 4, 35, 7, (3, 3, 3, 3), "reflect"),
+    "B1-I32-H19-W20-kernel7-uneven": (1, 32, 19, 20, 7, (3, 1, 0, 2), "reflect"),
 }
 PICTURES = {
     "fp32": lambda n, h, w: torch.full((n, 3, h, w), torch.nan),
@@ -86,6 +96,8 @@ PICTURES = {
 @pytest.mark.parametrize("case", HEADS)
 @pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
 def test_head_matches_the_formula(device, backend, dtype, case, output, picture):
+    if output == "plain" and picture.startswith("levels"):
+        pytest.skip("a plain output has no levels")
     n, c, height, width, kernel, padding, mode = HEADS[case]
     x = features(n, c, height, width, device=device, dtype=dtype)
     weight, bias = filters(3, c, kernel, kernel, device=device, dtype=dtype)
@@ -153,10 +165,51 @@ def test_refuses_what_does_not_fit():
     x, weight, bias = torch.rand(1, 8, 12, 12), torch.rand(3, 8, 9, 9), torch.zeros(3)
     for kwargs, told in (
         (dict(output="tanh", out=torch.empty(1, 3, 11, 12)), r"a picture \[1, 3, 12, 12\].*got 3, 'tanh' and"),
-        (dict(output="sigmoid", out=torch.empty(1, 3, 12, 12)), "among tanh, linear"),
+        (dict(output="sigmoid", out=torch.empty(1, 3, 12, 12)), "among tanh, linear, plain"),
+        (dict(output="plain", out=torch.empty(1, 3, 12, 12, dtype=torch.uint8)), "a plain output has no levels"),
     ):
         with pytest.raises(ValueError, match=told):
             ops.rgb_conv_head(x, weight, bias, Padding(FOURS), **kwargs)
+
+
+@pytest.mark.parametrize("kernel", [9, 7, 3])
+def test_which_algorithm_makes_the_head(kernel):
+    x = features(1, 64, 16, 40, device="cpu", dtype=torch.float32)
+    weight, bias = filters(3, 64, kernel, kernel, device="cpu", dtype=torch.float32)
+    with backends.recorded() as choices:
+        ops.rgb_conv_head(x, weight, bias, same_sides(kernel // 2), "plain", torch.empty(1, 3, 16, 40))
+    by_winograd = kernel > 3 and _native.winograd_lanes() >= FEWEST_LANES
+    assert choices[0].implementation == ("winograd" if by_winograd else "onednn")
+
+
+def test_a_head_may_repeat_the_pixels_at_the_border():
+    x = features(1, 64, 16, 40, device="cpu", dtype=torch.float32)
+    weight, bias = filters(3, 64, 9, 9, device="cpu", dtype=torch.float32)
+    out, padding = torch.empty(1, 3, 16, 40), same_sides(4, "replicate")
+    ops.rgb_conv_head(x, weight, bias, padding, "plain", out)
+    assert error(out, reference.convolve(x.double(), weight.double(), bias.double(), 1, padding)) < 1e-6
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(("device", "backend", "dtype"), FROZEN_RUNS)
+def test_every_activation_after_the_stem(device, backend, dtype, with_norm, name):
+    image, window = torch.rand(2, 3, 20, 23, device=device), Window(0, 0, 20, 23)
+    weight, bias = filters(32, 3, 9, 9, device=device, dtype=dtype)
+    norm = instance_norm(32, device) if with_norm else None
+    epilogue = Epilogue(norm, activations(32, device)[name])
+    call = window, (2.0, -1.0), Padding(FOURS)
+    with use_backend("reference"):
+        exact = ops.rgb_conv_stem(image, weight.double(), bias.double(), *call, widened(epilogue), torch.float64)
+        stock = ops.rgb_conv_stem(image, weight, bias, *call, epilogue, dtype)
+    with use_backend(backend) if backend == "triton" else torch.no_grad():
+        ours = ops.rgb_conv_stem(image, weight, bias, *call, epilogue, dtype)
+        wide = features(2, 64, 20, 23, device=device, dtype=dtype)
+        slice_out = wide[:, 16:48]
+        again = ops.rgb_conv_stem(image, weight, bias, *call, epilogue._replace(out=slice_out), dtype)
+    assert ours.dtype == dtype and again is slice_out and torch.equal(ours, again)
+    no_worse(ours, stock, exact)
 
 
 # The head in training

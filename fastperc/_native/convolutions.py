@@ -111,7 +111,7 @@ def rgb_conv_head(products: Tensor, bias: Tensor, out: Tensor, left: int, reflec
         out: [3, H, W], uint8 or floating-point.
         left: the padding on the left.
         reflect: whether the border reflects the image; otherwise it is zeros.
-        output: of the network, ``"tanh"`` or ``"linear"``.
+        output: of the network, ``"tanh"``, ``"linear"`` or ``"plain"``.
     """
     _, channels, height, columns = products.shape
     _C.rgb_conv_head_cpu(
@@ -160,7 +160,7 @@ def rgb_conv_head_winograd(
         weights: float32, as in csrc/kernels.h.
         bias: float32 [3].
         padding: of ``x``.
-        output: of the network, ``"tanh"`` or ``"linear"``.
+        output: of the network, ``"tanh"``, ``"linear"`` or ``"plain"``.
         out: [N, 3, H', W'], uint8 or floating-point.
     """
     _C.rgb_conv_head_winograd_cpu(

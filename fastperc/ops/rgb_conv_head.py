@@ -1,12 +1,13 @@
-"""A frozen network's last convolution, 9×9 to a picture, with the scaling and the rounding that follow it.
+"""A frozen network's last convolution, to three channels, with the scaling and the rounding that follow it.
 
 Its horizontal taps are columns of the product, as in ``ops.rgb_conv``; csrc/rgb_conv.cpp and kernels/rgb_conv_head.py
 say how they are added up. In float32 on a CPU Winograd's algorithm takes 25 products for an output where the definition
-takes 81: csrc/rgb_conv_winograd.cpp says how.
+of a 9×9 convolution takes 81, and that of a 7×7 one 49: csrc/rgb_conv_winograd.cpp says how.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from fastperc.ops.conv_bn_relu import padded
 from fastperc.ops.rgb_conv import RGB_CONV, taps_as_filters
 from fastperc.types import Padding, same_sides
 
-OUTPUTS = ("tanh", "linear")
+OUTPUTS = ("tanh", "linear", "plain")
 PIXELS_AT_ONCE = 1 << 18  # of the products on the CPU: enough that the rows which two blocks share cost little
 
 
@@ -37,12 +38,12 @@ def rgb_conv_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, out
         x: [N, C, H, W].
         weight, bias: [3, C, k, k] and [3].
         padding: as for :func:`~fastperc.ops.conv_bn_relu`.
-        output: ``"tanh"``: 0.5 + 150/255 · tanh; ``"linear"``: over 255.
+        output: ``"tanh"``: 0.5 + 150/255 · tanh; ``"linear"``: over 255; ``"plain"``: the convolution itself.
         out: [N, 3, H', W'] of any strides, filled with RGB in 0–1; if it is uint8 with levels, clamped and rounded to
-            the nearest, where NaN becomes 0.
+            the nearest, where NaN becomes 0. A plain output is floating-point, of any range.
 
     Raises:
-        ValueError: shapes that do not fit, or no such output.
+        ValueError: shapes that do not fit, no such output, or levels of a plain output.
     """
     check_shapes(x, weight, bias, weight.shape[1])
     kernel, (left, right, top, bottom) = weight.shape[2], padding.sides
@@ -52,24 +53,31 @@ def rgb_conv_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, out
             f"expected 3 filters, an output among {', '.join(OUTPUTS)} and a picture {list(expected)}, "
             f"got {len(bias)}, {output!r} and {list(out.shape)}"
         )
+    if output == "plain" and out.dtype == torch.uint8:
+        raise ValueError("a plain output has no levels: out must be floating-point")
     RGB_CONV_HEAD(x, weight, bias, padding, output, out)
 
 
+def _why_not_border(padding: Padding) -> str | None:
+    return "the border repeats pixels" if padding.mode not in ("zeros", "reflect") else None
+
+
 def _why_not_triton(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> str | None:
-    return why_not_frozen(x, weight, bias) or backends.why_not_triton_product(x)
+    return why_not_frozen(x, weight, bias) or _why_not_border(padding) or backends.why_not_triton_product(x)
 
 
 def _triton(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
     head, x = kernels.rgb_conv_head, channels_last(x)
     weights = packed(("head", x.dtype), lambda: head.pack(weight.detach().float()).to(x.dtype), weight)
     with backends.on_device(x):
-        head.rgb_conv_head_fwd(x, weights, bias.float(), out, padding, output)
+        head.rgb_conv_head_fwd(x, weights, bias.float(), out, padding, None if output == "plain" else output)
 
 
 def _why_not_winograd(
     x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor
 ) -> str | None:
-    return why_not_frozen(x, weight, bias) or winograd_9x9.why_not(x, weight, bias)
+    reason = why_not_frozen(x, weight, bias) or _why_not_border(padding)
+    return reason or winograd_9x9.why_not(x, weight, bias, (9, 7))
 
 
 def _why_slow_winograd(
@@ -84,11 +92,13 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output:
         return F.pad(columns, (0, _native.WINOGRAD_PANEL - columns.shape[2])).contiguous()
 
     weights = packed("winograd", pack, weight)
+    padding = winograd_9x9.with_ring(padding, weight)
     _native.rgb_conv_head_winograd(channels_last(x), weights, bias.contiguous(), padding, output, out)
 
 
 def _why_not_native(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> str | None:
-    return why_not_frozen(x, weight, bias) or onednn.why_not(x) or why_not_cpp(x)
+    reason = why_not_frozen(x, weight, bias) or _why_not_border(padding)
+    return reason or onednn.why_not(x) or why_not_cpp(x)
 
 
 def _native_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
