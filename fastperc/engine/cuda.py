@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastperc.engine.frames import as_nchw
 
@@ -82,11 +83,11 @@ def reason_of(error: RuntimeError) -> str:
 
 
 class Graph(NamedTuple):
-    """A recorded pass: it reads ``image`` and writes ``picture``."""
+    """A recorded pass: it reads the tensors in ``inputs`` and writes those in ``result``."""
 
     graph: torch.cuda.CUDAGraph
-    image: Tensor
-    picture: Tensor
+    inputs: Any
+    result: Any
 
 
 class Graphs:
@@ -105,26 +106,27 @@ class Graphs:
         self._pool: Any = None
         self._may_record = True
 
-    def run(self, key: Hashable, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Tensor:
-        """``paint(image)``; from the second call with a ``key`` on by its graph."""
+    def run(self, key: Hashable, inputs: Any, paint: Callable[[Any], Any]) -> Any:
+        """``paint(inputs)``, tensors or containers of them; from the second call with a ``key`` on by its graph."""
         if self._is_new(key):
-            return paint(image)
-        with self._lock, torch.cuda.device(image.device):
+            return paint(inputs)
+        with self._lock, torch.cuda.device(_device_of(inputs)):
             stream = torch.cuda.current_stream()
             if self._done is not None:
                 stream.wait_event(self._done)
-            kept = self._kept.pop(key, None) or self._try_to_record(image, paint)
+            kept = self._kept.pop(key, None) or self._try_to_record(inputs, paint)
             if kept is None:
-                return paint(image)
+                return paint(inputs)
             self._kept[key] = kept
-            kept.image.copy_(image)
+            for static, tensor in zip(_tensors(kept.inputs), _tensors(inputs)):
+                static.copy_(tensor)
             kept.graph.replay()
-            picture = kept.picture.clone()
+            result = tree_map_only(Tensor, torch.clone, kept.result)
             self._done = stream.record_event()
             if len(self._kept) > GRAPHS:
                 self._done.synchronize()
                 self._kept.popitem(last=False)
-        return picture
+        return result
 
     def _is_new(self, key: Hashable) -> bool:
         """Whether ``key`` is seen for the first time."""
@@ -136,10 +138,10 @@ class Graphs:
                 self._seen.popitem(last=False)
         return new
 
-    def _try_to_record(self, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Graph | None:
+    def _try_to_record(self, inputs: Any, paint: Callable[[Any], Any]) -> Graph | None:
         """The graph, or ``None`` if it cannot be recorded."""
         try:
-            return self._record(image, paint) if self._may_record else None
+            return self._record(inputs, paint) if self._may_record else None
         except torch.OutOfMemoryError:  # for this picture: a graph keeps memory of its own
             return None
         except RuntimeError as error:
@@ -149,18 +151,26 @@ class Graphs:
 
     @torch.inference_mode(False)  # tensors made in that mode could not be written outside of it
     @torch.no_grad()
-    def _record(self, image: Tensor, paint: Callable[[Tensor], Tensor]) -> Graph:
-        static = torch.empty_like(image).copy_(image)
+    def _record(self, inputs: Any, paint: Callable[[Any], Any]) -> Graph:
+        static = tree_map_only(Tensor, lambda x: torch.empty_like(x).copy_(x), inputs)
         # Of the image's GPU: the stream that torch.cuda.graph takes by default belongs to the first one.
-        stream = torch.cuda.Stream(image.device)
+        stream = torch.cuda.Stream(_device_of(inputs))
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles kernels, packs weights and lets libraries choose, before the recording
                 paint(static)
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, picture = record(lambda: paint(static), stream, self._pool)
-        return Graph(graph, static, picture)
+        graph, result = record(lambda: paint(static), stream, self._pool)
+        return Graph(graph, static, result)
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+
+
+def _device_of(inputs: Any) -> torch.device:
+    return _tensors(inputs)[0].device
 
 
 class Pipeline:

@@ -14,6 +14,7 @@ from fastperc import _native, backends
 from fastperc.devices import find_device, free_memory, gigabytes, widest_dtype
 from fastperc.engine.cuda import Graphs, Pipeline
 from fastperc.engine.frames import DTYPES, as_given, as_nchw, given
+from fastperc.engine.frozen_net import FrozenNet
 from fastperc.engine.plan import OWN, Plan, cut, forward, parts, plan_of
 from fastperc.engine.tiling import Canvas, grid
 from fastperc.errors import InputError
@@ -21,7 +22,6 @@ from fastperc.models.common import unwrapped
 from fastperc.modules.chain import exporting
 from fastperc.presets import MINIMUM_SIDE
 from fastperc.progress import Watch, unwatched
-from fastperc.rewriting.frozen import FrozenNet
 from fastperc.types import Window
 
 WHOLE_BYTES = 2 << 30  # on a CPU, a pass that holds less is not tiled
@@ -54,7 +54,7 @@ def freeze(
 
     Returns:
         An :class:`Engine` of a :class:`~fastperc.TransformNet` or a :class:`~fastperc.SuperResolutionNet`, which takes
-        pictures; of any other network a :class:`~fastperc.rewriting.frozen.FrozenNet`, which takes what the network
+        pictures; of any other network a :class:`~fastperc.engine.frozen_net.FrozenNet`, which takes what the network
         takes. ``example`` and ``tune`` are for the latter.
 
     On a CPU the process keeps some of the memory of a picture for the next one.

@@ -30,6 +30,7 @@ from fastperc.ops.conv3x3 import CONV3X3, WIDEST_PADDING, why_not_winograd, why_
 from fastperc.ops.instance_norm import INSTANCE_NORM, native_instance_norm, triton_finish
 from fastperc.types import Epilogue, Padding, Sides, same_sides
 
+CACHED_BYTES = 2 << 20  # transformed weights that stay in a core's cache
 FLOPS_A_BYTE = 16  # that the CPU multiplies while it reads a byte of transformed weights, which are read once
 
 
@@ -200,6 +201,8 @@ def _why_slow_winograd_4x4(
     if products[4] > 0.9 * products[2]:
         return "tiles of 4×4 waste too much at the border"
     # For each filter: two operations a product, and 36 transformed weights of four bytes instead of 16.
+    if 4 * 36 * weight.shape[0] * weight.shape[1] <= CACHED_BYTES:
+        return None
     is_small = 2 * (products[2] - products[4]) < FLOPS_A_BYTE * 4 * (36 - 16)
     return "reading more transformed weights takes longer than the products saved" if is_small else None
 

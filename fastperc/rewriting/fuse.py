@@ -14,17 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from fastperc.rewriting.calls import (
-    Add,
-    Call,
-    Conv,
-    Norm,
-    PixelShuffle,
-    Same,
-    Scale,
-    Upsample,
-    describe,
-)
+from fastperc.rewriting.calls import describe
+from fastperc.rewriting.known import Add, Call, Conv, Norm, PixelShuffle, Same, Scale, Upsample
 from fastperc.rewriting.trace import is_alias, mutates
 from fastperc.types import Activation, Padding
 

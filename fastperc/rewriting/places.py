@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from fastperc.rewriting.calls import Call, Concatenation
+from fastperc.rewriting.known import Call, Concatenation
 
 
 class Place(NamedTuple):

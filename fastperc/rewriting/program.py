@@ -17,8 +17,10 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import tree_leaves
 
 from fastperc import backends, reference
-from fastperc.rewriting.calls import Add, Constants, Known, Same, Scale, describe
+from fastperc.rewriting.calls import describe
+from fastperc.rewriting.functions import Constants
 from fastperc.rewriting.fuse import Group, groups_of
+from fastperc.rewriting.known import Add, Known, Same, Scale
 from fastperc.rewriting.layers import FrozenLayer
 from fastperc.rewriting.places import NOWHERE, Places
 from fastperc.rewriting.trace import mutates

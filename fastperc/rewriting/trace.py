@@ -19,7 +19,8 @@ import torch
 from torch import fx, nn
 
 from fastperc.ops import has_hooks
-from fastperc.rewriting.calls import describe, function_name
+from fastperc.rewriting.calls import describe
+from fastperc.rewriting.functions import function_name
 
 FOREIGN = (os.path.dirname(torch.__file__), os.path.dirname(__file__))  # whose lines are not the network's
 ASSERTIONS = ("_assert", "_assert_is_none", "_assert_tensor_metadata", "sym_constrain_range_for_size")

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastperc import _native, backends
 from fastperc.devices import computes_in
+from fastperc.engine.cuda import Graphs
 from fastperc.modules.chain import exporting
 from fastperc.rewriting.places import plan_places
 from fastperc.rewriting.program import Network, Program, Step, run_group
@@ -24,7 +25,7 @@ from fastperc.rewriting.trace import export, trace
 SHAPES = 32  # the shapes whose programs are kept
 REUSED_BYTES, KEPT_BYTES = 64 << 20, 256 << 20  # memory that passes use again: largest block, in all
 CLEARLY = 0.97  # of the time of what is kept anyway; with less, another way is taken
-TIMED_RUNS = 3
+TIMED_RUNS = 4
 
 
 class Choice(NamedTuple):
@@ -70,6 +71,7 @@ class FrozenNet:
         self._networks: OrderedDict[Hashable, Network] = OrderedDict()
         self._choices: OrderedDict[Hashable, Choice] = OrderedDict()
         self._plain: nn.Module | None = None
+        self._graphs = Graphs()
         self._exports = False
         try:
             self._kept((repr({}),), lambda: trace(self._original))
@@ -145,7 +147,13 @@ class FrozenNet:
         if self.device.type == "cpu":
             _native.reuse_freed_memory(REUSED_BYTES, KEPT_BYTES)
         choice = self._choice(arguments)
-        return self._plainly(arguments) if choice.program is None else choice.program(arguments)
+        return self._replayed(self._graphs, choice.program or self._plainly, arguments)
+
+    def _replayed(self, graphs: Graphs, run: Callable[[Any], Any], arguments: dict[str, Any]) -> Any:
+        """``run(arguments)``; on a GPU by replaying a CUDA graph."""
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return run(arguments)
+        return graphs.run(_key(arguments), arguments, run)
 
     def _plainly(self, arguments: dict[str, Any]) -> Any:
         """The network itself, in evaluation and channels-last memory."""
@@ -197,15 +205,16 @@ class FrozenNet:
 
     def _choose(self, arguments: dict[str, Any]) -> Choice:
         network = self._network(arguments)
-        measures = self.tune and self.device.type == "cpu" and backends.forced() is None and not network.mutates
+        measures = self.tune and backends.forced() is None and not network.mutates
+        apart = measures and self.device.type == "cpu"  # on a GPU a layer by itself says too little about a graph
         shapes: dict[fx.Node, torch.Size] = {}
         fused = set(network.groups)
 
         def watch(step: Step, values: list[Any]) -> Any:
             value = step.run(values)
-            if measures and step.node in fused:
+            if apart and step.node in fused:
                 alone = run_group(network.groups[step.node], network)
-                if _seconds(lambda: alone(values)) < CLEARLY * _seconds(lambda: step.run(values)):
+                if self._seconds(lambda: alone(values)) < CLEARLY * self._seconds(lambda: step.run(values)):
                     slower.add(step.node)
             if isinstance(value, Tensor):
                 shapes[step.node] = value.shape
@@ -224,7 +233,10 @@ class FrozenNet:
         if not measures:
             return Choice(program, tuple(slower), None)
         try:
-            ours, plain = _seconds(lambda: program(arguments)), _seconds(lambda: self._plainly(arguments))
+            ours, plain = (
+                self._seconds(lambda: self._replayed(graphs, run, arguments))  # noqa: B023 - it is called at once
+                for run, graphs in ((program, Graphs()), (self._plainly, Graphs()))
+            )
         except RuntimeError:  # a view that channels-last memory does not allow
             return Choice(program, tuple(slower), None)
         if plain < CLEARLY * ours:
@@ -232,6 +244,17 @@ class FrozenNet:
         if all(one.program is not None for one in self._choices.values()):
             self._plain = None  # nothing needs it
         return Choice(program, tuple(slower), (ours, plain))
+
+    def _seconds(self, run: Callable[[], Any]) -> float:
+        """The shortest time of a few runs; on a GPU the last of them replay a graph."""
+        times = []
+        for _ in range(TIMED_RUNS):
+            start = time.perf_counter()
+            run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter() - start)
+        return min(times)
 
 
 def _check_weights(net: nn.Module) -> None:
@@ -241,16 +264,6 @@ def _check_weights(net: nn.Module) -> None:
             raise ValueError("the network is on the meta device, which holds no weights; load them before freezing")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"the network's {name} has values that are not finite")
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    """The shortest time of a few runs."""
-    times = []
-    for _ in range(TIMED_RUNS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def _key(arguments: Mapping[str, Any]) -> Hashable:
