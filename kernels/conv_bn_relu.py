@@ -347,7 +347,7 @@ def _launch(
         ACTIVATION=epilogue.activation and epilogue.activation.name,
         **tile.constants,
         **tile.options,
-        **register_options(shared_memory(x.device)),
+        **registers_for(epilogue.activation, x.device),
     )
 
 
@@ -360,6 +360,13 @@ def slopes_of(activation: Activation | None, channels: int) -> Tensor | float | 
     if activation.slopes is not None:
         return activation.slopes.detach().float().expand(channels).contiguous()
     return None
+
+
+def registers_for(activation: Activation | None, device: torch.device) -> dict[str, int]:
+    """Options of Triton's compiler for a product with ``activation``. All but ReLU take registers, which the assembler
+    spills on the largest GPUs too, unless a kernel names its own limit."""
+    many = activation is not None and activation.name != "relu"
+    return register_options(0 if many else shared_memory(device))
 
 
 def descriptors_fit(*tensors: Tensor) -> bool:

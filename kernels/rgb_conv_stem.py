@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import LARGEST, PROGRAMS, register_options, shared_memory
-from fastperc.kernels.conv_bn_relu import slopes_of, store_output
+from fastperc.kernels.configs import LARGEST, PROGRAMS, shared_memory
+from fastperc.kernels.conv_bn_relu import registers_for, slopes_of, store_output
 from fastperc.types import RELU, Activation, Deferred, Destination, Padding
 
 PIXELS = tl.constexpr(4)  # pixels that share a row of the product
@@ -188,13 +188,14 @@ def _block(channels_out: int) -> int:
     return min(max(triton.next_power_of_2(channels_out), 16), 32)
 
 
-def _tile(out: Tensor, with_sums: bool) -> tuple[int, int]:
+def _tile(out: Tensor, with_sums: bool, activation: Activation | None = None) -> tuple[int, int]:
     """Groups of pixels per program, and its warps: the fastest of those measured on an H200. Sums take registers, and
-    so do the products of GPUs with less shared memory."""
+    so do activations other than ReLU, and the products of GPUs with less shared memory."""
     if out.element_size() == 4:
         return 32, 8
     enough = out.numel() >= 128 * PIXELS.value * _block(out.shape[1]) * PROGRAMS
-    many_registers = with_sums or shared_memory(out.device) < LARGEST
+    other = activation is not None and activation.name != "relu"
+    many_registers = with_sums or other or shared_memory(out.device) < LARGEST
     return (128, 8 if many_registers else 4) if enough else (64, 4)
 
 
@@ -286,7 +287,7 @@ def _launch(
     images, channels_out, height, width = out.shape
     _, rows, pitch = x.shape
     kernel = rows - height + 1
-    block, (groups, num_warps) = _block(channels_out), _tile(out, destination.partials is not None)
+    block, (groups, num_warps) = _block(channels_out), _tile(out, destination.partials is not None, activation)
     programs = images * _tiles(out, groups) * triton.cdiv(channels_out, block)
     rgb_conv_stem_kernel[(programs,)](
         x,
@@ -310,5 +311,5 @@ def _launch(
         BLOCK_K=STEP,
         num_warps=num_warps,
         num_stages=STAGES,
-        **register_options(shared_memory(out.device)),
+        **registers_for(activation, out.device),
     )

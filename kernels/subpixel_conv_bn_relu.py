@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import LARGEST, PROGRAMS, ConvTile, channel_step, register_options, shared_memory
-from fastperc.kernels.conv_bn_relu import slopes_of, store_output
+from fastperc.kernels.configs import LARGEST, PROGRAMS, ConvTile, channel_step, shared_memory
+from fastperc.kernels.conv_bn_relu import registers_for, slopes_of, store_output
 from fastperc.types import RELU, Activation, Deferred, Destination
 
 PHASES = tl.constexpr(2)  # of the four, that a program computes
@@ -252,5 +252,5 @@ def _launch(
         ACTIVATION=activation and activation.name,
         **tile.constants,
         **tile.options,
-        **register_options(shared_memory(x.device)),
+        **registers_for(activation, x.device),
     )
