@@ -1,4 +1,4 @@
-"""Convolution as an implicit GEMM. The epilogue adds bias and skip and applies ReLU, or takes statistics.
+"""Convolution as an implicit GEMM. The epilogue adds bias and skip and applies the activation, or takes statistics.
 
     out[pixel, o] = Σ over taps and input channels of x[pixel · stride + tap, i] · weight[o, tap, i]
 
@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastperc.kernels.configs import ConvTile, conv_tile, register_options, shared_memory
 from fastperc.kernels.deferred import store_gradient
-from fastperc.types import RELU, Destination, Epilogue, Padding
+from fastperc.types import RELU, Activation, Destination, Epilogue, Padding
 
 
 @triton.jit
@@ -51,6 +51,29 @@ def store_partials(
 
 
 @triton.jit
+def activate(
+    y,  # fp32
+    slope,  # of the negative side, for the activations that have it: a number, or as many as broadcast to y
+    ACTIVATION: tl.constexpr,  # a name of fastperc.types.Activation, or None
+):
+    """The activation of each element. NaN stays NaN."""
+    if ACTIVATION == "relu":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "leaky_relu" or ACTIVATION == "prelu":
+        y = tl.where(y > 0, y, y * slope)
+    elif ACTIVATION == "relu6":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.minimum(y, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    elif ACTIVATION == "sigmoid":
+        y = tl.sigmoid(y)
+    elif ACTIVATION == "tanh":
+        y = 2 * tl.sigmoid(2 * y) - 1
+    return y
+
+
+@triton.jit
 def store_output(
     y,  # [channels, pixels] fp32
     out_ptr,  # [N, H', W', CHANNELS] fp16|bf16|fp32
@@ -62,21 +85,25 @@ def store_output(
     pixels,  # of out, int64
     offs_c,
     mask_p,
+    slopes,  # [CHANNELS] fp32 of "prelu", a number of "leaky_relu", or None
     CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation
+    ACTIVATION: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation: "relu" or None
 ):
-    """Stores relu(y + bias) and its statistics, or a gradient and its sums."""
+    """Stores the activation of y + bias and its statistics, or a gradient and its sums."""
     offs = pixels[None, :] * CHANNELS + offs_c[:, None]
     mask_c = offs_c < CHANNELS
     mask = mask_c[:, None] & mask_p[None, :]
     if saved_ptr is not None:
         partials_ptr += tile * 2 * CHANNELS
+        RELU: tl.constexpr = ACTIVATION == "relu"
         store_gradient(y, out_ptr, offs, offs_c, mask, saved_ptr, saved_coefficients_ptr, partials_ptr, CHANNELS, RELU)
     else:
         if bias_ptr is not None:
             y += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0)[:, None]
-        if RELU:
-            y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        slope = slopes
+        if ACTIVATION == "prelu":
+            slope = tl.load(slopes + offs_c, mask=mask_c, other=0.0)[:, None]
+        y = activate(y, slope, ACTIVATION)
         y = y.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offs, y, mask=mask)
         if partials_ptr is not None:
@@ -105,13 +132,14 @@ def conv_bn_relu_kernel(
     skip_stride_image,
     skip_stride_row,
     skip_stride_column,
+    slopes,  # [O] fp32 of "prelu", a number of "leaky_relu", or None
     CHANNELS_IN: tl.constexpr,
     CHANNELS_OUT: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     REFLECT: tl.constexpr,
     TURNED: tl.constexpr,
-    RELU: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation
+    ACTIVATION: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation: "relu" or None
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -209,8 +237,9 @@ def conv_bn_relu_kernel(
             (image * out_height + rows) * out_width + columns,
             offs_o,
             mask_p,
+            slopes,
             CHANNELS_OUT,
-            RELU,
+            ACTIVATION,
         )
 
 
@@ -237,7 +266,8 @@ def conv_bn_relu_fwd(
     epilogue: Epilogue,
     partials: Tensor | None = None,
 ) -> None:
-    """Fills ``out`` [N, O, H', W'] with relu(conv(``x``) + ``bias`` + skip), and ``partials`` [N, tiles, 3, O].
+    """Fills ``out`` [N, O, H', W'] with activation(conv(``x``) + ``bias`` + skip), and ``partials``
+    [N, tiles, 3, O].
 
     All tensors but ``bias`` and ``partials`` have their channels innermost; the epilogue's skip may be a window of a
     larger map, its norm is None. The mode of ``padding`` is ``"zeros"`` or ``"reflect"``.
@@ -307,17 +337,36 @@ def _launch(
         padding.sides[0],
         padding.sides[2],
         *skip_strides,
+        slopes_of(epilogue.activation, channels_out),
         CHANNELS_IN=channels_in,
         CHANNELS_OUT=channels_out,
         KERNEL=kernel,
         STRIDE=stride,
         REFLECT=padding.reflects,
         TURNED=turned,
-        RELU=epilogue.activation is not None,
+        ACTIVATION=epilogue.activation and epilogue.activation.name,
         **tile.constants,
         **tile.options,
-        **register_options(shared_memory(x.device)),
+        **registers_for(epilogue.activation, x.device),
     )
+
+
+def slopes_of(activation: Activation | None, channels: int) -> Tensor | float | None:
+    """What the kernels take as slopes: a float32 [C] of ``"prelu"``, a number of ``"leaky_relu"``, or ``None``."""
+    if activation is None:
+        return None
+    if activation.name == "leaky_relu":
+        return 0.01 if activation.slope is None else float(activation.slope)
+    if activation.slopes is not None:
+        return activation.slopes.detach().float().expand(channels).contiguous()
+    return None
+
+
+def registers_for(activation: Activation | None, device: torch.device) -> dict[str, int]:
+    """Options of Triton's compiler for a product with ``activation``. All but ReLU take registers, which the assembler
+    spills on the largest GPUs too, unless a kernel names its own limit."""
+    many = activation is not None and activation.name != "relu"
+    return register_options(0 if many else shared_memory(device))
 
 
 def descriptors_fit(*tensors: Tensor) -> bool:

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.conv_bn_relu import store_partials
+from fastperc.kernels.conv_bn_relu import activate, slopes_of, store_partials
 from fastperc.kernels.deferred import GRADIENT_ROWS, NORM_ROWS, coefficient
-from fastperc.types import Deferred, stride_of
+from fastperc.types import RELU, Activation, Deferred, stride_of
 
 BLOCK = 8192  # elements per program of the passes over memory
 MAX_BLOCK_CHANNELS = 64  # of them: 128 bytes in half precision
@@ -200,8 +200,9 @@ def instance_norm_kernel(
     skip_stride_image,
     skip_stride_row,
     skip_stride_column,
+    slopes,  # [C] fp32 of "prelu", a number of "leaky_relu", or None
     CHANNELS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -220,8 +221,10 @@ def instance_norm_kernel(
         offs_skip = image * skip_stride_image + (offs_p // width).to(tl.int64) * skip_stride_row
         offs_skip += (offs_p % width).to(tl.int64) * skip_stride_column
         y += tl.load(skip_ptr + offs_skip[:, None] + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    slope = slopes
+    if ACTIVATION == "prelu":
+        slope = tl.load(slopes + offs_c, mask=offs_c < CHANNELS, other=0.0)[None, :]
+    y = activate(y, slope, ACTIVATION)
     tl.store(out_ptr + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -320,8 +323,9 @@ def gradient_coefficients(partials: Tensor, weight: Tensor, norm: Tensor, frozen
     return coefficients
 
 
-def instance_norm_fwd(x: Deferred, skip: Tensor | None, out: Tensor) -> None:
-    """Fills ``out`` [N, C, H, W], which may be ``x.x``, with the activation ``x`` + ``skip``; ReLU comes last."""
+def instance_norm_fwd(x: Deferred, skip: Tensor | None, out: Tensor, activation: Activation | None = None) -> None:
+    """Fills ``out`` [N, C, H, W], which may be ``x.x``, with ``x`` + ``skip``, then its ReLU or ``activation``."""
+    activation = RELU if x.relu else activation
     _, channels, height, width = x.x.shape
     skip_strides = (0, 0, 0) if skip is None else (skip.stride(0), skip.stride(2), skip.stride(3))
     instance_norm_kernel[(_programs(x.x.shape),)](
@@ -334,8 +338,9 @@ def instance_norm_fwd(x: Deferred, skip: Tensor | None, out: Tensor) -> None:
         height,
         width,
         *skip_strides,
+        slopes_of(activation, channels),
         CHANNELS=channels,
-        RELU=x.relu,
+        ACTIVATION=activation and activation.name,
         **block_of(channels),
         **PASS_OPTIONS,
     )

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import LARGEST, PROGRAMS, register_options, shared_memory
-from fastperc.kernels.conv_bn_relu import store_output
-from fastperc.types import Deferred, Destination, Padding
+from fastperc.kernels.configs import LARGEST, PROGRAMS, shared_memory
+from fastperc.kernels.conv_bn_relu import registers_for, slopes_of, store_output
+from fastperc.types import RELU, Activation, Deferred, Destination, Padding
 
 PIXELS = tl.constexpr(4)  # pixels that share a row of the product
 STEP, STAGES = 32, 3  # numbers that a step of the sum takes; steps in flight
@@ -110,9 +110,10 @@ def rgb_conv_stem_kernel(
     height,  # of out
     width,
     pitch,
+    slopes,  # [O] fp32 of "prelu", a number of "leaky_relu", or None
     KERNEL: tl.constexpr,
     CHANNELS_OUT: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation: "relu" or None
     RUN: tl.constexpr,  # elements of a row of x that a group of pixels takes, rounded up to a multiple of 4
     STEPS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -161,8 +162,9 @@ def rgb_conv_stem_kernel(
         (image * height + row) * width + column,
         offs_o,
         mask_p,
+        slopes,
         CHANNELS_OUT,
-        RELU,
+        ACTIVATION,
     )
 
 
@@ -186,13 +188,14 @@ def _block(channels_out: int) -> int:
     return min(max(triton.next_power_of_2(channels_out), 16), 32)
 
 
-def _tile(out: Tensor, with_sums: bool) -> tuple[int, int]:
+def _tile(out: Tensor, with_sums: bool, activation: Activation | None = None) -> tuple[int, int]:
     """Groups of pixels per program, and its warps: the fastest of those measured on an H200. Sums take registers, and
-    so do the products of GPUs with less shared memory."""
+    so do activations other than ReLU, and the products of GPUs with less shared memory."""
     if out.element_size() == 4:
         return 32, 8
     enough = out.numel() >= 128 * PIXELS.value * _block(out.shape[1]) * PROGRAMS
-    many_registers = with_sums or shared_memory(out.device) < LARGEST
+    other = activation is not None and activation.name != "relu"
+    many_registers = with_sums or other or shared_memory(out.device) < LARGEST
     return (128, 8 if many_registers else 4) if enough else (64, 4)
 
 
@@ -254,11 +257,11 @@ class Runs(NamedTuple):
 
 
 def rgb_conv_stem_fwd(
-    x: Tensor, packed: Tensor, bias: Tensor, out: Tensor, relu: bool, partials: Tensor | None = None
+    x: Tensor, packed: Tensor, bias: Tensor, out: Tensor, activation: Activation | None, partials: Tensor | None = None
 ) -> None:
-    """Fills ``out`` [N, O, H', W'], channels innermost, with relu(conv(``x``) + ``bias``), and ``partials``
+    """Fills ``out`` [N, O, H', W'], channels innermost, with activation(conv(``x``) + ``bias``), and ``partials``
     [N, tiles, 3, O]; ``x`` is what :func:`rgb_prepare` makes, ``packed`` what :func:`pack` does, all in one dtype."""
-    _launch(x, packed, bias, Destination(out, partials), relu)
+    _launch(x, packed, bias, Destination(out, partials), activation)
 
 
 def rgb_conv_head_bwd(
@@ -270,7 +273,7 @@ def rgb_conv_head_bwd(
     ``saved`` it is the gradient of a plain map.
     """
     destination = Destination(out, partials, saved)
-    _launch(grad, packed, None, destination, destination.saved_relu)
+    _launch(grad, packed, None, destination, RELU if destination.saved_relu else None)
 
 
 def _launch(
@@ -278,13 +281,13 @@ def _launch(
     packed: Tensor,
     bias: Tensor | None,
     destination: Destination,
-    relu: bool,
+    activation: Activation | None,
 ) -> None:
     out = destination.out
     images, channels_out, height, width = out.shape
     _, rows, pitch = x.shape
     kernel = rows - height + 1
-    block, (groups, num_warps) = _block(channels_out), _tile(out, destination.partials is not None)
+    block, (groups, num_warps) = _block(channels_out), _tile(out, destination.partials is not None, activation)
     programs = images * _tiles(out, groups) * triton.cdiv(channels_out, block)
     rgb_conv_stem_kernel[(programs,)](
         x,
@@ -297,9 +300,10 @@ def _launch(
         height,
         width,
         pitch,
+        slopes_of(activation, channels_out),
         KERNEL=kernel,
         CHANNELS_OUT=channels_out,
-        RELU=relu,
+        ACTIVATION=activation and activation.name,
         RUN=_run(kernel),
         STEPS=packed.shape[2] // STEP,
         BLOCK_G=groups,
@@ -307,5 +311,5 @@ def _launch(
         BLOCK_K=STEP,
         num_warps=num_warps,
         num_stages=STAGES,
-        **register_options(shared_memory(out.device)),
+        **registers_for(activation, out.device),
     )

@@ -233,6 +233,8 @@ def _operations() -> Iterator[Run]:
     yield Run("loss network without style, bf16", lambda: _loss_network(BF16, style=False))
     yield Run("instance norm, bf16", lambda: _instance_norm(BF16))
     yield Run("instance norm, fp32", lambda: _instance_norm(FP32))
+    for dtype in (BF16, FP32):
+        yield Run(f"other activations, {SHORT[dtype]}", lambda dtype=dtype: _activations(dtype))  # type: ignore[misc]
     for name, change in (("training", nn.Module.train), ("frozen", nn.Module.eval), ("averaged", _without_momentum)):
         yield residual_block(64, name, change)
     yield residual_block(32, "training", nn.Module.train)
@@ -316,6 +318,28 @@ def _instance_norm(dtype: torch.dtype) -> None:
         for epilogue in (Epilogue(norm, RELU), Epilogue(norm, None, skip=x)):
             with torch.no_grad():
                 ops.instance_norm(x, epilogue)
+
+
+def _activations(dtype: torch.dtype) -> None:
+    """The convolutions and the norm of frozen networks, each with every activation that the table's networks lack."""
+    from fastperc import ops
+    from fastperc.types import Activation, Epilogue, InstanceNorm, Window, same_sides
+
+    size = 256 if dtype == BF16 else 64
+    x = torch.empty(1, 128, size, size, dtype=dtype, memory_format=torch.channels_last)
+    image, window = torch.empty(1, 3, size, size), Window(0, 0, size, size)
+    weight, bias = torch.zeros(128, 128, 3, 3), torch.zeros(128)
+    norm = InstanceNorm(torch.ones(128), bias, 1e-5)
+    leaky, prelu = Activation("leaky_relu", 0.2), Activation("prelu", slopes=torch.full((128,), 0.25))
+    others = [Activation(name) for name in ("relu6", "silu", "sigmoid", "tanh")]
+    with torch.no_grad(), _products_in(dtype):
+        for activation in (leaky, prelu, *others):
+            last = Epilogue(activation=activation)
+            ops.conv_bn_relu(x, weight, bias, 1, same_sides(1), last._replace(skip=x))
+            ops.conv_bn_relu(x, weight, bias, 2, same_sides(1), last)
+            ops.instance_norm(x, last._replace(norm=norm))
+            ops.subpixel_conv_bn_relu(x, weight, bias, "nearest", same_sides(1), last)
+            ops.rgb_conv_stem(image, torch.zeros(128, 3, 9, 9), bias, window, (1.0, 0.0), same_sides(4), last, dtype)
 
 
 def residual_block(size: int, name: str, change: Callable[[nn.Module], object]) -> Run:

@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import LARGEST, PROGRAMS, ConvTile, channel_step, register_options, shared_memory
-from fastperc.kernels.conv_bn_relu import store_output
-from fastperc.types import Deferred, Destination
+from fastperc.kernels.configs import LARGEST, PROGRAMS, ConvTile, channel_step, shared_memory
+from fastperc.kernels.conv_bn_relu import registers_for, slopes_of, store_output
+from fastperc.types import RELU, Activation, Deferred, Destination
 
 PHASES = tl.constexpr(2)  # of the four, that a program computes
 
@@ -62,12 +62,13 @@ def subpixel_conv_bn_relu_kernel(
     width,
     out_height,
     out_width,
+    slopes,  # [O] fp32 of "prelu", a number of "leaky_relu", or None
     CHANNELS_IN: tl.constexpr,
     CHANNELS_OUT: tl.constexpr,
     NEAREST: tl.constexpr,
     BACK: tl.constexpr,  # pixels before the border where the first patch begins
     REFLECT: tl.constexpr,
-    RELU: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation
+    ACTIVATION: tl.constexpr,  # in the epilogue; of a gradient, in the saved activation: "relu" or None
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -133,8 +134,9 @@ def subpixel_conv_bn_relu_kernel(
         (image * out_height + rows) * out_width + columns,
         offs_o,
         mask_q,
+        slopes,
         CHANNELS_OUT,
-        RELU,
+        ACTIVATION,
     )
 
 
@@ -183,16 +185,16 @@ def subpixel_conv_bn_relu_fwd(
     out: Tensor,
     upsample: str,
     padding_mode: str,
-    relu: bool,
+    activation: Activation | None,
     partials: Tensor | None = None,
 ) -> None:
-    """Fills ``out`` [N, O, 2H, 2W] with relu(up(``x``) + ``bias``), and ``partials`` [N, tiles, 3, O].
+    """Fills ``out`` [N, O, 2H, 2W] with activation(up(``x``) + ``bias``), and ``partials`` [N, tiles, 3, O].
 
     ``x`` and ``out`` have their channels innermost; ``packed`` is what :func:`pack` returns, in their dtype.
     """
     nearest = upsample == "nearest"
     phases = Phases(nearest, int(nearest), padding_mode == "reflect")
-    _launch(x, packed, bias, Destination(out, partials), phases, relu)
+    _launch(x, packed, bias, Destination(out, partials), phases, activation)
 
 
 def strided_conv_bwd(
@@ -205,7 +207,7 @@ def strided_conv_bwd(
     ``packed`` is what :func:`pack` gives of the convolution's weight, taken as a transposed one's.
     """
     destination = Destination(out, partials, saved)
-    _launch(grad, packed, None, destination, Phases(False, border, False), destination.saved_relu)
+    _launch(grad, packed, None, destination, Phases(False, border, False), RELU if destination.saved_relu else None)
 
 
 class Phases(NamedTuple):
@@ -222,7 +224,7 @@ def _launch(
     bias: Tensor | None,
     destination: Destination,
     phases: Phases,
-    relu: bool,
+    activation: Activation | None,
 ) -> None:
     out = destination.out
     images, channels_in, height, width = x.shape
@@ -241,13 +243,14 @@ def _launch(
         width,
         out_height,
         out_width,
+        slopes_of(activation, channels_out),
         CHANNELS_IN=channels_in,
         CHANNELS_OUT=channels_out,
         NEAREST=phases.nearest,
         BACK=phases.back,
         REFLECT=phases.reflect,
-        RELU=relu,
+        ACTIVATION=activation and activation.name,
         **tile.constants,
         **tile.options,
-        **register_options(shared_memory(x.device)),
+        **registers_for(activation, x.device),
     )

@@ -22,7 +22,7 @@ from fastperc.ops.common import (
     why_not_cpp,
     why_not_frozen,
 )
-from fastperc.types import NO_EPILOGUE, Activation, Deferred, Epilogue, InstanceNorm
+from fastperc.types import NO_EPILOGUE, Deferred, Epilogue, InstanceNorm
 
 
 def instance_norm(x: Tensor, epilogue: Epilogue) -> Tensor:
@@ -63,11 +63,6 @@ def triton_instance_norm(x: Tensor, epilogue: Epilogue) -> Tensor:
     return _triton_apply(x, partials, epilogue, torch.empty_like(x))
 
 
-def in_triton(activation: Activation | None) -> bool:
-    """Whether the Triton kernels compute ``activation``."""
-    return activation is None or activation.name == "relu"
-
-
 def triton_finish(
     out: Tensor, tiles: Callable[[], int], fill: Callable[[Epilogue, Tensor | None], None], epilogue: Epilogue
 ) -> Tensor:
@@ -78,9 +73,8 @@ def triton_finish(
     """
     with backends.on_device(out):
         if epilogue.norm is None:
-            fused = in_triton(epilogue.activation)
-            fill(epilogue if fused else epilogue._replace(activation=None), None)
-            return copied_to(out if fused else activate_(out, epilogue.activation), epilogue.out)
+            fill(epilogue, None)
+            return copied_to(out, epilogue.out)
         partials = torch.empty(len(out), tiles(), 3, out.shape[1], device=out.device)
         fill(NO_EPILOGUE, partials)
     return _triton_apply(out, partials, epilogue, out)
@@ -88,15 +82,15 @@ def triton_finish(
 
 def _triton_apply(x: Tensor, partials: Tensor, epilogue: Epilogue, out: Tensor) -> Tensor:
     """Fills ``out``, which may be ``x``, from the statistics of its tiles."""
-    norm, fused = epilogue.norm, in_triton(epilogue.activation)
+    norm = epilogue.norm
     assert norm is not None
     with backends.on_device(x):
         coefficients = kernels.instance_norm.norm_coefficients(
             partials, norm.weight.float(), norm.bias.float(), norm.eps
         )
-        activation = Deferred(x, coefficients, fused and epilogue.activation is not None)
-        kernels.instance_norm.instance_norm_fwd(activation, channels_adjacent(epilogue.skip), out)
-        return copied_to(out if fused else activate_(out, epilogue.activation), epilogue.out)
+        normalised, skip = Deferred(x, coefficients), channels_adjacent(epilogue.skip)
+        kernels.instance_norm.instance_norm_fwd(normalised, skip, out, epilogue.activation)
+        return copied_to(out, epilogue.out)
 
 
 def instance_statistics(x: Tensor) -> Tensor:

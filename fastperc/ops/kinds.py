@@ -205,7 +205,7 @@ class Stem(Kind):
 
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         stem = kernels.rgb_conv_stem
-        stem.rgb_conv_stem_fwd(prepared_rgb(x, layer.border), stem.pack(weight.copy), bias, out, False, partials)
+        stem.rgb_conv_stem_fwd(prepared_rgb(x, layer.border), stem.pack(weight.copy), bias, out, None, partials)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
@@ -295,7 +295,7 @@ class Transposed(Kind):
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         subpixel, mode = kernels.subpixel_conv_bn_relu, layer.border.mode
         packed = subpixel.pack(weight.master, self.upsample).to(x.dtype)  # sums of weights: rounded once
-        subpixel.subpixel_conv_bn_relu_fwd(x, packed, bias, out, self.upsample, mode, False, partials)
+        subpixel.subpixel_conv_bn_relu_fwd(x, packed, bias, out, self.upsample, mode, None, partials)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int

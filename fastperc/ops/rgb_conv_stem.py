@@ -73,7 +73,7 @@ def _triton(
         x = stem.rgb_prepare(image, window, padding, pixel_range(image, input_range), dtype)
 
     def fill(epilogue: Epilogue, partials: Tensor | None) -> None:
-        stem.rgb_conv_stem_fwd(x, weights, bias.float(), out, epilogue.activation is not None, partials)
+        stem.rgb_conv_stem_fwd(x, weights, bias.float(), out, epilogue.activation, partials)
 
     return triton_finish(out, lambda: stem.rgb_conv_stem_tiles(out), fill, epilogue)
 

@@ -99,8 +99,8 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Pad
     )
 
     def fill(epilogue: Epilogue, partials: Tensor | None) -> None:
-        relu = epilogue.activation is not None
-        subpixel.subpixel_conv_bn_relu_fwd(x, weights, bias.float(), out, upsample, padding.mode, relu, partials)
+        last = epilogue.activation
+        subpixel.subpixel_conv_bn_relu_fwd(x, weights, bias.float(), out, upsample, padding.mode, last, partials)
 
     def tiles() -> int:
         return subpixel.subpixel_conv_bn_relu_tiles(x, out, upsample)

@@ -224,17 +224,17 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -
     """The kernels of a network's two ends where there are three channels, else that of its convolutions between."""
     out = empty_like(x, (len(x), len(weight), *x.shape[2:]))
     bias = None if bias is None else packed("float32", bias.float, bias)
-    border, relu = same_sides(1), relu and bias is not None
+    border, last = same_sides(1), RELU if relu and bias is not None else None
     with backends.on_device(x):
         if x.shape[1] == 3 and bias is not None:
             stem = kernels.rgb_conv_stem
             picture = stem.rgb_prepare(x, Window(0, 0, *x.shape[2:]), border, (1.0, 0.0), x.dtype)
-            stem.rgb_conv_stem_fwd(picture, packed("stem", lambda: stem.pack(weight), weight), bias, out, relu)
+            stem.rgb_conv_stem_fwd(picture, packed("stem", lambda: stem.pack(weight), weight), bias, out, last)
         elif len(weight) == 3 and bias is None:
             head = kernels.rgb_conv_head
             head.rgb_conv_head_fwd(x, packed("head", lambda: head.pack(weight), weight), bias, out, border, None)
         else:
-            epilogue = Epilogue(activation=RELU if relu else None)
+            epilogue = Epilogue(activation=last)
             kernels.conv_bn_relu.conv_bn_relu_fwd(x, weight, bias, out, 1, border, epilogue)
     return out
 
