@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastperc._version import __version__
 from fastperc.devices import find_device
 from fastperc.errors import InputError
-from fastperc.files import PathLike, read_tensors, write_tensors
+from fastperc.files import NotOnlyTensors, PathLike, read_tensors, write_tensors
 from fastperc.models import SRCNN, SuperResolutionNet, TransformNet
 from fastperc.models.common import WRAPPER_NAMES, unwrapped
 from fastperc.weights import STYLES, SUPER_RESOLUTION
@@ -22,6 +22,7 @@ from fastperc.weights import STYLES, SUPER_RESOLUTION
 NETWORKS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (TransformNet, SuperResolutionNet, SRCNN)}
 # Prefixes of the names of a training checkpoint's other tensors: the optimizer's, and the network of mean weights.
 OPTIMIZER, AVERAGE = "optimizer.", "average."
+IN_PYTHON = "load the weights in Python and call fastperc.freeze, or write an archive by torch.export.save"
 MAX_NUMBER = 1 << 16  # in the config of a network
 
 
@@ -122,7 +123,10 @@ def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Modul
     path = Path(name_or_path)
     if not path.exists():
         path = (STYLES | SUPER_RESOLUTION).get(str(name_or_path), path)
-    tensors, metadata = read_tensors(path)
+    try:
+        tensors, metadata = read_tensors(path)
+    except NotOnlyTensors as error:
+        raise InputError(f"{error}; for another network {IN_PYTHON}") from None
     if "network" in metadata:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith((OPTIMIZER, AVERAGE))}
         net = _build(path, metadata, tensors)
@@ -241,7 +245,7 @@ def _from_example(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module,
     if first is None or first.dim() != 4 or not len(first):
         raise InputError(
             f"{path}: neither a network saved by fastperc nor a state_dict of PyTorch's fast_neural_style example "
-            f"(its first tensor is {next(iter(tensors), 'missing')})"
+            f"(its first tensor is {next(iter(tensors), 'missing')}); for another network {IN_PYTHON}"
         )
     renamed = {}
     for name, tensor in tensors.items():

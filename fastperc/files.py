@@ -19,6 +19,11 @@ from typing import Any
 
 from fastperc.errors import InputError
 
+
+class NotOnlyTensors(InputError):
+    """A pickle that holds more than tensors."""
+
+
 PathLike = str | os.PathLike[str]
 MAX_EXPANDED = 1 << 30  # bytes of a compressed file's content that are read without asking how large the file is
 
@@ -265,7 +270,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():  # the pickle imports a name, which plain data never does
             raise
-        raise InputError(
+        raise NotOnlyTensors(
             f"{path}: holds more than tensors, so opening it could run somebody's code; "
             "save its state_dict() alone and use that"
         ) from None

@@ -22,8 +22,19 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".g
 METHODS = "bicubic", "srcnn", "pixel", "feature"  # ways to enlarge; all but the first are networks
 
 
-def add_style_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """Adds ``--style`` and ``--model``, which name a style network; returns their group, of which one can be given."""
+ARCHIVES = (
+    "or an archive of TorchScript or torch.export (.pt2) of any network from RGB in 0-1 to the same, which is "
+    "run on the whole photo at once, without tiles"
+)
+
+
+def add_style_network(parser: argparse.ArgumentParser, archives: bool = False) -> argparse._MutuallyExclusiveGroup:
+    """Adds ``--style`` and ``--model``, which name a style network; returns their group, of which one can be given.
+
+    Args:
+        parser: of the command.
+        archives: whether ``--model`` takes archives too, see :mod:`fastperc.archives`.
+    """
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--style", default=DEFAULT_STYLE, metavar="NAME", help=f"one of {', '.join(STYLES)}; default: %(default)s"
@@ -32,7 +43,8 @@ def add_style_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExcl
         "--model",
         type=path,
         metavar="FILE",
-        help="a trained network: fastperc's .safetensors, or a state_dict of PyTorch's fast_neural_style example",
+        help="a trained network: fastperc's .safetensors, or a state_dict of PyTorch's fast_neural_style example"
+        + (f", {ARCHIVES}" if archives else ""),
     )
     return model
 
@@ -69,6 +81,24 @@ def load_style(source: Path, device: torch.device) -> nn.Module:
     return net
 
 
+def load_style_painter(source: Path, device: torch.device) -> Painter:
+    """Loads the style network or the archive in the file ``source`` and makes it ready to paint.
+
+    Raises:
+        InputError: the file cannot be read, or holds another kind of network.
+    """
+    from fastperc import archives
+    from fastperc.engine import freeze
+    from fastperc.photos.archive import ArchivePainter
+
+    if archives.kind_of(source) is None:
+        return freeze(load_style(source, device))
+    painter = ArchivePainter(archives.load(source, device))
+    if painter.scale != 1:
+        raise InputError(f"{source}: enlarges {painter.scale} times; use `fastperc sr upscale --model {source}`")
+    return painter
+
+
 def shipped(names: Sequence[str]) -> list[Path]:
     """The files of networks that ship, styles or super-resolution; the name ``all`` stands for all of them.
 
@@ -97,18 +127,26 @@ def super_resolution_file(method: str, scale: int) -> Path:
 
 
 def load_painter(source: Path, scale: int | None, device: torch.device) -> Painter:
-    """Loads the super-resolution network in the file ``source`` and makes it ready to paint.
+    """Loads the super-resolution network or the archive in the file ``source`` and makes it ready to paint.
 
     Raises:
         InputError: the file cannot be read, holds another kind of network, or one of another ``scale`` than given.
     """
-    from fastperc import checkpoints
+    from fastperc import archives, checkpoints
     from fastperc.models import SRCNN, SuperResolutionNet
+    from fastperc.photos.archive import ArchivePainter
     from fastperc.photos.upscale import make_painter
 
-    net = checkpoints.load(source, device)
-    if not isinstance(net, (SRCNN, SuperResolutionNet)):
-        raise InputError(f"{source}: holds a {type(net).__name__}, which is not a super-resolution network")
-    if scale is not None and net.config["scale"] != scale:
-        raise InputError(f"{source}: enlarges {net.config['scale']} times, not {scale}")
-    return make_painter(net)
+    painter: Painter
+    if archives.kind_of(source) is not None:
+        painter = ArchivePainter(archives.load(source, device))
+        if painter.scale == 1:
+            raise InputError(f"{source}: does not enlarge; use `fastperc stylize --model {source}`")
+    else:
+        net = checkpoints.load(source, device)
+        if not isinstance(net, (SRCNN, SuperResolutionNet)):
+            raise InputError(f"{source}: holds a {type(net).__name__}, which is not a super-resolution network")
+        painter = make_painter(net)
+    if scale is not None and painter.scale != scale:
+        raise InputError(f"{source}: enlarges {painter.scale} times, not {scale}")
+    return painter

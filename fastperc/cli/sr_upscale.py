@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastperc.cli.networks import METHODS, load_painter, super_resolution_file
+from fastperc.cli.networks import ARCHIVES, METHODS, load_painter, super_resolution_file
 from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_match, add_tile, path
 from fastperc.errors import BAD_INPUT, InputError
 from fastperc.presets import SCALES
@@ -37,7 +37,9 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         help="which shipped network: trained on pixels (clean), trained on VGG-16's features (sharp, with a faint grid "
         "as in the paper), or SRCNN; default: %(default)s",
     )
-    network.add_argument("--model", type=path, metavar="FILE", help="a network trained by `fastperc sr train`")
+    network.add_argument(
+        "--model", type=path, metavar="FILE", help=f"a network trained by `fastperc sr train`, {ARCHIVES}"
+    )
     add_match(parser)
     add_tile(parser, "enlarge")
     add_device(parser)

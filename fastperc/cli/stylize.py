@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastperc.cli.networks import add_style_network, load_style, style_file
+from fastperc.cli.networks import add_style_network, load_style_painter, style_file
 from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_tile, fraction, positive
 from fastperc.errors import BAD_INPUT
 from fastperc.weights import STYLES
@@ -23,10 +23,11 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "  fastperc stylize photo.jpg                              writes photo-great_wave.jpg\n"
         "  fastperc stylize photo.jpg -o out.png --style starry_night --size 1024\n"
         "  fastperc stylize holiday/ -o painted/ --strength 0.7 --keep-colors\n"
-        "  fastperc stylize photo.jpg -o out.jpg --model runs/mine/model.safetensors\n\n" + SEVERAL_INPUTS,
+        "  fastperc stylize photo.jpg -o out.jpg --model runs/mine/model.safetensors\n"
+        "  fastperc stylize photo.jpg -o out.jpg --model exported.pt2\n\n" + SEVERAL_INPUTS,
     )
     add_files(parser)
-    add_style_network(parser)
+    add_style_network(parser, archives=True)
     parser.add_argument(
         "--size",
         type=positive,
@@ -51,7 +52,6 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.devices import find_device
-    from fastperc.engine import freeze
     from fastperc.files import check_overwrites
     from fastperc.photos.formats import check_size
     from fastperc.photos.jobs import plan_jobs, run_jobs
@@ -63,11 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = plan_jobs(arguments.inputs, arguments.out, source.stem, STYLES)
     targets = dict(jobs)
     check_overwrites(targets.values(), [source])
-    engine = freeze(load_style(source, find_device(arguments.device)))
+    painter = load_style_painter(source, find_device(arguments.device))
 
     def paint(path: Path, watch: Watch) -> Photo:
         photo = read_photo(path, arguments.size)
         check_size(targets[path], *photo.rgb.size)
-        return stylize(engine, photo, arguments.strength, arguments.keep_colors, arguments.tile, watch)
+        return stylize(painter, photo, arguments.strength, arguments.keep_colors, arguments.tile, watch)
 
     return BAD_INPUT if run_jobs(jobs, "stylizing", paint) else 0

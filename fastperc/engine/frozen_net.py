@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fastperc import _native, backends
 from fastperc.devices import computes_in
@@ -72,6 +72,8 @@ class FrozenNet:
         self._choices: OrderedDict[Hashable, Choice] = OrderedDict()
         self._plain: nn.Module | None = None
         self._graphs = Graphs()
+        example = (example,) if isinstance(example, Tensor) else example
+        self._last = None if example is None else self._bound(*example)  # of a call, without the values
         self._exports = False
         try:
             self._kept((repr({}),), lambda: trace(self._original))
@@ -79,7 +81,7 @@ class FrozenNet:
             if example is None:
                 raise
             self._exports = True
-            self._exported(self._bound(*(example if isinstance(example, tuple) else (example,))))
+            self._exported(self._bound(*example))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenNet, (self._original, self.asked_for, self.device, self.example, self.tune)
@@ -97,14 +99,24 @@ class FrozenNet:
             raise RuntimeError("a frozen network cannot be exported; export the network itself, in eval mode")
         arguments = self._bound(*args, **kwargs)
         like = next((x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.is_floating_point()), None)
+        self._last = tree_map_only(Tensor, lambda x: torch.zeros((), dtype=x.dtype).expand(x.shape), arguments)
         arguments = tree_map(self._moved, arguments)
         with torch.autocast(self.device.type, enabled=False):
             result = self._run(arguments)
         return result if like is None else tree_map(lambda y: _as(y, like), result)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
-        """A line for each layer: what runs it, and why. Runs the network on these arguments to find out."""
-        arguments = tree_map(self._moved, self._bound(*args, **kwargs))
+        """A line for each layer: what runs it, and why. Runs the network on these arguments to find out.
+
+        Without arguments it does so for the shapes of the last call, or for the ``example``.
+
+        Raises:
+            ValueError: there are no such shapes.
+        """
+        given = self._bound(*args, **kwargs) if args or kwargs else self._last
+        if given is None:
+            raise ValueError("give explain the network's input, or call the frozen network first")
+        arguments = tree_map(self._moved, given)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             choice, network = self._choice(arguments), self._network(arguments)
             program = choice.program or Program(network, network.groups)

@@ -8,26 +8,25 @@ import torch
 from PIL import Image
 
 from fastperc import reference
-from fastperc.engine import Engine
 from fastperc.errors import InputError
-from fastperc.photos.jobs import paint_tiles
+from fastperc.photos.jobs import Painter, paint_tiles
 from fastperc.photos.photo import Photo, read_first_frame
 from fastperc.presets import MINIMUM_SIDE
 from fastperc.progress import Watch, unwatched
 
 
 def stylize(
-    engine: Engine,
+    painter: Painter,
     photo: Photo,
     strength: float = 1.0,
     keep_colors: bool = False,
     tile: int | str = "auto",
     watch: Watch = unwatched,
 ) -> Photo:
-    """Paints ``photo`` with ``engine``. The picture keeps the photo's size, alpha and metadata.
+    """Paints ``photo`` with ``painter``. The picture keeps the photo's size, alpha and metadata.
 
     Args:
-        engine: a frozen style network.
+        painter: a frozen style network, or another painter that keeps the size.
         photo: at least 16 pixels a side.
         strength: blends photo and painting: 0 gives the photo, 1 the painting.
         keep_colors: take the lightness from the painting and the colours from the photo.
@@ -39,7 +38,7 @@ def stylize(
     """
     levels = photo.levels()
     painting = torch.empty_like(levels)
-    for rows, columns, y in paint_tiles(engine, levels, tile, watch):
+    for rows, columns, y in paint_tiles(painter, levels, tile, watch):
         x = levels[rows, columns].permute(2, 0, 1)[None].to(y.device).float() / 255
         if keep_colors:
             y = x + (reference.luma(y) - reference.luma(x))
