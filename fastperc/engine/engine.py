@@ -14,12 +14,14 @@ from fastperc import _native, backends
 from fastperc.devices import find_device, free_memory, gigabytes, widest_dtype
 from fastperc.engine.cuda import Graphs, Pipeline
 from fastperc.engine.frames import DTYPES, as_given, as_nchw, given
-from fastperc.engine.plan import Plan, cut, forward, parts, plan_of
+from fastperc.engine.plan import OWN, Plan, cut, forward, parts, plan_of
 from fastperc.engine.tiling import Canvas, grid
 from fastperc.errors import InputError
+from fastperc.models.common import unwrapped
 from fastperc.modules.chain import exporting
 from fastperc.presets import MINIMUM_SIDE
 from fastperc.progress import Watch, unwatched
+from fastperc.rewriting.frozen import FrozenNet
 from fastperc.types import Window
 
 WHOLE_BYTES = 2 << 30  # on a CPU, a pass that holds less is not tiled
@@ -31,25 +33,40 @@ BAND_BYTES = 48 << 20  # a map of this size is computed in bands of rows, where 
 BAND_PIXELS = 1 << 15  # of the picture, in a band
 
 
-def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Engine:
-    """An engine that computes what ``net`` does in eval mode. It copies the weights: ``net`` may go on training.
+def freeze(
+    net: nn.Module,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    example: Any = None,
+    tune: bool = True,
+) -> Any:
+    """What computes ``net`` in eval mode as fast as the device can. It copies the weights: ``net`` may go on training.
 
     Args:
-        net: a :class:`~fastperc.TransformNet` or a :class:`~fastperc.SuperResolutionNet`, also in torch.compile,
-            DataParallel and the like.
+        net: any network, also in torch.compile, DataParallel and the like.
         dtype: of the computation: float32, bfloat16, float16 or float64. Default: that of ``net``'s weights. A CPU
             where half precision is slow computes in float32 instead; ``explain()`` says so.
         device: default: that of ``net``.
+        example: an input, or a tuple of inputs, of a network that ``torch.fx`` cannot trace: ``torch.export`` traces
+            it then, for each shape anew.
+        tune: whether the first call of a shape measures, on a CPU, what is faster: fused layers, or ``net`` itself in
+            channels-last memory.
+
+    Returns:
+        An :class:`Engine` of a :class:`~fastperc.TransformNet` or a :class:`~fastperc.SuperResolutionNet`, which takes
+        pictures; of any other network a :class:`~fastperc.rewriting.frozen.FrozenNet`, which takes what the network
+        takes. ``example`` and ``tune`` are for the latter.
 
     On a CPU the process keeps some of the memory of a picture for the next one.
 
     Raises:
-        TypeError: another kind of network, or one with layers that are not of this library.
+        TypeError: a network that cannot be traced; the message names the line. One of this library with layers that
+            are not.
         ValueError: another dtype; weights that are not finite, or on the meta device.
         InputError: no such device.
     """
     if not isinstance(net, nn.Module):
-        raise TypeError(f"freeze takes a TransformNet or a SuperResolutionNet, got {type(net).__name__}")
+        raise TypeError(f"freeze takes a torch.nn.Module, got {type(net).__name__}")
     first = next(net.parameters(), torch.empty(0))
     dtype = first.dtype if dtype is None else dtype
     if dtype not in DTYPES:
@@ -57,6 +74,8 @@ def freeze(net: nn.Module, dtype: torch.dtype | None = None, device: str | torch
     target = first.device if device is None else find_device(str(device))
     if torch.promote_types(dtype, widest_dtype(target)) != widest_dtype(target):
         raise ValueError(f"{target.type} has no {str(dtype).removeprefix('torch.')}; choose another dtype or the CPU")
+    if not isinstance(unwrapped(net), OWN):
+        return FrozenNet(unwrapped(net), dtype, target, example, tune)
     with torch.no_grad():
         return Engine(plan_of(net, dtype, target))
 

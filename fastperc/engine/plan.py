@@ -23,6 +23,7 @@ from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
 from fastperc.types import RELU, Activation, Epilogue, InstanceNorm, Padding, Sides, Window
 
 PADDING_MODES = ("zeros", "reflect")
+OWN = (TransformNet, SuperResolutionNet)  # the networks that have a plan
 LAYERS = ("stem", "down", "blocks", "up", "head")  # of a network, in this order
 
 

@@ -1,0 +1,1 @@
+"""Networks that this library did not write: traced, and run with its convolutions."""

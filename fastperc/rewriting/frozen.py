@@ -1,0 +1,252 @@
+"""A frozen network that this library did not write."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastperc import _native, backends
+from fastperc.devices import computes_in
+from fastperc.rewriting.places import plan_places
+from fastperc.rewriting.program import Network, Program, Step, run_group
+from fastperc.rewriting.trace import export, trace
+
+SHAPES = 32  # the shapes whose programs are kept
+REUSED_BYTES, KEPT_BYTES = 64 << 20, 256 << 20  # memory that passes use again: largest block, in all
+CLEARLY = 0.97  # of the time of what is kept anyway; with less, another way is taken
+TIMED_RUNS = 3
+
+
+class Choice(NamedTuple):
+    """How a shape is computed."""
+
+    program: Program | None  # None: the network itself, which was measured faster
+    alone: tuple[fx.Node, ...]  # the groups that were measured faster call by call
+    seconds: tuple[float, float] | None  # of the fused program and of the network itself; None: not measured
+
+
+class FrozenNet:
+    """What ``fastperc.freeze`` makes of a network: call it as the network. Several threads may do so at once.
+
+    Floating-point tensors are computed in ``dtype``; results are in the dtype, on the device and, if they are maps, in
+    the memory format of the first of them.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        example: Any = None,
+        tune: bool = True,
+    ) -> None:
+        """
+        Args:
+            net: it is copied.
+            dtype: of the computation; float32 instead where a CPU is slow in half precision.
+            device: where the weights go.
+            example: an input, or a tuple of inputs: ``torch.export`` traces what ``torch.fx`` cannot.
+            tune: whether the first call of a shape measures what is faster.
+
+        Raises:
+            TypeError: the network cannot be traced; the message names the line.
+        """
+        self.asked_for, self.device, self.example, self.tune = dtype, device, example, tune
+        self.dtype = dtype if computes_in(dtype, device) else torch.float32
+        self._original = copy.deepcopy(net).eval().requires_grad_(False)
+        self._signature = inspect.signature(self._original.forward)
+        self._lock = threading.RLock()
+        self._networks: OrderedDict[Hashable, Network] = OrderedDict()
+        self._choices: OrderedDict[Hashable, Choice] = OrderedDict()
+        self._plain: nn.Module | None = None
+        self._exports = False
+        try:
+            self._networks[()] = Network(trace(self._original), device, self.dtype)
+        except TypeError:
+            if example is None:
+                raise
+            self._exports = True
+            self._exported(self._bound(*(example if isinstance(example, tuple) else (example,))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenNet, (self._original, self.asked_for, self.device, self.example, self.tune)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network returns in evaluation.
+
+        Raises:
+            TypeError: arguments that the network's forward does not take.
+        """
+        arguments = self._bound(*args, **kwargs)
+        like = next((x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.is_floating_point()), None)
+        arguments = tree_map(self._moved, arguments)
+        with torch.autocast(self.device.type, enabled=False):
+            result = self._run(arguments)
+        return result if like is None else tree_map(lambda y: _as(y, like), result)
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """A line for each layer: what runs it, and why. Runs the network on these arguments to find out."""
+        arguments = tree_map(self._moved, self._bound(*args, **kwargs))
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            choice, network = self._choice(arguments), self._network(arguments)
+            program = choice.program or Program(network, network.groups)
+            with backends.recorded() as choices:
+                program(arguments)
+        lines = [f"{'layer':<24}{'kernel':<23}{'backend':<11}reason"]
+        if self.dtype != self.asked_for:
+            asked_for = str(self.asked_for).removeprefix("torch.")
+            lines.insert(0, f"{asked_for} stored, float32 computed: this processor is slow in {asked_for}")
+        if choice.seconds is not None:
+            ours, plain = (f"{1e3 * seconds:.3g} ms" for seconds in choice.seconds)
+            chosen = "fused layers" if choice.program else "the network itself, channels-last"
+            lines.insert(0, f"{chosen}: measured {ours} fused, {plain} by the network itself")
+        lines += [f"{one.layer:<24}{one.operation:<23}{one.backend:<11}{one.reason}" for one in choices]
+        lines += [
+            f"{network.groups[node].name:<24}{'call by call':<23}{'reference':<11}measured faster than one layer"
+            for node in choice.alone
+        ]
+        whole = [
+            step.name for step in program.steps if step.node not in network.groups and step.node not in network.calls
+        ]
+        lines += [f"{name:<24}{'as it is':<23}{'reference':<11}no layer of fastperc computes this" for name in whole]
+        return "\n".join(lines)
+
+    def _bound(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments by the names that the forward gives them."""
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    def _moved(self, x: Any) -> Any:
+        """``x`` where and how it is computed with."""
+        if not isinstance(x, Tensor):
+            return x
+        dtype = self.dtype if x.is_floating_point() else x.dtype
+        layout = torch.channels_last if x.dim() == 4 else torch.preserve_format
+        return x.detach().to(self.device, dtype, memory_format=layout)
+
+    def _run(self, arguments: dict[str, Any]) -> Any:
+        if self.device.type == "cpu":
+            _native.reuse_freed_memory(REUSED_BYTES, KEPT_BYTES)
+        choice = self._choice(arguments)
+        return self._plainly(arguments) if choice.program is None else choice.program(arguments)
+
+    def _plainly(self, arguments: dict[str, Any]) -> Any:
+        """The network itself, in evaluation and channels-last memory."""
+        if self._plain is None:
+            plain = copy.deepcopy(self._original).to(self.device, self.dtype)
+            self._plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        bound = inspect.BoundArguments(self._signature, OrderedDict(arguments))
+        return self._plain(*bound.args, **bound.kwargs)
+
+    # What runs a shape
+
+    def _network(self, arguments: dict[str, Any]) -> Network:
+        """The traced network for the arguments that are no tensors, and, where it is exported, for their shapes."""
+        if self._exports:
+            return self._exported(arguments)
+        fixed = {name: value for name, value in arguments.items() if not _holds_tensors(value)}
+        defaults = {name: one.default for name, one in self._signature.parameters.items()}
+        changed = {name: value for name, value in fixed.items() if value is not defaults[name]}
+        key = tuple(sorted((name, repr(value)) for name, value in changed.items()))
+        return self._kept(key, lambda: trace(self._original, changed))
+
+    def _exported(self, arguments: dict[str, Any]) -> Network:
+        def original(x: Any) -> Any:
+            return x.to(first.device, first.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        first = next(self._original.parameters(), torch.empty(0))
+        return self._kept(_key(arguments), lambda: export(self._original, tree_map(original, arguments)))
+
+    def _kept(self, key: Hashable, traced: Callable[[], fx.GraphModule]) -> Network:
+        with self._lock:
+            if key not in self._networks:
+                self._networks[key] = Network(traced(), self.device, self.dtype)
+            return self._networks[key]
+
+    def _choice(self, arguments: dict[str, Any]) -> Choice:
+        key = (_key(arguments), backends.forced())
+        with self._lock:
+            if key not in self._choices:
+                self._choices[key] = self._choose(arguments)
+                if len(self._choices) > SHAPES:
+                    self._choices.popitem(last=False)
+            self._choices.move_to_end(key)
+            return self._choices[key]
+
+    def _choose(self, arguments: dict[str, Any]) -> Choice:
+        network = self._network(arguments)
+        measures = self.tune and self.device.type == "cpu" and backends.forced() is None
+        shapes: dict[fx.Node, torch.Size] = {}
+        fused = set(network.groups)
+
+        def watch(step: Step, values: list[Any]) -> Any:
+            value = step.run(values)
+            if measures and step.node in fused:
+                alone = run_group(network.groups[step.node], network)
+                if _seconds(lambda: alone(values)) < CLEARLY * _seconds(lambda: step.run(values)):
+                    slower.add(step.node)
+            if isinstance(value, Tensor):
+                shapes[step.node] = value.shape
+            return value
+
+        slower: set[fx.Node] = set()
+        Program(network, fused)(arguments, watch)
+        shapes |= {
+            node: arguments[str(node.target)].shape
+            for node in network.nodes
+            if node.op == "placeholder" and isinstance(arguments.get(str(node.target)), Tensor)
+        }
+        fused -= slower
+        writers = {node for node in fused if network.layers[node].writes_to_places}
+        program = Program(network, fused, plan_places(network.calls, shapes, writers, (self.device, self.dtype)))
+        if not measures:
+            return Choice(program, tuple(slower), None)
+        ours, plain = _seconds(lambda: program(arguments)), _seconds(lambda: self._plainly(arguments))
+        if plain >= CLEARLY * ours:
+            self._plain = self._plain if any(one.program is None for one in self._choices.values()) else None
+            return Choice(program, tuple(slower), (ours, plain))
+        return Choice(None, tuple(slower), (ours, plain))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """The shortest time of a few runs."""
+    times = []
+    for _ in range(TIMED_RUNS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _key(arguments: Mapping[str, Any]) -> Hashable:
+    """What a program depends on."""
+    return tuple(
+        (name, tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, Tensor) else x, value).__repr__())
+        for name, value in arguments.items()
+    )
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+def _as(y: Any, like: Tensor) -> Any:
+    """The result ``y`` in the dtype, on the device and in the memory format of ``like``."""
+    if not isinstance(y, Tensor):
+        return y
+    dtype = like.dtype if y.is_floating_point() else y.dtype
+    if y.dim() != 4:
+        return y.to(like.device, dtype)
+    nchw = like.dim() != 4 or like.is_contiguous()
+    return y.to(like.device, dtype).contiguous(memory_format=torch.contiguous_format if nchw else torch.channels_last)

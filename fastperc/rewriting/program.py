@@ -1,0 +1,207 @@
+"""A traced network as steps over numbered values: fused layers, and single calls as PyTorch computes them.
+
+Where outputs of layers are concatenated, the layers write them to their places in the concatenated tensor, so that
+nothing is copied; that is planned for one set of shapes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastperc import backends, reference
+from fastperc.rewriting.calls import Add, Known, Same, Scale, describe
+from fastperc.rewriting.fuse import Group, groups_of
+from fastperc.rewriting.layers import FrozenLayer
+from fastperc.rewriting.places import NOWHERE, Places
+from fastperc.rewriting.trace import mutates
+from fastperc.types import Activation
+
+Run = Callable[[list[Any]], Any]  # from the values, the value of a step
+
+
+class Network:
+    """A traced network: its nodes, and the layers that it can run them by."""
+
+    def __init__(self, module: fx.GraphModule, device: torch.device, dtype: torch.dtype) -> None:
+        """
+        Args:
+            module: in evaluation, with the network's own weights, which are copied.
+            device, dtype: of the computation.
+        """
+        self.module, self.like = module, (device, dtype)
+        self.nodes = list(module.graph.nodes)
+        self.number = {node: i for i, node in enumerate(self.nodes)}
+        self.calls = {node: call for node in self.nodes if (call := describe(node, module)) is not None}
+        self.groups = {group.nodes[-1]: group for group in groups_of(module)}
+        wide = torch.promote_types(dtype, torch.float32)
+        self.layers = {node: FrozenLayer(group, device, wide) for node, group in self.groups.items()}
+        self._modules: dict[str, nn.Module] = {}
+
+    def submodule(self, name: str) -> nn.Module:
+        """A copy of a module that is called as it is, on the device and in the dtype of the computation."""
+        if name not in self._modules:
+            device, dtype = self.like
+            module = copy.deepcopy(self.module.get_submodule(name)).to(device, dtype)
+            self._modules[name] = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self._modules[name]
+
+    def constant(self, node: fx.Node) -> Any:
+        """The value of a ``get_attr`` node."""
+        value: Any = self.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if not isinstance(value, Tensor):
+            return value
+        device, dtype = self.like
+        return value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What computes one value."""
+
+    name: str
+    node: fx.Node
+    value: int
+    run: Run
+    last_reads: tuple[int, ...]  # values that no later step reads
+
+
+class Program:
+    """The steps of a network, with some of its groups fused."""
+
+    def __init__(self, network: Network, fused: Collection[fx.Node], places: Places = NOWHERE) -> None:
+        """
+        Args:
+            network: the network.
+            fused: the last nodes of the groups that run as layers.
+            places: of layers' outputs in concatenated tensors.
+        """
+        self.network, self._places = network, places
+        self._values: list[Any] = [None] * (len(network.nodes) + len(places.buffers))
+        self._inputs: list[tuple[int, str]] = []
+        self._result: Any = None
+        inside = {node for last in fused for node in network.groups[last].nodes[:-1]}
+        read: list[tuple[str, fx.Node, Run, list[int]]] = []
+        for node in network.nodes:
+            number = network.number[node]
+            if node.op == "placeholder":
+                self._inputs.append((number, str(node.target).lstrip("*")))
+            elif node.op == "get_attr":
+                self._values[number] = network.constant(node)
+            elif node.op == "output":
+                self._result = node.args[0]
+            elif node not in inside:
+                name = network.groups[node].name if node in fused else node.name
+                read.append((name, node, self._run_of(node, node in fused), self._read_by(node, node in fused)))
+        self.steps = self._with_last_reads(read)
+
+    def __call__(self, arguments: Mapping[str, Any], watch: Callable[[Step, list[Any]], Any] | None = None) -> Any:
+        """The network's output for ``arguments`` by name; ``watch`` computes a step's value instead of the step."""
+        values = self._values.copy()
+        for number, name in self._inputs:
+            values[number] = arguments.get(name)
+        for step in self.steps:
+            backends.at_layer(step.name)
+            values[step.value] = step.run(values) if watch is None else watch(step, values)
+            for number in step.last_reads:
+                values[number] = None
+        return fx.node.map_arg(self._result, lambda node: values[self.network.number[node]])
+
+    def _with_last_reads(self, read: list[tuple[str, fx.Node, Run, list[int]]]) -> list[Step]:
+        kept = {number for number, value in enumerate(self._values) if value is not None}
+        fx.node.map_arg(self._result, lambda node: kept.add(self.network.number[node]))
+        steps = []
+        for name, node, run, inputs in reversed(read):
+            number = self.network.number[node]
+            last = {*inputs, number} - kept
+            kept |= last
+            steps.append(Step(name, node, number, run, tuple(last)))
+        return steps[::-1]
+
+    def _read_by(self, node: fx.Node, fused: bool) -> list[int]:
+        inputs = self.network.groups[node].inputs if fused else node.all_input_nodes
+        return [self.network.number[one] for one in inputs] + self._places.buffers_of(node, len(self.network.nodes))
+
+    def _run_of(self, node: fx.Node, fused: bool) -> Run:
+        number, places, base = self.network.number, self._places, len(self.network.nodes)
+        if fused:
+            group, layer = self.network.groups[node], self.network.layers[node]
+            x, skip = number[group.x], None if group.skip is None else number[group.skip]
+            if (place := places.of.get(node)) is not None:
+                return lambda values: layer(
+                    values[x], None if skip is None else values[skip], places.part(values, base, place)
+                )
+            if skip is not None:
+                return lambda values: layer(values[x], values[skip])
+            return lambda values: layer(values[x])
+        if (view := places.views.get(node)) is not None:
+            copies = [(number[one], place) for one, place in places.copies.get(node, ())]
+
+            def concatenate(values: list[Any]) -> Tensor:
+                for one, place in copies:
+                    places.part(values, base, place).copy_(values[one])
+                return places.part(values, base, view)
+
+            return concatenate
+        return run_alone(node, self.network)
+
+
+def run_alone(node: fx.Node, network: Network) -> Run:
+    """What computes a call by itself; it changes none of its inputs if the call is known."""
+    number, call = network.number, network.calls.get(node)
+    function = None if call is None else _function(call.known, mutates(node, network.module))
+    if call is not None and function is not None:
+        first, *others = (number[one] for one in call.inputs)
+        if not others:
+            return lambda values: function(values[first])
+        (second,) = others
+        return lambda values: function(values[first], values[second])
+    if node.op == "call_module":
+        target: Any = network.submodule(str(node.target))
+    elif node.op == "call_method":
+        name = str(node.target)
+        target = lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)  # noqa: E731
+    else:
+        target = node.target
+    if len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs:
+        only = number[node.args[0]]
+        return lambda values: target(values[only])
+
+    def run(values: list[Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: values[number[one]])
+        return target(*args, **kwargs)
+
+    return run
+
+
+def run_group(group: Group, network: Network) -> Run:
+    """What computes a group call by call."""
+    steps = [(network.number[node], run_alone(node, network)) for node in group.nodes]
+
+    def run(values: list[Any]) -> Any:
+        values = values.copy()
+        for number, compute in steps:
+            values[number] = compute(values)
+        return values[steps[-1][0]]
+
+    return run
+
+
+def _function(known: Known, in_place: bool) -> Callable[..., Any] | None:
+    """A known call that would run in place, with a new result; ``None`` where its own module or function serves."""
+    if isinstance(known, Same):
+        return lambda x: x
+    if not in_place:
+        return None
+    if isinstance(known, Activation):
+        return lambda x: reference.activate(x, known)
+    if isinstance(known, Add):
+        return lambda x, y: x + known.factor * y
+    return (lambda x: x * known.factor) if isinstance(known, Scale) else None
