@@ -40,7 +40,8 @@ class Case:
     """What is timed: one operation in one direction on inputs of one shape.
 
     ``reference`` and ``fused`` take the module, if there is one, and the inputs, and return a tensor. In inference
-    ``fused`` gets the result of ``freeze(module, *inputs)`` in place of the module, if ``freeze`` is given.
+    ``fused`` gets the result of ``freeze(module, *inputs)`` in place of the module, if ``freeze`` is given, and in
+    training that of ``accelerate(module)``.
     """
 
     operation: str  # as in bench_<operation>.py
@@ -53,6 +54,8 @@ class Case:
     fused: Function | None = None  # None: there is no such kernel yet
     module: Callable[[], nn.Module] | None = None
     freeze: Callable[..., Function] | None = None  # not timed
+    accelerate: Callable[[nn.Module], nn.Module] | None = None  # in training; shares the module's parameters
+    compiled: bool = True  # whether torch.compile is tried, which takes long for large networks
     costs: Callable[[], Sequence[Cost]] = list  # of everything but convolutions
     channels_last: bool = False
     track_memory: bool = False
@@ -312,6 +315,8 @@ def prepared(problem: Problem, provider: Provider) -> Function:
             problem.module = prepare(problem.module, *problem.inputs)
         if problem.module is None:
             pytest.skip(f"{provider.name} cannot run this case")
+    if provider.fused and not case.infers and case.accelerate is not None:
+        problem.module = case.accelerate(problem.module)
     function = case.fused if provider.fused else case.reference
     assert function is not None
     return problem.step(provider.wrap_call(problem.call(function)))

@@ -45,6 +45,11 @@ _NETWORKS = ("fastperc/models", "fastperc/modules")
 # Benchmarks of more than one operation. Any other is of the operation whose name it has.
 COMPOSED = {
     "inference": Benchmark("Network", (*FROZEN, "conv3x3", "norm_relu"), ("fastperc/engine", *_NETWORKS)),
+    "gallery": Benchmark(
+        "Any network",
+        (*FROZEN, "conv3x3", "norm_relu", "conv_chain"),
+        ("fastperc/rewriting", "fastperc/engine", "fastperc/modules"),
+    ),
     "training": Benchmark("Network", (*_LOSSES, *_SUBPIXEL, *_RGB), ("fastperc/losses", *_NETWORKS)),
     "vgg_loss": Benchmark(title_of("vgg_loss"), _LOSSES, ("fastperc/losses", *_NETWORKS)),
     "lpips": Benchmark(title_of("vgg_lpips"), ("vgg_lpips", "lpips_distance"), ("fastperc/losses", *_NETWORKS)),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fastperc import ConvBNReLU, ResidualBlock
@@ -71,11 +72,13 @@ def folded(module: nn.Module, *inputs: Tensor) -> nn.Module:
     module = deepcopy(module)
     for layer in [*module.modules()]:
         for name, norm in [*layer.named_children()]:
-            if isinstance(norm, nn.BatchNorm2d):  # norm, norm1, norm2 follow conv, conv1, conv2
+            if isinstance(norm, nn.BatchNorm2d) and "norm" in name:  # norm, norm1, norm2 follow conv, conv1, conv2
                 conv = getattr(layer, name.replace("norm", "conv"))
                 fused = fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d))
                 setattr(layer, name.replace("norm", "conv"), fused)
                 setattr(layer, name, nn.Identity())
+    if any(isinstance(layer, nn.BatchNorm2d) for layer in module.modules()):  # in a network with other names
+        module = fuse(module)
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -177,7 +180,17 @@ def inference(case: Any) -> bool:
 
 def network_inference(case: Any) -> bool:
     """Whole networks in one call: a single layer would be timed with the conversion to another library and back."""
-    return case.operation == case.direction == "inference"
+    return case.direction == "inference" and case.operation in ("inference", "gallery")
+
+
+def compiled_call(case: Any) -> bool:
+    """Cases of one call that torch.compile is tried on."""
+    return no_video(case) and case.compiled
+
+
+def compiled_inference(case: Any) -> bool:
+    """Those with constant weights."""
+    return inference(case) and case.compiled
 
 
 class Provider(NamedTuple):
@@ -223,14 +236,14 @@ PROVIDERS = (
     Provider("cudnn-fused", False, cudnn_fused, wrap_step=as_cuda_graph, devices=GPU, serves=inference),
     Provider("onnxruntime", False, onnxruntime, devices=CPU, serves=network_inference, needs=(*ONNX, "onnxruntime")),
     Provider("openvino", False, openvino, devices=CPU, serves=network_inference, needs=(*ONNX, "openvino")),
-    Provider("compile", False, wrap_call=compiled()),
+    Provider("compile", False, wrap_call=compiled(), serves=compiled_call),
     Provider(
         "compile-freezing",
         False,
         wrap_call=compiled(),
         wrap_step=with_constant_weights,
         devices=CPU,
-        serves=inference,
+        serves=compiled_inference,
     ),
-    Provider("max-autotune", False, folded, wrap_call=compiled("max-autotune"), devices=GPU),
+    Provider("max-autotune", False, folded, wrap_call=compiled("max-autotune"), devices=GPU, serves=compiled_call),
 )

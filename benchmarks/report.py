@@ -26,6 +26,7 @@ TIMED_ONCE = " (once)"  # after the time of such a row
 TIMED_ONCE_NOTE = "*(once)*: so much slower than the best that it was timed once."
 NO_GPU = "On a GPU: not measured."
 PROCESSORS_SHOWN = 2  # side by side
+NETWORKS = ("inference", "gallery")  # benchmarks of whole networks
 
 # README's rows: of each operation and direction the first case whose shape starts so.
 HIGHLIGHTS = (
@@ -164,7 +165,8 @@ def short_names(measured: Sequence[Device]) -> list[str]:
 
 def network_table(comparisons: Sequence[Comparison]) -> str:
     """Every provider's milliseconds for whole networks in eval mode; empty if none was measured."""
-    networks = [comparison for comparison in comparisons if comparison.case["operation"] == "inference"]
+    networks = [comparison for comparison in comparisons if comparison.case["operation"] in NETWORKS]
+    networks = [comparison for comparison in networks if comparison.case["direction"] in ("inference", "video")]
     if not networks:
         return ""
     providers = [name for name in PROVIDER_TITLES if any(name in comparison.rows for comparison in networks)]

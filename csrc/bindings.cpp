@@ -44,8 +44,8 @@ ImageStrides image_strides(const std::array<std::int64_t, 4>& s) { return {s[0],
 RowStrides row_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
 WeightStrides weight_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 FeatureStrides feature_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
-WinogradShape winograd_shape(const std::array<std::int64_t, 7>& s) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]};
+WinogradShape winograd_shape(const std::array<std::int64_t, 9>& s) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
 }
 
 }  // namespace
@@ -263,17 +263,18 @@ PYBIND11_MODULE(_C, m) {
       py::arg("tile"), py::arg("threads"));
   m.def(
       "winograd_conv_cpu",
-      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 7>& shape,
-         const std::array<std::int64_t, 4>& skip_strides, bool relu, int threads) {
+      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 9>& shape,
+         const std::array<std::int64_t, 4>& skip_strides, const std::string& activation, Address slopes, int threads) {
+        const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;
         winograd_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(skip),
-                          pointer<float>(out), winograd_shape(shape), image_strides(skip_strides), relu, threads);
+                          pointer<float>(out), winograd_shape(shape), image_strides(skip_strides), function, threads);
       },
       py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
-      py::arg("skip_strides"), py::arg("relu"), py::arg("threads"));
+      py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
   m.def(
       "winograd_weight_gradient_cpu",
-      [](Address x, Address grad, Address weight, Address bias, const std::array<std::int64_t, 7>& shape,
+      [](Address x, Address grad, Address weight, Address bias, const std::array<std::int64_t, 9>& shape,
          const std::array<std::int64_t, 4>& strides, int threads) {
         py::gil_scoped_release release;
         winograd_weight_gradient_cpu(pointer<float>(x), pointer<float>(grad), pointer<float>(weight),

@@ -7,8 +7,8 @@
 //   t×t pixels of the output                                         y = Aᵀ M A  [t, t, O]
 //
 // A thread takes a block of tiles at a time, whose V stays in its L2 cache, and computes one panel of output channels
-// after the other. So each panel of U is read once for a block. Bias, skip and ReLU are applied when the pixels of a
-// tile are stored. The number of threads does not change any sum or its order.
+// after the other. So each panel of U is read once for a block. Bias, skip and activation are applied when the pixels
+// of a tile are stored. The number of threads does not change any sum or its order.
 #include "conv3x3.h"
 
 #include <algorithm>
@@ -30,7 +30,7 @@ struct Convolution {
   float* out;
   WinogradShape shape;
   ImageStrides skip_strides;  // its channels have stride 1
-  bool relu;
+  Activation activation;
   std::int64_t tiles;  // in a block, a multiple of `group`
 
   std::int64_t points() const { return (shape.tile + 2) * (shape.tile + 2); }
@@ -43,6 +43,19 @@ struct Convolution {
   std::int64_t floats() const { return tiles / group * (transformed_step() + product_step()); }
 };
 
+// The activation of the channels from `channel` on.
+template <int lanes>
+FASTPERC_INLINE void activate(Vector<lanes>& x, const Activation& activation, std::int64_t channel) {
+  if (activation.kind == ActivationKind::relu) {
+    relu(x);
+  } else if (activation.kind == ActivationKind::slopes) {
+    const Vector<lanes> zero = {};
+    x = x > zero ? x : x * at<lanes>(activation.slopes + channel);  // NaN stays NaN
+  } else if (activation.kind == ActivationKind::relu6) {
+    relu6(x);
+  }
+}
+
 // Stores the pixels of a tile, made of M [(tile + 2)², step], for a panel of output channels from `first` on.
 template <int lanes, int tile>
 FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t index, const float* m, std::int64_t step,
@@ -51,8 +64,8 @@ FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t index, con
   const WinogradShape& s = conv.shape;
   const Place p = place(s, index);
   const std::int64_t rows_inside = s.out_rows() - p.row, columns_inside = s.out_columns() - p.column;
-  float* out = conv.out + ((p.image * s.out_rows() + p.row) * s.out_columns() + p.column) * s.out + first;
-  const std::int64_t down = s.out_columns() * s.out;
+  float* out = conv.out + ((p.image * s.out_rows() + p.row) * s.out_columns() + p.column) * s.out_step + first;
+  const std::int64_t down = s.out_columns() * s.out_step;
   const ImageStrides& strides = conv.skip_strides;
   const float* skip =
       conv.skip ? conv.skip + p.image * strides.image + p.row * strides.row + p.column * strides.column + first
@@ -76,8 +89,8 @@ FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t index, con
         if (j >= columns_inside) break;
         if (conv.bias) pixels[j] += at<lanes>(conv.bias + first + o);
         if (skip) pixels[j] += at<lanes>(skip + i * strides.row + j * strides.column + o);
-        if (conv.relu) relu(pixels[j]);
-        at<lanes>(out + i * down + j * s.out + o) = pixels[j];
+        activate<lanes>(pixels[j], conv.activation, first + o);
+        at<lanes>(out + i * down + j * s.out_step + o) = pixels[j];
       }
     }
   }
@@ -184,7 +197,8 @@ void winograd_weights_cpu(const float* weight, float* transformed, std::int64_t 
 }
 
 void winograd_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
-                       const WinogradShape& shape, const ImageStrides& skip_strides, bool relu, int threads) {
+                       const WinogradShape& shape, const ImageStrides& skip_strides, const Activation& activation,
+                       int threads) {
   const std::int64_t tiles = shape.tiles();
   if (tiles == 0) return;
   const std::int64_t points = (shape.tile + 2) * (shape.tile + 2);
@@ -192,7 +206,7 @@ void winograd_conv_cpu(const float* x, const float* weights, const float* bias, 
   const std::int64_t turns = (tiles + threads * most - 1) / (threads * most);  // blocks for each thread
   const std::int64_t share = std::max((tiles + threads * turns - 1) / (threads * turns), fewest_tiles);
   const std::int64_t per_block = (share + group - 1) / group * group;
-  const Convolution conv{x, weights, bias, skip, out, shape, skip_strides, relu, per_block};
+  const Convolution conv{x, weights, bias, skip, out, shape, skip_strides, activation, per_block};
   take_turns((tiles + per_block - 1) / per_block, threads, [&](std::int64_t block) {
     const std::int64_t first = block * per_block;
     convolve_block(conv, first, std::min(per_block, tiles - first), scratch(conv.floats()));

@@ -9,9 +9,11 @@ namespace fastperc {
 // [O / panel, (t + 2)², I, panel].
 constexpr std::int64_t winograd_panel = 32;
 
-// x [N, H, W, I] → y [N, H + 2·padding − 2, W + 2·padding − 2, O].
+// x [N, H, W, I] → y [N, H + 2·padding − 2, W + 2·padding − 2, O]. Either may be a slice of the channels of a larger
+// map: the step from a pixel to the next is then larger than the number of channels.
 struct WinogradShape {
   std::int64_t images, rows, columns, in, out, padding, tile;  // the tile is of t×t pixels of y
+  std::int64_t in_step, out_step;                              // of pixels, in floats
 
   std::int64_t out_rows() const { return rows + 2 * padding - 2; }
   std::int64_t out_columns() const { return columns + 2 * padding - 2; }

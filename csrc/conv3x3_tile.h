@@ -43,6 +43,12 @@ FASTPERC_INLINE void relu(Vector& x) {
   const Vector zero = {};
   x = x < zero ? zero : x;  // NaN stays NaN
 }
+template <typename Vector>
+FASTPERC_INLINE void relu6(Vector& x) {
+  relu(x);
+  const Vector zero = {}, six = zero + 6.0f;
+  x = x > six ? six : x;
+}
 template <int lanes>
 FASTPERC_INLINE const Vector<lanes>& at(const float* p) {
   return *reinterpret_cast<const Vector<lanes>*>(p);
@@ -170,7 +176,7 @@ FASTPERC_INLINE void transform_tile(const float* x, const WinogradShape& s, std:
     for (int j = 0; j < width; ++j) {
       const std::int64_t row = p.row - s.padding + i, column = p.column - s.padding + j;
       const bool inside = row >= 0 && row < s.rows && column >= 0 && column < s.columns;
-      pixels[i][j] = inside ? x + ((p.image * s.rows + row) * s.columns + column) * s.in + first : nullptr;
+      pixels[i][j] = inside ? x + ((p.image * s.rows + row) * s.columns + column) * s.in_step + first : nullptr;
     }
   }
   const Vector<lanes> zero = {};
@@ -181,7 +187,7 @@ FASTPERC_INLINE void transform_tile(const float* x, const WinogradShape& s, std:
 #pragma GCC unroll 6
       for (int i = 0; i < width; ++i) {
         from[i] = pixels[i][j] ? at<lanes>(pixels[i][j] + c) : zero;
-        if (j >= 2) FASTPERC_PREFETCH(pixels[i][j] + tile * s.in + c);  // the tile on the right
+        if (j >= 2) FASTPERC_PREFETCH(pixels[i][j] + tile * s.in_step + c);  // the tile on the right
       }
       Transform<tile>::input(from, made);
 #pragma GCC unroll 6

@@ -85,10 +85,11 @@ int winograd_lanes();
 // 4. The channels of all three launchers are multiples of the panel.
 void winograd_weights_cpu(const float* weight, float* transformed, std::int64_t in, std::int64_t out,
                           const WeightStrides& strides, std::int64_t tile, int threads);
-// out [N, H', W', O] = relu?(x [N, H, W, I] convolved with the transformed weights + bias [O] + skip). bias and skip
-// may be null; the channels of skip have stride 1.
+// out [N, H', W', O] = activation(x [N, H, W, I] convolved with the transformed weights + bias [O] + skip). bias and
+// skip may be null; the channels of skip have stride 1. x and out may be different channels of one map.
 void winograd_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
-                       const WinogradShape& shape, const ImageStrides& skip_strides, bool relu, int threads);
+                       const WinogradShape& shape, const ImageStrides& skip_strides, const Activation& activation,
+                       int threads);
 // weight [O, I, 3, 3] = the gradient of the weights, made of x and grad [N, H', W', O], by tiles of 2×2. Unless bias
 // [O] is null, it gets the gradient of the bias.
 void winograd_weight_gradient_cpu(const float* x, const float* grad, float* weight, float* bias,

@@ -144,9 +144,10 @@ def winograd_conv_cpu(
     bias: int,
     skip: int,
     out: int,
-    shape: tuple[int, int, int, int, int, int, int],
+    shape: tuple[int, int, int, int, int, int, int, int, int],
     skip_strides: tuple[int, int, int, int],
-    relu: bool,
+    activation: str,
+    slopes: int,
     threads: int,
 ) -> None: ...
 def winograd_weight_gradient_cpu(
@@ -154,7 +155,7 @@ def winograd_weight_gradient_cpu(
     grad: int,
     weight: int,
     bias: int,
-    shape: tuple[int, int, int, int, int, int, int],
+    shape: tuple[int, int, int, int, int, int, int, int, int],
     strides: tuple[int, int, int, int],
     threads: int,
 ) -> None: ...

@@ -141,12 +141,14 @@ def pad(x: Tensor, padding: Padding) -> Tensor:
     return F.pad(x, padding.sides, mode=mode) if any(padding.sides) else x
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, dilation: int = 1, groups: int = 1
+) -> Tensor:
     """The convolution of ``x``, padded."""
     left, right, top, bottom = padding.sides
     if padding.mode == "zeros" and left == right and top == bottom:  # which needs no copy
-        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, (top, left))
-    return F.conv2d(pad(x, padding), weight.to(x.dtype), bias.to(x.dtype), stride)
+        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, (top, left), dilation, groups)
+    return F.conv2d(pad(x, padding), weight.to(x.dtype), bias.to(x.dtype), stride, 0, dilation, groups)
 
 
 def activate(x: Tensor, activation: Activation | None) -> Tensor:
@@ -237,10 +239,12 @@ def conv_bn_relu(
     stride: int = 1,
     padding: Padding = Padding(),
     epilogue: Epilogue = Epilogue(),
+    dilation: int = 1,
+    groups: int = 1,
 ) -> Tensor:
-    """The convolution of ``x`` by ``weight`` [O, I, k, k] and ``bias`` [O], a batch norm folded into them, and its
-    epilogue."""
-    return finish(convolve(x, weight, bias, stride, padding), epilogue)
+    """The convolution of ``x`` by ``weight`` [O, I / groups, k, k] and ``bias`` [O], a batch norm folded into them, and
+    its epilogue."""
+    return finish(convolve(x, weight, bias, stride, padding, dilation, groups), epilogue)
 
 
 def subpixel_conv_bn_relu(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastperc import use_backend
 from fastperc.ops import onednn
-from fastperc.types import Epilogue, FrozenConv, InstanceNorm
+from fastperc.types import Activation, Epilogue, FrozenConv, InstanceNorm
 
 
 def runs(native: Callable[[torch.Tensor], str | None]) -> list[Any]:
@@ -40,7 +40,9 @@ FROZEN_RUNS = runs(onednn.why_not)
 def widened(value: Any) -> Any:
     """``value`` in float64 if it is a floating-point tensor, a norm or an epilogue of such."""
     if isinstance(value, Epilogue):
-        return value._replace(norm=widened(value.norm), skip=widened(value.skip))
+        return value._replace(**{name: widened(field) for name, field in value._asdict().items() if name != "out"})
+    if isinstance(value, Activation):
+        return value._replace(slopes=widened(value.slopes))
     if isinstance(value, InstanceNorm):
         return InstanceNorm(value.weight.double(), value.bias.double(), value.eps)
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -76,6 +78,24 @@ def filters(*shape: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tenso
     fan_in = shape[1] * shape[2] * shape[3]
     weight, bias = torch.randn(shape) / fan_in**0.5, torch.randn(shape[0])
     return weight.to(dtype).float().to(device), bias.to(dtype).float().to(device)
+
+
+def activations(channels: int, device: str = "cpu") -> dict[str, Activation]:
+    """Every activation, by name; with slopes for ``channels``."""
+    slopes = torch.linspace(-0.5, 1.5, channels, device=device)
+    return {
+        "relu": Activation("relu"),
+        "leaky_relu": Activation("leaky_relu", 0.2),
+        "prelu": Activation("prelu", slopes=slopes),
+        "prelu of one slope": Activation("prelu", slopes=slopes[channels // 3 :][:1]),
+        "relu6": Activation("relu6"),
+        "silu": Activation("silu"),
+        "sigmoid": Activation("sigmoid"),
+        "tanh": Activation("tanh"),
+    }
+
+
+ACTIVATION_NAMES = [name for name in activations(1)]  # of :func:`activations`
 
 
 def instance_norm(channels: int, device: str) -> InstanceNorm:

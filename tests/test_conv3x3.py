@@ -18,7 +18,7 @@ from fastperc import _native, backends, freeze, ops, use_backend
 from fastperc.modules import Conv3x3, ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
 from fastperc.ops.conv3x3 import winograd
 from fastperc.ops.vgg_chain import convolve_relu, pack
-from fastperc.types import FrozenConv, Tap
+from fastperc.types import Epilogue, FrozenConv, Tap
 from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 # batch, in, out, height, width: single, thin, odd, and large enough for several blocks of tiles and of their sums
@@ -310,7 +310,8 @@ def test_tiles_of_4x4_match_the_formula(shape, padding, relu):
     exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
     skip = maps(*exact.shape)
     exact = (exact + skip).relu() if relu else exact + skip
-    y, again = (winograd(x, weight, bias, padding, relu, skip=skip, tile=4) for _ in range(2))
+    epilogue = Epilogue(None, None, skip)
+    y, again = (winograd(x, weight, bias, padding, relu, epilogue=epilogue, tile=4) for _ in range(2))
     assert torch.equal(y, again) and error(y, exact) < LAYER_ERROR_4X4
 
 

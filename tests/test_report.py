@@ -96,12 +96,15 @@ class TestRows:
         ("changed", "affected"),
         [
             ("csrc/tv_loss.cu", {"tv_loss", "vgg_loss", "training"}),
-            ("fastperc/ops/rgb_conv.py", {"rgb_conv", "inference", "training"}),
+            ("fastperc/ops/rgb_conv.py", {"rgb_conv", "inference", "training", "gallery"}),
             (
                 "kernels/instance_norm.py",
-                {"conv_bn_relu", "residual_block", "rgb_conv", "subpixel_conv_bn_relu", "inference", "training"},
+                {
+                    *("conv_bn_relu", "residual_block", "rgb_conv", "subpixel_conv_bn_relu"),
+                    *("inference", "training", "gallery"),
+                },
             ),
-            ("fastperc/engine/engine.py", {"inference"}),
+            ("fastperc/engine/engine.py", {"inference", "gallery"}),
             ("fastperc/models/transform_net.py", {"vgg_loss", "lpips", "training", "inference"}),
         ],
         ids=lambda value: value if isinstance(value, str) else "",

@@ -13,9 +13,17 @@ from fastperc._native.convolutions import (
     winograd_weight_gradient,
     winograd_weights,
 )
-from fastperc._native.module import _C, DTYPES, build_info, is_channels_last, reuse_freed_memory, why_not
-from fastperc._native.passes import (
+from fastperc._native.module import (
+    _C,
+    DTYPES,
     PASS_ACTIVATIONS,
+    build_info,
+    is_channels_last,
+    pixel_step,
+    reuse_freed_memory,
+    why_not,
+)
+from fastperc._native.passes import (
     RowLayout,
     Sides,
     channel_mean_m2,
@@ -46,6 +54,7 @@ __all__ = [
     "lpips_distance",
     "norm_gradient",
     "norm_gradient_sums",
+    "pixel_step",
     "relu_mask_bwd",
     "relu_mask_fwd",
     "relu_pool_bwd",

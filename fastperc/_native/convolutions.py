@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastperc._native.module import _C, DTYPES, dtype_name, image_shape, strides_of
-from fastperc.types import Padding
+from fastperc._native.module import _C, DTYPES, activation_arguments, dtype_name, pixel_step, strides_of
+from fastperc.types import Activation, Padding
 
 WINOGRAD_PANEL = 32  # winograd_panel in csrc/conv3x3.h
 
@@ -38,18 +38,27 @@ def winograd_weights(weight: Tensor, data_gradient: bool, tile: int) -> Tensor:
 
 
 def winograd_conv(
-    x: Tensor, weights: Tensor, bias: Tensor | None, padding: int, skip: Tensor | None, relu: bool, out: Tensor
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    skip: Tensor | None,
+    activation: Activation | None,
+    out: Tensor,
 ) -> None:
-    """Fills ``out`` with a 3×3 convolution of ``x`` + ``bias`` + ``skip``, after a ReLU if ``relu``. All are float32.
+    """Fills ``out`` with ``activation`` of a 3×3 convolution of ``x`` + ``bias`` + ``skip``. All are float32.
 
     Args:
-        x: [N, I, H, W], channels-last.
+        x: [N, I, H, W] whose pixels are evenly spaced, as :func:`pixel_step` has it.
         weights: the result of :func:`winograd_weights`, whose size tells the tile.
         bias: [O], or ``None``.
         padding: zeros on each side.
         skip: of the shape of ``out``, with channels of stride 1, or ``None``.
-        out: [N, O, H + 2·padding - 2, W + 2·padding - 2], channels-last.
+        activation: one of ``PASS_ACTIVATIONS``, or ``None``.
+        out: [N, O, H + 2·padding - 2, W + 2·padding - 2] whose pixels are evenly spaced. It may be other channels of
+            the map that ``x`` is a slice of.
     """
+    kind, slopes = activation_arguments(activation, out.shape[1])
     assert skip is None or (skip.shape == out.shape and skip.stride(1) == 1 and skip.dtype == out.dtype)
     _C.winograd_conv_cpu(
         x.data_ptr(),
@@ -59,7 +68,8 @@ def winograd_conv(
         out.data_ptr(),
         _winograd_shape(x, out, padding, math.isqrt(weights.shape[1]) - 2),
         (0, 0, 0, 0) if skip is None else strides_of(skip),
-        relu,
+        kind,
+        0 if slopes is None else slopes.data_ptr(),
         torch.get_num_threads(),
     )
 
@@ -74,17 +84,22 @@ def winograd_weight_gradient(x: Tensor, grad: Tensor, padding: int, weight: Tens
         weight: [O, I, 3, 3], of any strides.
         bias: [O], or ``None``.
     """
+    assert pixel_step(grad) == grad.shape[1], "the gradient is a slice of a larger map"
     pointers = x.data_ptr(), grad.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
     shape, strides = _winograd_shape(x, grad, padding, 2), strides_of(weight)
     _C.winograd_weight_gradient_cpu(*pointers, shape, strides, torch.get_num_threads())
 
 
-def _winograd_shape(x: Tensor, y: Tensor, padding: int, tile: int) -> tuple[int, int, int, int, int, int, int]:
+def _winograd_shape(
+    x: Tensor, y: Tensor, padding: int, tile: int
+) -> tuple[int, int, int, int, int, int, int, int, int]:
     """``WinogradShape`` in csrc/conv3x3.h of the convolution from ``x`` to ``y``."""
-    (n, h, w, i), (_, rows, columns, o) = image_shape(x), image_shape(y)
+    (n, i, h, w), (_, o, rows, columns) = x.shape, y.shape
+    x_step, y_step = pixel_step(x), pixel_step(y)
+    assert x_step is not None and y_step is not None, "the pixels are not evenly spaced"
     assert (rows, columns) == (h + 2 * padding - 2, w + 2 * padding - 2)
     assert i % WINOGRAD_PANEL == 0 and o % WINOGRAD_PANEL == 0
-    return n, h, w, i, o, padding, tile
+    return n, h, w, i, o, padding, tile, x_step, y_step
 
 
 def rgb_conv_head(products: Tensor, bias: Tensor, out: Tensor, left: int, reflect: bool, output: str) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastperc.types import Activation
 
 try:
     from fastperc import _C
@@ -53,6 +56,38 @@ def reuse_freed_memory(block: int, kept: int) -> None:
 def is_channels_last(x: Tensor) -> bool:
     """Whether ``x`` [N, C, H, W] has the channels of a pixel next to each other, and more than one of them."""
     return x.stride(1) == 1 and x.stride(3) == x.shape[1] and x.shape[1] > 1
+
+
+def pixel_step(x: Tensor) -> int | None:
+    """How many elements the pixels of ``x`` [N, C, H, W] are apart, C or more: its channels are adjacent, and rows and
+    images follow each other evenly. ``None`` if that is not so. A slice of the channels of a channels-last map is."""
+    (n, c, h, w), (image, channel, row, column) = x.shape, x.stride()
+    step = column if w > 1 else row if h > 1 else image if n > 1 else c
+    even = (c == 1 or channel == 1) and (h == 1 or row == w * step) and (n == 1 or image == h * w * step)
+    return step if even and step >= c else None
+
+
+PASS_ACTIVATIONS = ("relu", "leaky_relu", "prelu", "relu6")  # that the C++ kernels compute
+
+
+def activation_arguments(activation: Activation | None, channels: int) -> tuple[str, Tensor | None]:
+    """An activation of ``PASS_ACTIVATIONS`` as the C++ kernels take it: its kind, and slopes, float32 [C], or ``None``.
+
+    A kernel gets the address of the slopes: they must live as long as it runs.
+    """
+    if activation is None:
+        return "none", None
+    if activation.name == "leaky_relu":
+        return "slopes", _equal_slopes(0.01 if activation.slope is None else activation.slope, channels)
+    if activation.name == "prelu":
+        assert activation.slopes is not None
+        return "slopes", activation.slopes.detach().float().expand(channels).contiguous()
+    return activation.name, None
+
+
+@lru_cache(maxsize=64)
+def _equal_slopes(slope: float, channels: int) -> Tensor:
+    return torch.full((channels,), slope, dtype=torch.float32)
 
 
 def strides_of(x: Tensor) -> tuple[int, int, int, int]:

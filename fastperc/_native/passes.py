@@ -7,7 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastperc._native.module import _C, DTYPES, dtype_name, image_shape, is_channels_last, strides_of
+from fastperc._native.module import (
+    _C,
+    DTYPES,
+    activation_arguments,
+    dtype_name,
+    image_shape,
+    is_channels_last,
+    strides_of,
+)
 from fastperc.types import Activation, Window
 
 Sides = tuple[Tensor | None, Tensor | None]
@@ -152,25 +160,6 @@ def channel_mean_m2(x: Tensor) -> Tensor:
     return statistics
 
 
-PASS_ACTIVATIONS = ("relu", "leaky_relu", "prelu", "relu6")  # that the passes below compute
-
-
-def _activation_arguments(activation: Activation | None, channels: int) -> tuple[str, Tensor | None]:
-    """An activation of ``PASS_ACTIVATIONS`` as the C++ passes take it: its kind, and slopes, float32 [C], or ``None``.
-
-    A pass gets the address of the slopes: they must live as long as it runs.
-    """
-    if activation is None:
-        return "none", None
-    if activation.name == "leaky_relu":
-        slope = 0.01 if activation.slope is None else activation.slope
-        return "slopes", torch.full((channels,), slope, dtype=torch.float32)
-    if activation.name == "prelu":
-        assert activation.slopes is not None
-        return "slopes", activation.slopes.detach().float().expand(channels).contiguous()
-    return activation.name, None
-
-
 def scale_shift(
     x: Tensor, scale: Tensor, shift: Tensor, skip: Tensor | None, activation: Activation | None, out: Tensor
 ) -> None:
@@ -184,7 +173,7 @@ def scale_shift(
         out: of the shape, dtype and strides of ``x``; may be ``x``.
     """
     assert out.stride() == x.stride() and (skip is None or skip.stride(1) == 1 or skip.shape[1] == 1)
-    kind, slopes = _activation_arguments(activation, x.shape[1])
+    kind, slopes = activation_arguments(activation, x.shape[1])
     _C.scale_shift_cpu(
         x.data_ptr(),
         scale.data_ptr(),
@@ -221,7 +210,7 @@ def norm_gradient_sums(
             slopes is wrong then.
         masked: after a skip, receives g. Both are as ``x``.
     """
-    kind, slopes = _activation_arguments(activation, x.shape[1])
+    kind, slopes = activation_arguments(activation, x.shape[1])
     sums = torch.empty(len(x), 2 if slopes is None else 3, x.shape[1], dtype=torch.float64)
     pointers = x.data_ptr(), grad.data_ptr(), _pointers(norm), sums.data_ptr()
     extras = kind, _pointer(slopes), _pointer(y), _pointer(masked)
@@ -242,7 +231,7 @@ def norm_gradient(
 
     ``factors`` is float32 [N, 3, C]. g and the other arguments are those of :func:`norm_gradient_sums`.
     """
-    kind, slopes = _activation_arguments(activation, x.shape[1])
+    kind, slopes = activation_arguments(activation, x.shape[1])
     pointers = x.data_ptr(), grad.data_ptr(), _pointers(norm), factors.data_ptr(), out.data_ptr()
     common = DTYPES[x.dtype], image_shape(x), kind, _pointer(slopes), torch.get_num_threads()
     _C.norm_gradient_cpu(*pointers, *common)

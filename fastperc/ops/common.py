@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastperc import _native
+from fastperc import _native, reference
 from fastperc.devices import computes_in
-from fastperc.types import RELU, Epilogue, Padding
+from fastperc.types import Activation, Epilogue, Padding
 
 T = TypeVar("T")
 COMMON_SOURCES = ("fastperc/ops/common.py",)  # that every operation runs on
@@ -43,9 +44,11 @@ def why_not_frozen(x: Tensor, *others: Tensor | None, epilogue: Epilogue = Epilo
     """Why only plain PyTorch can serve a frozen network's operation on ``x`` and ``others``, or ``None``."""
     if reason := why_not_here():
         return reason
-    if epilogue.activation not in (None, RELU):
-        return f"no kernel for the activation {epilogue.activation.name}"
     tensors = [x, *others, epilogue.skip, *(epilogue.norm[:2] if epilogue.norm else ())]
+    if epilogue.activation is not None:
+        if epilogue.activation.name not in reference.ACTIVATIONS:
+            return f"no kernel for the activation {epilogue.activation.name}"
+        tensors.append(epilogue.activation.slopes)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return "these kernels give no gradients"
     return "the tensor is empty" if x.numel() == 0 else None
@@ -88,6 +91,34 @@ def symmetric(padding: Padding) -> bool:
 def channels_last(x: Tensor) -> Tensor:
     """``x`` [N, C, H, W] dense in NHWC, copied if it is not."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def evenly_spaced(x: Tensor) -> Tensor:
+    """``x`` [N, C, H, W], copied to NHWC unless it is a slice of the channels of such a map, or all of it."""
+    return channels_last(x) if _native.pixel_step(x) is None else x
+
+
+def copied_to(y: Tensor, out: Tensor | None) -> Tensor:
+    """``out``, filled with ``y`` unless it is that; ``y`` itself without one."""
+    return y if out is None or y is out else out.copy_(y)
+
+
+def activate_(x: Tensor, activation: Activation | None) -> Tensor:
+    """``x`` after ``activation``, in place."""
+    if activation is None:
+        return x
+    return _IN_PLACE[activation.name](x, activation)
+
+
+_IN_PLACE: dict[str, Callable[[Tensor, Activation], Tensor]] = {
+    "relu": lambda x, _: x.relu_(),
+    "leaky_relu": lambda x, activation: F.leaky_relu_(x, 0.01 if activation.slope is None else activation.slope),
+    "prelu": lambda x, activation: x.copy_(reference.activate(x, activation)),  # PyTorch has it not in place
+    "relu6": lambda x, _: F.hardtanh_(x, 0.0, 6.0),
+    "silu": lambda x, _: F.silu(x, inplace=True),
+    "sigmoid": lambda x, _: x.sigmoid_(),
+    "tanh": lambda x, _: x.tanh_(),
+}
 
 
 def channels_adjacent(skip: Tensor | None) -> Tensor | None:

@@ -17,13 +17,16 @@ from fastperc import _native
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
 from fastperc.ops.common import (
     COMMON_CPP_SOURCES,
+    activate_,
     channels_adjacent,
     channels_last,
+    copied_to,
     empty_like,
     packed,
     why_not_cpp,
     why_not_here,
 )
+from fastperc.types import NO_EPILOGUE, RELU, Epilogue
 
 FEWEST_PIXELS = 128  # of all images: with fewer, transforming the weights takes longer than the products save
 PIXELS_A_CHANNEL = 2  # the same in training, where weights are transformed twice in each step
@@ -90,18 +93,22 @@ def winograd(
     padding: int,
     relu: bool = False,
     turned: bool = False,
-    skip: Tensor | None = None,
+    epilogue: Epilogue = NO_EPILOGUE,
     tile: int = 2,
 ) -> Tensor:
-    """conv(``x``) + ``bias`` + ``skip``, then a ReLU if ``relu``, without gradients, of an
-    ``x`` in NHWC that :func:`why_not_winograd` accepts.
+    """activation(conv(``x``) + ``bias`` + skip), without gradients, of an ``x`` in NHWC that :func:`why_not_winograd`
+    accepts. ``x`` and the epilogue's ``out`` may be slices of the channels of larger maps, and of the same one.
+
+    ``relu`` is short for the activation. An epilogue has no norm here. An activation that the kernel does not compute
+    is computed in place afterwards.
 
     ``turned`` takes ``weight`` rotated by 180° with input and output channels exchanged, as the gradient to the input
-    wants it. A weight that needs no gradient is transformed once, and kept as long as it lives. ``skip``, in float32,
-    has the shape of the output. Tiles of 4×4 pixels take fewer products than those of 2×2, and lose some digits.
+    wants it. A weight that needs no gradient is transformed once, and kept as long as it lives. Skip and ``out``, in
+    float32, have the shape of the output. Tiles of 4×4 pixels take fewer products than those of 2×2, and lose some
+    digits.
 
     Raises:
-        ValueError: ``skip`` has another shape or dtype.
+        ValueError: skip or ``out`` has another shape or dtype.
     """
 
     def pack() -> Tensor:
@@ -110,12 +117,18 @@ def winograd(
     weights = pack() if weight.requires_grad else packed(("winograd", turned, tile), pack, weight)
     n, _, h, w = x.shape
     channels = weight.shape[1 if turned else 0]
-    out = empty_like(x, (n, channels, h + 2 * padding - 2, w + 2 * padding - 2))
-    if skip is not None and (skip.shape != out.shape or skip.dtype != out.dtype):
-        raise ValueError(f"expected a skip of {list(out.shape)} in float32, got {list(skip.shape)} in {skip.dtype}")
+    shape, skip = (n, channels, h + 2 * padding - 2, w + 2 * padding - 2), epilogue.skip
+    for name, given in (("a skip", skip), ("an out", epilogue.out)):
+        if given is not None and (given.shape != shape or given.dtype != torch.float32):
+            raise ValueError(f"expected {name} of {list(shape)} in float32, got {list(given.shape)} in {given.dtype}")
+    out = epilogue.out
+    if out is None or _native.pixel_step(out) is None:
+        out = empty_like(x, shape)
+    activation = RELU if relu else epilogue.activation
+    fused = activation is None or activation.name in _native.PASS_ACTIVATIONS
     bias = None if bias is None else bias.contiguous()
-    _native.winograd_conv(x, weights, bias, padding, channels_adjacent(skip), relu, out)
-    return out
+    _native.winograd_conv(x, weights, bias, padding, channels_adjacent(skip), activation if fused else None, out)
+    return copied_to(out if fused else activate_(out, activation), epilogue.out)
 
 
 class _Conv3x3(torch.autograd.Function):

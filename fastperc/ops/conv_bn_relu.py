@@ -18,7 +18,9 @@ from fastperc.ops.common import (
     channels_adjacent,
     channels_last,
     check_shapes,
+    copied_to,
     empty_like,
+    evenly_spaced,
     in_dtype,
     symmetric,
     why_not_cpp,
@@ -38,35 +40,56 @@ def conv_bn_relu(
     stride: int = 1,
     padding: Padding = Padding(),
     epilogue: Epilogue = Epilogue(),
+    dilation: int = 1,
+    groups: int = 1,
 ) -> Tensor:
     """activation(norm(conv(``x``)) + skip).
 
     Args:
-        x: [N, I, H, W]; float32, float16, bfloat16 or float64; best in channels-last memory.
-        weight: [O, I, k, k], in float32 or ``x``'s dtype; a batch norm is folded into it beforehand.
+        x: [N, I, H, W]; float32, float16, bfloat16 or float64; best in channels-last memory, or a slice of the
+            channels of a map in that.
+        weight: [O, I / groups, k, k], in float32 or ``x``'s dtype; a batch norm is folded into it beforehand.
         bias: [O].
         stride: 1 or 2.
-        padding: of zeros or reflected.
-        epilogue: an instance norm, a skip [N, O, H', W'] and an activation.
+        padding: of zeros, reflected, or of the nearest pixels.
+        epilogue: an instance norm, a skip [N, O, H', W'], an activation of :class:`~fastperc.types.Activation`, and
+            ``out`` [N, O, H', W'] in ``x``'s dtype. That may be other channels of the map that ``x`` is a slice of.
+        dilation: pixels from a tap to the next.
+        groups: of channels, each convolved with its own filters.
 
     Returns:
-        [N, O, H', W'] in ``x``'s dtype.
+        [N, O, H', W'] in ``x``'s dtype: ``out``, if there is one.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or no such activation.
     """
-    check_shapes(x, weight, bias, weight.shape[1])
-    if padding.mode == "zeros":
-        padding = Padding(_even_sides(padding.sides, x, weight.shape[2], stride))
-    return CONV_BN_RELU(x, weight, bias, stride, padding, epilogue)
+    check_shapes(x, weight, bias, weight.shape[1] * groups)
+    if epilogue.out is not None:
+        _check_out(epilogue.out, x, weight, stride, padding, dilation)
+    if padding.mode == "zeros" and not symmetric(padding):
+        kernel = (dilation * (weight.shape[2] - 1) + 1, dilation * (weight.shape[3] - 1) + 1)
+        padding = Padding(_even_sides(padding.sides, x, kernel, stride))
+    return CONV_BN_RELU(x, weight, bias, stride, padding, epilogue, dilation, groups)
 
 
-def _even_sides(sides: Sides, x: Tensor, kernel: int, stride: int) -> Sides:
+def _check_out(out: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Padding, dilation: int) -> None:
+    """Raises a ``ValueError`` unless ``out`` fits the convolution."""
+    left, right, top, bottom = padding.sides
+    rows, columns = (
+        (size - dilation * (taps - 1) - 1) // stride + 1
+        for size, taps in zip((x.shape[2] + top + bottom, x.shape[3] + left + right), weight.shape[2:])
+    )
+    shape = (len(x), len(weight), rows, columns)
+    if out.shape != shape or out.dtype != x.dtype:
+        raise ValueError(f"expected an out of {list(shape)} in {x.dtype}, got {list(out.shape)} in {out.dtype}")
+
+
+def _even_sides(sides: Sides, x: Tensor, kernel: tuple[int, int], stride: int) -> Sides:
     """``sides`` with as many zeros on either side, where a stride of 2 does not read what that adds."""
     left, right, top, bottom = sides
     height, width = x.shape[2:]
-    same_width = (width + 2 * left - kernel) // stride == (width + left + right - kernel) // stride
-    same_height = (height + 2 * top - kernel) // stride == (height + top + bottom - kernel) // stride
+    same_width = (width + 2 * left - kernel[1]) // stride == (width + left + right - kernel[1]) // stride
+    same_height = (height + 2 * top - kernel[0]) // stride == (height + top + bottom - kernel[0]) // stride
     return (left, left, top, top) if same_width and same_height else sides
 
 
@@ -78,13 +101,38 @@ def padded(x: Tensor, padding: Padding) -> tuple[Tensor, tuple[int, int]]:
     return channels_last(reference.pad(x, padding)), (0, 0)
 
 
+def _why_not_spread(dilation: int, groups: int) -> str | None:
+    """Why a kernel without them cannot serve this dilation and these groups, or ``None``."""
+    return None if dilation == groups == 1 else "dilated and grouped convolutions are left to the library"
+
+
 def _why_not_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> str | None:
-    return why_not_frozen(x, weight, bias, epilogue=epilogue) or backends.why_not_triton_product(x)
+    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or _why_not_spread(dilation, groups):
+        return reason
+    if padding.mode == "replicate" or weight.shape[2] != weight.shape[3]:
+        return "the kernel is not square, or the border repeats pixels"
+    return backends.why_not_triton_product(x)
 
 
-def _triton(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
     left, right, top, bottom = padding.sides
     n, _, height, width = x.shape
     channels, _, kernel, _ = weight.shape
@@ -102,9 +150,16 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Paddi
 
 
 def _why_not_winograd(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> str | None:
-    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue):
+    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or _why_not_spread(dilation, groups):
         return reason
     left, _, top, _ = padding.sides
     if stride != 1 or (symmetric(padding) and (left != top or left > WIDEST_PADDING)):
@@ -113,14 +168,28 @@ def _why_not_winograd(
 
 
 def _why_slow_winograd(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> str | None:
     left, right, top, bottom = padding.sides
     return why_slow_winograd(len(x) * (x.shape[2] + top + bottom - 2) * (x.shape[3] + left + right - 2))
 
 
 def _why_slow_winograd_4x4(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> str | None:
     """Why tiles of 4×4 pixels are expected to be slower than those of 2×2."""
     if reason := _why_slow_winograd(x, weight, bias, stride, padding, epilogue):
@@ -136,10 +205,19 @@ def _why_slow_winograd_4x4(
 def _winograd(tile: int) -> Callable[..., Tensor]:
     """The convolution by tiles of ``tile`` × ``tile`` pixels."""
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
-        x, (zeros, _) = padded(channels_last(x), padding)
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        stride: int,
+        padding: Padding,
+        epilogue: Epilogue,
+        dilation: int = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        x, (zeros, _) = padded(evenly_spaced(x), padding)
         if epilogue.norm is None:
-            return winograd(x, weight, bias, zeros, epilogue.activation is not None, skip=epilogue.skip, tile=tile)
+            return winograd(x, weight, bias, zeros, epilogue=epilogue, tile=tile)
         y = winograd(x, weight, bias, zeros, tile=tile)
         return native_instance_norm(y, epilogue, y)
 
@@ -147,39 +225,83 @@ def _winograd(tile: int) -> Callable[..., Tensor]:
 
 
 def _why_not_onednn(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> str | None:
     reason = why_not_frozen(x, weight, bias, epilogue=epilogue) or onednn.why_not(x)
     return reason or (why_not_cpp(x) if epilogue.norm else None)
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
+def _onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
     x, zeros = padded(channels_last(x), padding)
+    geometry = onednn.Geometry(stride, zeros, dilation, groups)
     if epilogue.norm is None:
-        relu = epilogue.activation is not None
-        return onednn.convolution(x, weight, bias, stride, zeros, relu, epilogue.skip)
-    y = onednn.convolution(x, weight, bias, stride, zeros)
+        return copied_to(onednn.convolution(x, weight, bias, geometry, epilogue), epilogue.out)
+    y = onednn.convolution(x, weight, bias, geometry)
     return native_instance_norm(y, epilogue, y)
 
 
 def _why_not_cudnn(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> str | None:
-    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue):
+    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or _why_not_spread(dilation, groups):
         return reason
-    if epilogue.norm is not None or epilogue.activation is None or not symmetric(padding):
+    activation = epilogue.activation
+    if epilogue.norm is not None or activation is None or activation.name != "relu" or not symmetric(padding):
         return "cuDNN fuses a bias, a skip and a ReLU, no less and no more"
     return cudnn.why_not(x, weight, stride, epilogue.skip is not None)
 
 
-def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
+def _cudnn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
     x, zeros = padded(channels_last(x), padding)
     skip = None if epilogue.skip is None else channels_last(epilogue.skip)
-    return cudnn.convolution_relu(x, in_dtype(weight, x.dtype), bias.to(x.dtype), stride, zeros, skip)
+    y = cudnn.convolution_relu(x, in_dtype(weight, x.dtype), bias.to(x.dtype), stride, zeros, skip)
+    return copied_to(y, epilogue.out)
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, epilogue: Epilogue) -> Tensor:
-    return reference.conv_bn_relu(x, in_dtype(weight, x.dtype), bias, stride, padding, epilogue)
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: Padding,
+    epilogue: Epilogue,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    y = reference.conv_bn_relu(x, in_dtype(weight, x.dtype), bias, stride, padding, epilogue, dilation, groups)
+    return copied_to(y, epilogue.out)
 
 
 def _tuned_shapes(batch: int, size: int) -> list[tuple[tuple[int, ...], ...]]:

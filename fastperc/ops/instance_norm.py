@@ -13,8 +13,16 @@ from torch import Tensor
 from fastperc import _native, backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
 from fastperc.devices import widest_dtype
-from fastperc.ops.common import COMMON_CPP_SOURCES, channels_adjacent, channels_last, why_not_cpp, why_not_frozen
-from fastperc.types import NO_EPILOGUE, Deferred, Epilogue, InstanceNorm
+from fastperc.ops.common import (
+    COMMON_CPP_SOURCES,
+    activate_,
+    channels_adjacent,
+    channels_last,
+    copied_to,
+    why_not_cpp,
+    why_not_frozen,
+)
+from fastperc.types import NO_EPILOGUE, Activation, Deferred, Epilogue, InstanceNorm
 
 
 def instance_norm(x: Tensor, epilogue: Epilogue) -> Tensor:
@@ -39,8 +47,10 @@ def native_instance_norm(x: Tensor, epilogue: Epilogue, out: Tensor | None = Non
     mean, m2 = _native.channel_mean_m2(x).unbind(1)
     scale = norm.weight / (m2 / x[0, 0].numel() + norm.eps).sqrt()
     shift = norm.bias - mean * scale
-    _native.scale_shift(x, scale.float(), shift.float(), channels_adjacent(epilogue.skip), epilogue.activation, out)
-    return out
+    activation, skip = epilogue.activation, channels_adjacent(epilogue.skip)
+    fused = activation is None or activation.name in _native.PASS_ACTIVATIONS
+    _native.scale_shift(x, scale.float(), shift.float(), skip, activation if fused else None, out)
+    return copied_to(out if fused else activate_(out, activation), epilogue.out)
 
 
 def triton_instance_norm(x: Tensor, epilogue: Epilogue) -> Tensor:
@@ -53,6 +63,11 @@ def triton_instance_norm(x: Tensor, epilogue: Epilogue) -> Tensor:
     return _triton_apply(x, partials, epilogue, torch.empty_like(x))
 
 
+def in_triton(activation: Activation | None) -> bool:
+    """Whether the Triton kernels compute ``activation``."""
+    return activation is None or activation.name == "relu"
+
+
 def triton_finish(
     out: Tensor, tiles: Callable[[], int], fill: Callable[[Epilogue, Tensor | None], None], epilogue: Epilogue
 ) -> Tensor:
@@ -63,8 +78,9 @@ def triton_finish(
     """
     with backends.on_device(out):
         if epilogue.norm is None:
-            fill(epilogue, None)
-            return out
+            fused = in_triton(epilogue.activation)
+            fill(epilogue if fused else epilogue._replace(activation=None), None)
+            return copied_to(out if fused else activate_(out, epilogue.activation), epilogue.out)
         partials = torch.empty(len(out), tiles(), 3, out.shape[1], device=out.device)
         fill(NO_EPILOGUE, partials)
     return _triton_apply(out, partials, epilogue, out)
@@ -72,15 +88,15 @@ def triton_finish(
 
 def _triton_apply(x: Tensor, partials: Tensor, epilogue: Epilogue, out: Tensor) -> Tensor:
     """Fills ``out``, which may be ``x``, from the statistics of its tiles."""
-    norm = epilogue.norm
+    norm, fused = epilogue.norm, in_triton(epilogue.activation)
     assert norm is not None
     with backends.on_device(x):
         coefficients = kernels.instance_norm.norm_coefficients(
             partials, norm.weight.float(), norm.bias.float(), norm.eps
         )
-        activation = Deferred(x, coefficients, epilogue.activation is not None)
+        activation = Deferred(x, coefficients, fused and epilogue.activation is not None)
         kernels.instance_norm.instance_norm_fwd(activation, channels_adjacent(epilogue.skip), out)
-    return out
+        return copied_to(out if fused else activate_(out, epilogue.activation), epilogue.out)
 
 
 def instance_statistics(x: Tensor) -> Tensor:
@@ -90,6 +106,10 @@ def instance_statistics(x: Tensor) -> Tensor:
         return _native.channel_mean_m2(channels_last(x))
     variance, mean = torch.var_mean(x.to(widest_dtype(x.device)), dim=(2, 3), correction=0)
     return torch.stack([mean, variance * x[0, 0].numel()], dim=1)
+
+
+def _plain(x: Tensor, epilogue: Epilogue) -> Tensor:
+    return copied_to(reference.finish(x, epilogue), epilogue.out)
 
 
 def _why_not_triton(x: Tensor, epilogue: Epilogue) -> str | None:
@@ -107,7 +127,7 @@ INSTANCE_NORM = register(
         (
             Implementation("triton", triton_instance_norm, _why_not_triton),
             Implementation("native", native_instance_norm, _why_not_native),
-            Implementation("reference", reference.finish),
+            Implementation("reference", _plain),
         ),
         TuningCases(
             lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((32, 1), (64, 2), (128, 4))],

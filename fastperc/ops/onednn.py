@@ -1,4 +1,4 @@
-"""oneDNN's convolutions with packed weights, bias, skip and ReLU, by the operators that PyTorch's compiler uses.
+"""oneDNN's convolutions with packed weights, bias, skip and activation, by the operators that PyTorch's compiler uses.
 
 oneDNN's ReLU turns NaN into 0.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastperc.ops.common import packed
+from fastperc.ops.common import activate_, packed
+from fastperc.types import NO_EPILOGUE, Activation, Epilogue
 
 
 def why_not(x: Tensor) -> str | None:
@@ -31,35 +33,73 @@ def _why_not_dtype(dtype: torch.dtype) -> str | None:
     return f"oneDNN does not compute in {str(dtype).removeprefix('torch.')} on this processor"
 
 
+class Geometry(NamedTuple):
+    """How a convolution moves over its input."""
+
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)  # zeros: left and right, top and bottom
+    dilation: int = 1
+    groups: int = 1
+
+
+PLAIN = Geometry()
+
+
+def _fused(activation: Activation | None) -> tuple[str, list[float]] | None:
+    """oneDNN's name for ``activation`` and its numbers, or ``None``: oneDNN does not compute it."""
+    if activation is None:
+        return "none", []
+    if activation.name == "leaky_relu":
+        return "leaky_relu", [0.01 if activation.slope is None else activation.slope]
+    return _NAMES.get(activation.name)
+
+
+_NAMES: dict[str, tuple[str, list[float]]] = {
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "silu": ("swish", []),
+    "sigmoid": ("sigmoid", []),
+    "tanh": ("tanh", []),
+}
+
+
 def convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: int = 1,
-    padding: tuple[int, int] = (0, 0),
-    relu: bool = False,
-    skip: Tensor | None = None,
+    geometry: Geometry = PLAIN,
+    epilogue: Epilogue = NO_EPILOGUE,
     arrange: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The convolution of ``x`` by ``arrange(weight)`` + ``bias`` + ``skip``, then a ReLU if ``relu``; channels-last.
+    """activation(the convolution of ``x`` by ``arrange(weight)`` + ``bias`` + skip); channels-last.
 
-    ``padding`` is (left and right, top and bottom), of zeros.
+    ``epilogue`` has no norm, and its ``out`` stays unused.
     """
-    geometry = [padding[1], padding[0]], [stride, stride], [1, 1], 1
+    stride, (across, down), dilation, groups = geometry
+    sizes = [down, across], [stride, stride], [dilation, dilation], groups
 
     def pack() -> tuple[Tensor, Tensor | None]:
         arranged = weight if arrange is None else arrange(weight)
         arranged = arranged.detach().to(x.dtype, memory_format=torch.channels_last)
         if x.numel():
-            arranged = torch.ops.mkldnn._reorder_convolution_weight(arranged, *geometry, list(x.shape))
+            arranged = torch.ops.mkldnn._reorder_convolution_weight(arranged, *sizes, list(x.shape))
         return arranged, None if bias is None else bias.detach().to(x.dtype)
 
     others = () if bias is None else (bias,)
     w, b = packed(("onednn", x.dtype, arrange), pack, weight, *others)
+    activation, skip = epilogue.activation, epilogue.skip
     if skip is None:
-        return torch.ops.mkldnn._convolution_pointwise(x, w, b, *geometry, "relu" if relu else "none", [], "")
+        fused = _fused(activation)
+        name, numbers = fused or ("none", [])
+        y = torch.ops.mkldnn._convolution_pointwise(x, w, b, *sizes, name, numbers, "")
+        return y if fused else activate_(y, activation)
+    if groups > 1:  # PyTorch fuses no skip into grouped convolutions
+        y = torch.ops.mkldnn._convolution_pointwise(x, w, b, *sizes, "none", [], "")
+        return activate_(y.add_(skip), activation)
+    relu = activation is not None and activation.name == "relu"
     last = "relu" if relu else None
-    return torch.ops.mkldnn._convolution_pointwise.binary(x, skip, w, b, *geometry, "add", 1.0, last, [], None)
+    y = torch.ops.mkldnn._convolution_pointwise.binary(x, skip, w, b, *sizes, "add", 1.0, last, [], None)
+    return y if relu else activate_(y, activation)
 
 
 def transposed(
@@ -68,10 +108,10 @@ def transposed(
     bias: Tensor,
     padding: int,
     output_padding: int,
-    relu: bool = False,
+    activation: Activation | None = None,
     arrange: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The ½-stride convolution of ``x`` by ``arrange(weight)`` [I, O, k, k] + ``bias``, then a ReLU if ``relu``;
+    """``activation`` of the ½-stride convolution of ``x`` by ``arrange(weight)`` [I, O, k, k] + ``bias``;
     channels-last."""
     geometry = [padding] * 2, [output_padding] * 2, [2, 2], [1, 1], 1
 
@@ -83,4 +123,7 @@ def transposed(
         return arranged, bias.detach().to(x.dtype)
 
     w, b = packed(("onednn", x.dtype, arrange), pack, weight, bias)
-    return torch.ops.mkldnn._convolution_transpose_pointwise(x, w, b, *geometry, "relu" if relu else "none", [], "")
+    fused = _fused(activation)
+    name, numbers = fused or ("none", [])
+    y = torch.ops.mkldnn._convolution_transpose_pointwise(x, w, b, *geometry, name, numbers, "")
+    return y if fused else activate_(y, activation)

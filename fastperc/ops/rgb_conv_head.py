@@ -107,7 +107,7 @@ def _native_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, outp
             rows = image[None, :, max(low, 0) : high]
             border = Padding((0, 0, max(-low, 0), max(high - height, 0)), padding.mode)
             rows, zeros = padded(channels_last(rows), border)
-            products = onednn.convolution(rows, weight, None, 1, zeros, arrange=taps_as_filters)
+            products = onednn.convolution(rows, weight, None, onednn.Geometry(1, zeros), arrange=taps_as_filters)
             _native.rgb_conv_head(products, shifts, picture[:, first:last], left, padding.mode == "reflect", output)
 
 

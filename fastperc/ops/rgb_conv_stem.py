@@ -14,7 +14,7 @@ from torch import Tensor
 from fastperc import _native, backends, kernels
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
 from fastperc.ops import winograd_9x9
-from fastperc.ops.common import check_shapes, empty_like, packed, why_not_frozen
+from fastperc.ops.common import activate_, check_shapes, copied_to, empty_like, packed, why_not_frozen
 from fastperc.ops.conv_bn_relu import CONV_BN_RELU, conv_bn_relu
 from fastperc.ops.image_io import IMAGE_IO, image_io, pixel_range
 from fastperc.ops.instance_norm import native_instance_norm, triton_finish
@@ -116,9 +116,12 @@ def _winograd(
         panel = _native.WINOGRAD_PANEL if len(bias) % _native.WINOGRAD_PANEL == 0 else winograd_9x9.CHANNELS
         return winograd_9x9.transformed(weight).flatten(1, 3).unflatten(2, (-1, panel)).permute(2, 0, 1, 3).contiguous()
 
-    relu = epilogue.norm is None and epilogue.activation is not None
+    activation = epilogue.activation if epilogue.norm is None else None
+    relu = activation is not None and activation.name == "relu"
     _native.rgb_conv_stem_winograd(x, packed("winograd", pack, weight), bias.contiguous(), padding, relu, out)
-    return out if epilogue.norm is None else native_instance_norm(out, epilogue, out)
+    if epilogue.norm is not None:
+        return native_instance_norm(out, epilogue, out)
+    return copied_to(out if relu else activate_(out, activation), epilogue.out)
 
 
 def _in_two_steps(

@@ -21,6 +21,7 @@ from fastperc.ops import onednn
 from fastperc.ops.common import (
     channels_last,
     check_shapes,
+    copied_to,
     empty_like,
     in_dtype,
     packed,
@@ -105,7 +106,8 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Pad
         return subpixel.subpixel_conv_bn_relu_tiles(x, out, upsample)
 
     if epilogue.norm is None or padding.sides == (1, 1, 1, 1):
-        return _without_border(triton_finish(out, tiles, fill, epilogue), padding.sides)
+        y = triton_finish(out, tiles, fill, epilogue._replace(out=None))
+        return copied_to(_without_border(y, padding.sides), epilogue.out)
     # The kernel's statistics would include what is cut off.
     out = channels_last(_without_border(triton_finish(out, tiles, fill, NO_EPILOGUE), padding.sides))
     return triton_instance_norm(out, epilogue)
@@ -120,18 +122,19 @@ def _why_not_native(
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue) -> Tensor:
     """oneDNN's ½-stride convolution, of 3×3 or, for ``"nearest"``, of 4×4."""
-    x, relu = channels_last(x), epilogue.norm is None and epilogue.activation is not None
+    x, activation = channels_last(x), epilogue.activation if epilogue.norm is None else None
     if upsample == "nearest":
         mode = "zeros" if padding.mode == "zeros" else "replicate"
         x = channels_last(reference.pad(x, Padding(padding.sides, mode)))
-        y = onednn.transposed(x, weight, bias, 3, 0, relu, as_transposed)
+        y = onednn.transposed(x, weight, bias, 3, 0, activation, as_transposed)
     else:
-        y = channels_last(_without_border(onednn.transposed(x, weight, bias, 1, 1, relu), padding.sides))
-    return y if epilogue.norm is None else native_instance_norm(y, epilogue, y)
+        y = channels_last(_without_border(onednn.transposed(x, weight, bias, 1, 1, activation), padding.sides))
+    return copied_to(y, epilogue.out) if epilogue.norm is None else native_instance_norm(y, epilogue, y)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue) -> Tensor:
-    return reference.subpixel_conv_bn_relu(x, in_dtype(weight, x.dtype), bias, upsample, padding, epilogue)
+    y = reference.subpixel_conv_bn_relu(x, in_dtype(weight, x.dtype), bias, upsample, padding, epilogue)
+    return copied_to(y, epilogue.out)
 
 
 def _tuned_shapes(batch: int, size: int) -> list[tuple[tuple[int, ...], ...]]:

@@ -63,6 +63,7 @@ class FrozenNet:
         self.asked_for, self.device, self.example, self.tune = dtype, device, example, tune
         self.dtype = dtype if computes_in(dtype, device) else torch.float32
         self._original = copy.deepcopy(net).eval().requires_grad_(False)
+        _check_weights(self._original)
         self._signature = inspect.signature(self._original.forward)
         self._lock = threading.RLock()
         self._networks: OrderedDict[Hashable, Network] = OrderedDict()
@@ -70,7 +71,7 @@ class FrozenNet:
         self._plain: nn.Module | None = None
         self._exports = False
         try:
-            self._networks[()] = Network(trace(self._original), device, self.dtype)
+            self._kept((repr({}),), lambda: trace(self._original))
         except TypeError:
             if example is None:
                 raise
@@ -155,11 +156,16 @@ class FrozenNet:
         """The traced network for the arguments that are no tensors, and, where it is exported, for their shapes."""
         if self._exports:
             return self._exported(arguments)
+        parameters = self._signature.parameters
         fixed = {name: value for name, value in arguments.items() if not _holds_tensors(value)}
-        defaults = {name: one.default for name, one in self._signature.parameters.items()}
-        changed = {name: value for name, value in fixed.items() if value is not defaults[name]}
-        key = tuple(sorted((name, repr(value)) for name, value in changed.items()))
-        return self._kept(key, lambda: trace(self._original, changed))
+        fixed = {name: value for name, value in fixed.items() if value is not parameters[name].default}
+        given = {
+            name
+            for name, value in arguments.items()
+            if _holds_tensors(value) and parameters[name].default is not inspect.Parameter.empty
+        }
+        key = (repr(fixed), *sorted(given))
+        return self._kept(key, lambda: trace(self._original, fixed, given))
 
     def _exported(self, arguments: dict[str, Any]) -> Network:
         def original(x: Any) -> Any:
@@ -186,7 +192,7 @@ class FrozenNet:
 
     def _choose(self, arguments: dict[str, Any]) -> Choice:
         network = self._network(arguments)
-        measures = self.tune and self.device.type == "cpu" and backends.forced() is None
+        measures = self.tune and self.device.type == "cpu" and backends.forced() is None and not network.mutates
         shapes: dict[fx.Node, torch.Size] = {}
         fused = set(network.groups)
 
@@ -201,7 +207,7 @@ class FrozenNet:
             return value
 
         slower: set[fx.Node] = set()
-        Program(network, fused)(arguments, watch)
+        Program(network, fused)(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, arguments), watch)
         shapes |= {
             node: arguments[str(node.target)].shape
             for node in network.nodes
@@ -212,11 +218,24 @@ class FrozenNet:
         program = Program(network, fused, plan_places(network.calls, shapes, writers, (self.device, self.dtype)))
         if not measures:
             return Choice(program, tuple(slower), None)
-        ours, plain = _seconds(lambda: program(arguments)), _seconds(lambda: self._plainly(arguments))
-        if plain >= CLEARLY * ours:
-            self._plain = self._plain if any(one.program is None for one in self._choices.values()) else None
-            return Choice(program, tuple(slower), (ours, plain))
-        return Choice(None, tuple(slower), (ours, plain))
+        try:
+            ours, plain = _seconds(lambda: program(arguments)), _seconds(lambda: self._plainly(arguments))
+        except RuntimeError:  # a view that channels-last memory does not allow
+            return Choice(program, tuple(slower), None)
+        if plain < CLEARLY * ours:
+            return Choice(None, tuple(slower), (ours, plain))
+        if all(one.program is not None for one in self._choices.values()):
+            self._plain = None  # nothing needs it
+        return Choice(program, tuple(slower), (ours, plain))
+
+
+def _check_weights(net: nn.Module) -> None:
+    """Raises a ``ValueError`` if a parameter or a buffer of ``net`` is not finite or on the meta device."""
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError("the network is on the meta device, which holds no weights; load them before freezing")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"the network's {name} has values that are not finite")
 
 
 def _seconds(run: Callable[[], Any]) -> float:

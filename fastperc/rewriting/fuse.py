@@ -25,7 +25,7 @@ from fastperc.rewriting.calls import (
     Upsample,
     describe,
 )
-from fastperc.rewriting.trace import mutates
+from fastperc.rewriting.trace import is_alias, mutates
 from fastperc.types import Activation, Padding
 
 
@@ -64,11 +64,7 @@ class _Grouping:
         self.training = training
         self.order = {node: i for i, node in enumerate(module.graph.nodes)}
         self.calls = {node: call for node in module.graph.nodes if (call := describe(node, module)) is not None}
-        self.mutated = {
-            node.all_input_nodes[0]
-            for node in module.graph.nodes
-            if node not in self.calls and node.all_input_nodes and mutates(node, module)
-        }
+        self.mutated = _mutated(module)
         self.taken: set[fx.Node] = set()
         self.groups = [group for node in module.graph.nodes if (group := self._group(node)) is not None]
         self.groups.sort(key=lambda group: self.order[group.nodes[-1]])
@@ -149,6 +145,22 @@ class _Grouping:
         else:
             return False
         return True
+
+
+def _mutated(module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values, or parts of them, change after they are computed."""
+    found: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if mutates(node, module) and node.all_input_nodes:
+            target = node.all_input_nodes[0]
+            while is_alias(target) and target.all_input_nodes:
+                found.add(target)
+                target = target.all_input_nodes[0]
+            found |= {target, node}
+    for node in module.graph.nodes:
+        if is_alias(node) and found & set(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _doubles(conv: Conv) -> bool:

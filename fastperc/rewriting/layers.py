@@ -68,7 +68,12 @@ class FrozenLayer:
             return self._with_skip(x, epilogue)
         act = epilogue.activation
         if act is not None and act.name != "relu":
-            return reference.activate(ops.conv_bn_relu(x, self.weight, self.bias, self.stride[0], self.padding, epilogue._replace(activation=None)), act)
+            return reference.activate(
+                ops.conv_bn_relu(
+                    x, self.weight, self.bias, self.stride[0], self.padding, epilogue._replace(activation=None)
+                ),
+                act,
+            )
         return ops.conv_bn_relu(x, self.weight, self.bias, self.stride[0], self.padding, epilogue)
 
     def _shape(self, x: Tensor) -> tuple[int, ...]:

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils._pytree import tree_leaves
 
 from fastperc import backends, reference
-from fastperc.rewriting.calls import Add, Known, Same, Scale, describe
+from fastperc.rewriting.calls import Add, Constants, Known, Same, Scale, describe
 from fastperc.rewriting.fuse import Group, groups_of
 from fastperc.rewriting.layers import FrozenLayer
 from fastperc.rewriting.places import NOWHERE, Places
@@ -41,6 +43,8 @@ class Network:
         self.groups = {group.nodes[-1]: group for group in groups_of(module)}
         wide = torch.promote_types(dtype, torch.float32)
         self.layers = {node: FrozenLayer(group, device, wide) for node, group in self.groups.items()}
+        self.exported = isinstance(module.graph._codegen, _PyTreeCodeGen)
+        self.mutates = any(mutates(node, module) for node in self.nodes)
         self._modules: dict[str, nn.Module] = {}
 
     def submodule(self, name: str) -> nn.Module:
@@ -52,14 +56,12 @@ class Network:
         return self._modules[name]
 
     def constant(self, node: fx.Node) -> Any:
-        """The value of a ``get_attr`` node."""
-        value: Any = self.module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        """The value of a node that depends on no input."""
+        value = Constants(self.module)(node)
         if not isinstance(value, Tensor):
             return value
         device, dtype = self.like
-        return value.detach().to(device, dtype if value.is_floating_point() else value.dtype)
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Program:
     def __call__(self, arguments: Mapping[str, Any], watch: Callable[[Step, list[Any]], Any] | None = None) -> Any:
         """The network's output for ``arguments`` by name; ``watch`` computes a step's value instead of the step."""
         values = self._values.copy()
+        if self.network.exported:  # which flattens arguments and results
+            arguments = dict(zip((name for _, name in self._inputs), tree_leaves(arguments)))
         for number, name in self._inputs:
             values[number] = arguments.get(name)
         for step in self.steps:
@@ -112,14 +116,18 @@ class Program:
             values[step.value] = step.run(values) if watch is None else watch(step, values)
             for number in step.last_reads:
                 values[number] = None
-        return fx.node.map_arg(self._result, lambda node: values[self.network.number[node]])
+        result = fx.node.map_arg(self._result, lambda node: values[self.network.number[node]])
+        return self.network.module.graph.process_outputs(result)
 
     def _with_last_reads(self, read: list[tuple[str, fx.Node, Run, list[int]]]) -> list[Step]:
+        network = self.network
         kept = {number for number, value in enumerate(self._values) if value is not None}
         fx.node.map_arg(self._result, lambda node: kept.add(self.network.number[node]))
         steps = []
         for name, node, run, inputs in reversed(read):
-            number = self.network.number[node]
+            number = network.number[node]
+            if number not in kept and not mutates(node, network.module):
+                continue  # nothing reads it: it is folded into layers
             last = {*inputs, number} - kept
             kept |= last
             steps.append(Step(name, node, number, run, tuple(last)))
@@ -156,7 +164,7 @@ class Program:
 def run_alone(node: fx.Node, network: Network) -> Run:
     """What computes a call by itself; it changes none of its inputs if the call is known."""
     number, call = network.number, network.calls.get(node)
-    function = None if call is None else _function(call.known, mutates(node, network.module))
+    function = None if call is None else _function(call.known, "fresh" in node.meta)
     if call is not None and function is not None:
         first, *others = (number[one] for one in call.inputs)
         if not others:
@@ -166,7 +174,7 @@ def run_alone(node: fx.Node, network: Network) -> Run:
     if node.op == "call_module":
         target: Any = network.submodule(str(node.target))
     elif node.op == "call_method":
-        name = str(node.target)
+        name = _method(node, network)
         target = lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)  # noqa: E731
     else:
         target = node.target
@@ -181,12 +189,22 @@ def run_alone(node: fx.Node, network: Network) -> Run:
     return run
 
 
+def _method(node: fx.Node, network: Network) -> str:
+    """The method that ``node`` calls: for ``view``, which channels-last memory may not allow, ``reshape``."""
+    is_shape = all(isinstance(size, (int, fx.Node, tuple, list)) for size in node.args[1:]) and not node.kwargs
+    return "reshape" if node.target == "view" and is_shape and not network.mutates else str(node.target)
+
+
 def run_group(group: Group, network: Network) -> Run:
     """What computes a group call by call."""
     steps = [(network.number[node], run_alone(node, network)) for node in group.nodes]
+    read = {one for node in group.nodes for one in node.all_input_nodes} - {*group.nodes, *group.inputs}
+    constants = [(network.number[node], network.constant(node)) for node in read]
 
     def run(values: list[Any]) -> Any:
         values = values.copy()
+        for number, constant in constants:
+            values[number] = constant
         for number, compute in steps:
             values[number] = compute(values)
         return values[steps[-1][0]]
@@ -195,7 +213,7 @@ def run_group(group: Group, network: Network) -> Run:
 
 
 def _function(known: Known, in_place: bool) -> Callable[..., Any] | None:
-    """A known call that would run in place, with a new result; ``None`` where its own module or function serves."""
+    """A known call, for one in place with a new result; ``None`` where its own module or function serves."""
     if isinstance(known, Same):
         return lambda x: x
     if not in_place:

@@ -7,11 +7,12 @@ in-place call that is known, what read its input reads its result, so that it ne
 from __future__ import annotations
 
 import inspect
+import linecache
 import operator
 import os
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -23,28 +24,43 @@ from fastperc.rewriting.calls import describe, function_name
 FOREIGN = (os.path.dirname(torch.__file__), os.path.dirname(__file__))  # whose lines are not the network's
 ASSERTIONS = ("_assert", "_assert_is_none", "_assert_tensor_metadata", "sym_constrain_range_for_size")
 
+ALIASES = (
+    *("view", "view_as", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t"),
+    *("chunk", "split", "tensor_split", "unbind", "narrow", "select", "slice", "expand", "expand_as", "contiguous"),
+    *("detach", "to", "float", "movedim", "swapaxes", "diagonal", "unfold", "alias", "getattr"),
+)
+
 
 class _Tracer(fx.Tracer):
-    trace_asserts = True
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Assertions are taken to hold."""
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_filename.startswith(FOREIGN):
+            frame = frame.f_back
+        if frame is not None and linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip().startswith(
+            "assert"
+        ):
+            return True
+        return super().to_bool(obj)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         whole = has_hooks(module) or isinstance(module, torch.jit.ScriptModule)
         return whole or type(module).__module__.startswith("fastperc.") or super().is_leaf_module(module, name)
 
 
-def trace(net: nn.Module, fixed: Mapping[str, Any] | None = None) -> fx.GraphModule:
+def trace(net: nn.Module, fixed: Mapping[str, Any] | None = None, given: Collection[str] = ()) -> fx.GraphModule:
     """The graph of ``net``'s forward, in the mode (training or evaluation) that its modules are in.
 
     Args:
         net: the graph shares its parameters and modules.
-        fixed: values of arguments that are no tensors, by name; the graph holds for these alone. Arguments with a
-            default have that value otherwise.
+        fixed: values of arguments that are no tensors, by name; the graph holds for these alone.
+        given: the names of arguments with a default that are given nevertheless; all others have their default.
 
     Raises:
         TypeError: ``torch.fx`` cannot trace it; the message names the line.
     """
     parameters = inspect.signature(net.forward).parameters.values()
-    defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+    defaults = {one.name: one.default for one in parameters if one.default is not one.empty and one.name not in given}
     tracer = _Tracer()
     try:
         with warnings.catch_warnings():
@@ -81,16 +97,22 @@ def _message(net: nn.Module, error: Exception, done: str, advice: str) -> str:
 
 
 def _without_side_effects(module: fx.GraphModule) -> fx.GraphModule:
-    graph = module.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in reversed(list(graph.nodes)):
+    """Drops assertions. Marks each in-place call that may as well return a new tensor as ``fresh``, and lets what reads
+    its input afterwards read its result."""
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    for node in reversed(list(order)):
         if function_name(node) in ASSERTIONS or node.target == "_guards_fn":
             _erase(node)
-    for node in graph.nodes:
-        if mutates(node, module) and (call := describe(node, module)) is not None:
-            for user in list(call.inputs[0].users):
-                if order[user] > order[node]:
-                    user.replace_input_with(call.inputs[0], node)
+    for node in module.graph.nodes:
+        if not mutates(node, module) or (call := describe(node, module)) is None:
+            continue
+        target = call.inputs[0]
+        if is_alias(target) or any(is_alias(user) for user in target.users):
+            continue  # another tensor shares the memory, and is to see the change
+        node.meta["fresh"] = True
+        for user in list(target.users):
+            if order[user] > order[node]:
+                user.replace_input_with(target, node)
     return module
 
 
@@ -104,8 +126,15 @@ def _erase(node: fx.Node) -> None:
 
 
 def mutates(node: fx.Node, module: fx.GraphModule) -> bool:
-    """Whether ``node`` changes its first input."""
+    """Whether ``node`` changes its first input, and is not marked ``fresh``."""
+    if "fresh" in node.meta:
+        return False
     if node.op == "call_module":
         return getattr(module.get_submodule(str(node.target)), "inplace", False)
     in_place = node.op in ("call_function", "call_method") and function_name(node).endswith("_")
     return in_place or node.target is operator.setitem or node.kwargs.get("inplace") is True
+
+
+def is_alias(node: fx.Node) -> bool:
+    """Whether ``node`` may give a view of its first input."""
+    return node.target is operator.getitem or function_name(node) in ALIASES
