@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # for type checkers, which cannot follow the table below
     from fastperc.modules import SubpixelConvBNReLU as SubpixelConvBNReLU
     from fastperc.modules import TVLoss as TVLoss
     from fastperc.ops.gram_matrix import gram_matrix as gram_matrix
+    from fastperc.rewriting.accelerated import accelerate as accelerate
 
 _HOMES = {
     "fastperc": ("ops", "reference"),
@@ -51,6 +52,7 @@ _HOMES = {
     "fastperc.models": ("SRCNN", "SuperResolutionNet", "TransformNet", "VGG16Features", "VGGFeatures"),
     "fastperc.modules": ("ConvBNReLU", "GramLoss", "ResidualBlock", "SubpixelConvBNReLU", "TVLoss"),
     "fastperc.ops": ("gram_matrix",),
+    "fastperc.rewriting.accelerated": ("accelerate",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -10,7 +10,7 @@ and ``image_io``: where a gradient is wanted, and inside ``torch.compile``, thes
 from fastperc.backends import OPERATIONS
 from fastperc.ops.conv3x3 import conv3x3
 from fastperc.ops.conv_bn_relu import conv_bn_relu
-from fastperc.ops.conv_chain import conv_chain
+from fastperc.ops.conv_chain import conv_chain, convolved
 from fastperc.ops.gram_loss import gram_loss
 from fastperc.ops.gram_matrix import gram_matrix
 from fastperc.ops.image_io import image_io
@@ -33,6 +33,7 @@ __all__ = [
     "conv3x3",
     "conv_bn_relu",
     "conv_chain",
+    "convolved",
     "gram_loss",
     "gram_matrix",
     "has_hooks",

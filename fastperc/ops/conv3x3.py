@@ -29,6 +29,7 @@ from fastperc.ops.common import (
 from fastperc.types import NO_EPILOGUE, RELU, Epilogue
 
 FEWEST_PIXELS = 128  # of all images: with fewer, transforming the weights takes longer than the products save
+PIXELS_A_CHANNEL = 2  # the same in training, where weights are transformed twice in each step
 FEWEST_LANES = 8  # floats in a register, as AVX2 has; with fewer no gain was measured
 WIDEST_PADDING = 2  # the input's gradient is a convolution with a padding of 2 - padding
 
@@ -79,7 +80,10 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> st
 
 
 def _why_slow(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> str | None:
-    return why_slow_winograd(len(x) * (x.shape[2] + 2 * padding - 2) * (x.shape[3] + 2 * padding - 2))
+    pixels, channels = len(x) * (x.shape[2] + 2 * padding - 2) * (x.shape[3] + 2 * padding - 2), max(weight.shape[:2])
+    if pixels < PIXELS_A_CHANNEL * channels:
+        return f"fewer than {PIXELS_A_CHANNEL * channels} pixels for {channels} channels"
+    return why_slow_winograd(pixels)
 
 
 def winograd(

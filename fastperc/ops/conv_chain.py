@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastperc import backends
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.ops.common import compute_dtype, storage_dtype, why_not_here
+from fastperc.ops.common import channels_last, compute_dtype, storage_dtype, why_not_here
 from fastperc.ops.conv3x3 import CONV3X3
 from fastperc.ops.conv_bn_relu import CONV_BN_RELU
 from fastperc.ops.fused_chain import cropped, fused_chain
@@ -29,6 +29,8 @@ from fastperc.ops.kinds import CONV, Layer, why_not_layer
 from fastperc.ops.norm_relu import FEWEST_VALUES, NORM_RELU, norm_relu
 from fastperc.ops.subpixel_conv_bn_relu import SUBPIXEL_CONV_BN_RELU
 from fastperc.types import RELU
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
 def conv_chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -107,22 +109,44 @@ def one_by_one(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     layer_input = x
     for layer in layers:
         wide = F.interpolate(x, scale_factor=2, mode="nearest") if layer.upsample == "nearest" else x
-        y = _convolved(layer.conv, wide)
+        y = convolved(layer.conv, wide)
         skip = cropped(layer_input, y) if layer.skip else None
         layer_input = x
         x = norm_relu(y, layer.norm, layer.activation, skip)
     return x
 
 
-def _convolved(conv: Any, x: Tensor) -> Tensor:
-    """``conv(x)``, in float32 where half precision is slow: then that is only how its input and output are stored."""
+def convolved(conv: Any, x: Tensor) -> Tensor:
+    """``conv(x)`` in training, by the fastest operation, and in channels-last memory on a CPU.
+
+    Half precision that the processor is slow in is only how input and output are stored: the convolution runs in
+    float32.
+
+    Args:
+        conv: ``nn.Conv2d`` or ``nn.ConvTranspose2d``, or any other module or function, which is called as it is.
+        x: [N, C, H, W].
+    """
+    x = channels_last(x) if x.device.type == "cpu" and x.dim() == 4 and type(conv) in CONVOLUTIONS else x
     dtype, wide = storage_dtype(x), compute_dtype(x)
     if wide == dtype or torch.compiler.is_compiling() or not isinstance(conv, nn.Module):
-        return conv(x)
+        return _of_its_kind(conv, x)
     tensors = [*conv.named_parameters(), *((name, t) for name, t in vars(conv).items() if isinstance(t, Tensor))]
     parameters = {name: tensor.to(wide) for name, tensor in tensors}
     with torch.autocast(x.device.type, enabled=False):
         return torch.func.functional_call(conv, parameters, (x.to(wide),)).to(dtype)
+
+
+def _of_its_kind(conv: Any, x: Tensor) -> Tensor:
+    """``conv(x)`` by the operation for its kernel and stride."""
+    if type(conv) is not nn.Conv2d or x.dim() != 4 or x.device.type != "cpu":
+        return conv(x)
+    plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and not isinstance(conv.padding, str)
+    if not plain or conv.kernel_size != (3, 3) or conv.padding[0] != conv.padding[1]:
+        return conv(x)
+    if conv.padding_mode == "zeros":
+        return CONV3X3(x, conv.weight, conv.bias, conv.padding[0])
+    padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+    return CONV3X3(channels_last(padded), conv.weight, conv.bias, 0)
 
 
 def _composed(x: Tensor, layers: Sequence[Layer]) -> Tensor:
