@@ -281,3 +281,18 @@ def test_two_processes(tmp_path):
     for mine, same, a, b in zip(first, second, one, other):
         assert torch.equal(mine, same)
         assert (mine - (a + b) / 2).norm() < 1e-5 * max(p.norm() for p in one)
+
+
+class ByValue(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) if x.mean() > 0 else x
+
+
+def test_a_module_that_cannot_be_traced_is_left_as_it_is():
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), ByValue(), nn.Conv2d(32, 3, 3, padding=1))
+    x = torch.rand(2, 3, 9, 11)
+    no_worse(*(error(accelerate(net)(x), copy.deepcopy(net).double()(x.double())) for _ in range(2)))

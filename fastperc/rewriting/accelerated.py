@@ -24,7 +24,8 @@ def accelerate(net: nn.Module) -> Accelerated:
     """``net`` with faster training: a module that shares its parameters, buffers and modules, under the same names.
 
     Convolutions run with the norms, skips and activations after them, in channels-last memory. Layers with hooks,
-    parametrisations or a class of their own run as they are. On a GPU, PyTorch runs all layers.
+    parametrisations or a class of their own, and modules that cannot be traced, run as they are. On a GPU, PyTorch
+    runs all layers.
 
     The forward is traced: what depends on Python's own state, such as ``random.random()`` or a flag that is not an
     argument, is fixed when it is traced. A change of modules, hooks, or train and eval mode traces it again.
@@ -114,7 +115,7 @@ class Accelerated(nn.Module):
 
 def _traced(net: nn.Module, fixed: dict[str, Any], given: tuple[str, ...]) -> Any:
     try:
-        return trace(net, fixed, given)
+        return trace(net, fixed, given, leaves_modules=True)
     except TypeError as error:
         place, _, _ = str(error).partition(" Rewrite that line")
         raise TypeError(f"{place} Rewrite that line, or use torch.compile") from error

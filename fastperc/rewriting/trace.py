@@ -33,6 +33,22 @@ ALIASES = (
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, leaves_modules: bool) -> None:
+        super().__init__()
+        self.leaves_modules = leaves_modules
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module that cannot be traced is left as it is, if ``leaves_modules``."""
+        before = len(self.graph.nodes)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if not self.leaves_modules:
+                raise
+            for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - before]:
+                self.graph.erase_node(node)
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Assertions are taken to hold."""
         frame = inspect.currentframe()
@@ -49,20 +65,26 @@ class _Tracer(fx.Tracer):
         return whole or type(module).__module__.startswith("fastperc.") or super().is_leaf_module(module, name)
 
 
-def trace(net: nn.Module, fixed: Mapping[str, Any] | None = None, given: Collection[str] = ()) -> fx.GraphModule:
+def trace(
+    net: nn.Module,
+    fixed: Mapping[str, Any] | None = None,
+    given: Collection[str] = (),
+    leaves_modules: bool = False,
+) -> fx.GraphModule:
     """The graph of ``net``'s forward, in the mode (training or evaluation) that its modules are in.
 
     Args:
         net: the graph shares its parameters and modules.
         fixed: values of arguments that are no tensors, by name; the graph holds for these alone.
         given: the names of arguments with a default that are given nevertheless; all others have their default.
+        leaves_modules: whether a module inside that cannot be traced stays as it is.
 
     Raises:
         TypeError: ``torch.fx`` cannot trace it; the message names the line.
     """
     parameters = inspect.signature(net.forward).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not one.empty and one.name not in given}
-    tracer = _Tracer()
+    tracer = _Tracer(leaves_modules)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Was not able to add assertion")

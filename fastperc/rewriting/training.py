@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 
 from fastperc import ops, reference
 from fastperc.ops.common import channels_last
-from fastperc.rewriting.calls import Add, Call, Norm, Same, Scale, describe
+from fastperc.rewriting.calls import describe
 from fastperc.rewriting.fuse import groups_of
+from fastperc.rewriting.known import Add, Call, Norm, Same, Scale
 from fastperc.rewriting.trace import mutates
 from fastperc.types import Activation
 
