@@ -295,4 +295,4 @@ class ByValue(nn.Module):
 def test_a_module_that_cannot_be_traced_is_left_as_it_is():
     net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), ByValue(), nn.Conv2d(32, 3, 3, padding=1))
     x = torch.rand(2, 3, 9, 11)
-    no_worse(*(error(accelerate(net)(x), copy.deepcopy(net).double()(x.double())) for _ in range(2)))
+    no_worse(accelerate(net)(x), net(x), copy.deepcopy(net).double()(x.double()))

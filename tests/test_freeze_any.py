@@ -6,7 +6,6 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import gallery
 import pytest
@@ -365,8 +364,3 @@ def test_a_forced_backend(backend):
     with use_backend(backend):
         assert error(frozen(x), net(x)) < 1e-5
         assert backend in frozen.explain(x)
-
-
-def test_gallery_is_in_the_documents():
-    text = Path("docs/any-network.md").read_text()
-    assert all(word in text for word in ("U-Net", "EDSR", "SRResNet", "RRDBNet", "CycleGAN", "MobileNetV2"))
