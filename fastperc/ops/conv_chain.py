@@ -27,10 +27,13 @@ from fastperc.ops.conv_bn_relu import CONV_BN_RELU
 from fastperc.ops.fused_chain import cropped, fused_chain
 from fastperc.ops.kinds import CONV, Layer, why_not_layer
 from fastperc.ops.norm_relu import FEWEST_VALUES, NORM_RELU, norm_relu
+from fastperc.ops.rgb_conv import RGB_CONV
 from fastperc.ops.subpixel_conv_bn_relu import SUBPIXEL_CONV_BN_RELU
-from fastperc.types import RELU
+from fastperc.types import RELU, same_sides
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+MOST_FILTERS = 3  # of a convolution to an image, for which ``ops.rgb_conv`` was measured faster
+FEWEST_CHANNELS = 16  # that it reads
 
 
 def conv_chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -126,10 +129,11 @@ def convolved(conv: Any, x: Tensor) -> Tensor:
         conv: ``nn.Conv2d`` or ``nn.ConvTranspose2d``, or any other module or function, which is called as it is.
         x: [N, C, H, W].
     """
-    x = channels_last(x) if x.device.type == "cpu" and x.dim() == 4 and type(conv) in CONVOLUTIONS else x
+    here = why_not_here() is None
+    x = channels_last(x) if here and x.device.type == "cpu" and x.dim() == 4 and type(conv) in CONVOLUTIONS else x
     dtype, wide = storage_dtype(x), compute_dtype(x)
     if wide == dtype or torch.compiler.is_compiling() or not isinstance(conv, nn.Module):
-        return _of_its_kind(conv, x)
+        return _of_its_kind(conv, x) if here else conv(x)
     tensors = [*conv.named_parameters(), *((name, t) for name, t in vars(conv).items() if isinstance(t, Tensor))]
     parameters = {name: tensor.to(wide) for name, tensor in tensors}
     with torch.autocast(x.device.type, enabled=False):
@@ -138,15 +142,21 @@ def convolved(conv: Any, x: Tensor) -> Tensor:
 
 def _of_its_kind(conv: Any, x: Tensor) -> Tensor:
     """``conv(x)`` by the operation for its kernel and stride."""
-    if type(conv) is not nn.Conv2d or x.dim() != 4 or x.device.type != "cpu":
+    if type(conv) is not nn.Conv2d or x.dim() != 4 or x.device.type != "cpu" or isinstance(conv.padding, str):
         return conv(x)
-    plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and not isinstance(conv.padding, str)
-    if not plain or conv.kernel_size != (3, 3) or conv.padding[0] != conv.padding[1]:
-        return conv(x)
-    if conv.padding_mode == "zeros":
-        return CONV3X3(x, conv.weight, conv.bias, conv.padding[0])
-    padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-    return CONV3X3(channels_last(padded), conv.weight, conv.bias, 0)
+    (rows, columns), (top, left) = conv.kernel_size, conv.padding
+    plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.in_channels == x.shape[1]
+    if plain and rows == columns and rows % 2 == 1 and rows >= 3 and top == left:
+        few = conv.out_channels <= MOST_FILTERS and conv.in_channels >= FEWEST_CHANNELS and conv.bias is not None
+        if few and conv.padding_mode in ("zeros", "reflect"):
+            return RGB_CONV(x, conv.weight, conv.bias, same_sides(top, conv.padding_mode))
+        if rows == 3 and conv.padding_mode == "zeros":
+            return CONV3X3(x, conv.weight, conv.bias, top)
+        if rows == 3:
+            padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            return CONV3X3(channels_last(padded), conv.weight, conv.bias, 0)
+    # Copied once; the library would copy it to channels-last memory both forward and backward.
+    return conv._conv_forward(x, channels_last(conv.weight), conv.bias)
 
 
 def _composed(x: Tensor, layers: Sequence[Layer]) -> Tensor:

@@ -27,6 +27,9 @@ def accelerate(net: nn.Module) -> Accelerated:
     parametrisations or a class of their own, and modules that cannot be traced, run as they are. On a GPU, PyTorch
     runs all layers.
 
+    Weights stay as they are in memory; ``net.to(memory_format=torch.channels_last)`` before saves a copy of each large
+    one in every step.
+
     The forward is traced: what depends on Python's own state, such as ``random.random()`` or a flag that is not an
     argument, is fixed when it is traced. A change of modules, hooks, or train and eval mode traces it again.
 
