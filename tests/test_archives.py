@@ -321,7 +321,7 @@ def test_hostile_code(refused, here, scripted, call):
     (here / "net.pt").write_bytes(scripted)
 
     def edit(records):
-        name = next(name for name, data in records.items() if name.endswith("test_archives.py"))
+        name = next(name for name, data in records.items() if name.endswith(".py") and b"def forward" in data)
         records[name] = records[name].replace(b"return", f"{call}\n    return".encode())
 
     edited(here / "net.pt", edit)
