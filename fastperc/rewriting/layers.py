@@ -11,7 +11,8 @@ from fastperc.ops.common import in_dtype
 from fastperc.rewriting.fuse import Group, folded
 from fastperc.types import Activation, Epilogue, InstanceNorm, Padding, Window
 
-ENDS = (7, 9)  # the kernels that have a way of their own from and to RGB
+STEMS = (9,)  # the kernels that have a way of their own from RGB
+HEADS = (3, 7, 9)  # and to RGB
 UNSCALED = (1.0, 0.0)
 
 
@@ -33,10 +34,12 @@ class FrozenLayer:
         self.is_square = len({kernel[0], kernel[1]}) == len({*conv.stride}) == len({*conv.dilation}) == 1
         self.is_plain = self.is_square and conv.stride[0] <= 2 and not conv.transposed
         ungrouped = conv.groups == 1 and conv.dilation == (1, 1)
-        ordinary = self.is_plain and ungrouped and conv.stride == (1, 1) and kernel[0] in ENDS
+        ordinary = self.is_plain and ungrouped and conv.stride == (1, 1)
         zeros_or_reflect = conv.padding.mode != "replicate"
-        self.is_stem = ordinary and zeros_or_reflect and weight.shape[1] == 3
-        self.is_head = ordinary and zeros_or_reflect and weight.shape[0] == 3 and self.norm is None
+        self.is_stem = ordinary and zeros_or_reflect and kernel[0] in STEMS and weight.shape[1] == 3
+        self.is_head = (
+            ordinary and zeros_or_reflect and kernel[0] in HEADS and weight.shape[0] == 3 and self.norm is None
+        )
         doubling = kernel == (3, 3) and conv.stride == (2, 2) and conv.padding.sides == (1,) * 4
         self.doubles = conv.transposed and doubling and ungrouped and conv.output_padding == (1, 1)
 
