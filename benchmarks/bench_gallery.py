@@ -23,15 +23,15 @@ FROZEN = {  # name, dtype, of an image at a time
 }
 TRAINED = {  # name, batch, side
     "cpu": [
-        ("transformer_net", 1, 128),
-        ("cyclegan", 1, 128),
-        ("unet", 1, 128),
-        ("edsr", 1, 48),
-        ("srresnet", 1, 48),
-        ("rrdb", 1, 32),
-        ("resnet18", 4, 112),
-        ("resnet50", 4, 112),
-        ("mobilenet_v2", 4, 112),
+        ("transformer_net", 1, 256),
+        ("cyclegan", 2, 96),  # of one image PyTorch 2.13's gradients are wrong
+        ("unet", 1, 256),
+        ("edsr", 4, 48),
+        ("srresnet", 4, 48),
+        ("rrdb", 2, 64),
+        ("resnet18", 4, 224),
+        ("resnet50", 2, 224),
+        ("mobilenet_v2", 4, 224),
     ],
     "cuda": [
         ("transformer_net", 4, 256),
