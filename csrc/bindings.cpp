@@ -48,6 +48,9 @@ FeatureStrides feature_strides(const std::array<std::int64_t, 3>& s) { return {s
 WinogradShape winograd_shape(const std::array<std::int64_t, 9>& s) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
 }
+PointwiseShape pointwise_shape(const std::array<std::int64_t, 8>& s) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};
+}
 
 }  // namespace
 
@@ -283,6 +286,18 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("x"), py::arg("grad"), py::arg("weight"), py::arg("bias"), py::arg("shape"), py::arg("strides"),
       py::arg("threads"));
+
+  m.def(
+      "pointwise_conv_cpu",
+      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 8>& shape,
+         const std::array<std::int64_t, 4>& skip_strides, const std::string& activation, Address slopes, int threads) {
+        const Activation function{activation_from_name(activation), pointer<float>(slopes)};
+        py::gil_scoped_release release;
+        pointwise_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(skip),
+                           pointer<float>(out), pointwise_shape(shape), image_strides(skip_strides), function, threads);
+      },
+      py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
+      py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
 
 #ifdef FASTPERC_CUDA
   m.def(

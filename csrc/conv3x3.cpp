@@ -43,19 +43,6 @@ struct Convolution {
   std::int64_t floats() const { return tiles / group * (transformed_step() + product_step()); }
 };
 
-// The activation of the channels from `channel` on.
-template <int lanes>
-FASTPERC_INLINE void activate(Vector<lanes>& x, const Activation& activation, std::int64_t channel) {
-  if (activation.kind == ActivationKind::relu) {
-    relu(x);
-  } else if (activation.kind == ActivationKind::slopes) {
-    const Vector<lanes> zero = {};
-    x = x > zero ? x : x * at<lanes>(activation.slopes + channel);  // NaN stays NaN
-  } else if (activation.kind == ActivationKind::relu6) {
-    relu6(x);
-  }
-}
-
 // Stores the pixels of a tile, made of M [(tile + 2)², step], for a panel of output channels from `first` on.
 template <int lanes, int tile>
 FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t index, const float* m, std::int64_t step,

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "conv3x3.h"
+#include "norm_relu.h"
 #include "parallel.h"
 
 namespace fastperc::winograd {
@@ -49,6 +50,11 @@ FASTPERC_INLINE void relu6(Vector& x) {
   const Vector zero = {}, six = zero + 6.0f;
   x = x > six ? six : x;
 }
+template <typename Vector>
+FASTPERC_INLINE void leaky(Vector& x, const Vector& slopes) {
+  const Vector zero = {};
+  x = x > zero ? x : x * slopes;  // NaN stays NaN
+}
 template <int lanes>
 FASTPERC_INLINE const Vector<lanes>& at(const float* p) {
   return *reinterpret_cast<const Vector<lanes>*>(p);
@@ -56,6 +62,18 @@ FASTPERC_INLINE const Vector<lanes>& at(const float* p) {
 template <int lanes>
 FASTPERC_INLINE Vector<lanes>& at(float* p) {
   return *reinterpret_cast<Vector<lanes>*>(p);
+}
+
+// The activation of the channels from `channel` on.
+template <int lanes>
+FASTPERC_INLINE void activate(Vector<lanes>& x, const Activation& activation, std::int64_t channel) {
+  if (activation.kind == ActivationKind::relu) {
+    relu(x);
+  } else if (activation.kind == ActivationKind::slopes) {
+    leaky(x, at<lanes>(activation.slopes + channel));
+  } else if (activation.kind == ActivationKind::relu6) {
+    relu6(x);
+  }
 }
 
 // Scratch memory of this thread, kept from one call to the next.

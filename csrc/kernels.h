@@ -8,6 +8,7 @@
 #include "image_io.h"
 #include "lpips_distance.h"
 #include "norm_relu.h"
+#include "pointwise_conv.h"
 #include "rgb_conv.h"
 #include "tv_loss.h"
 #include "vgg_loss.h"
@@ -94,5 +95,12 @@ void winograd_conv_cpu(const float* x, const float* weights, const float* bias, 
 // [O] is null, it gets the gradient of the bias.
 void winograd_weight_gradient_cpu(const float* x, const float* grad, float* weight, float* bias,
                                   const WinogradShape& shape, const WeightStrides& strides, int threads);
+
+// out [N, H', W', O] = activation(x [N, H, W, I] · weights + bias [O] + skip), with packed weights (see
+// pointwise_conv.h). skip may be null; its channels have stride 1. bias, and slopes of the activation, are filled up to
+// a multiple of half a panel. x and out may be different channels of one map.
+void pointwise_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
+                        const PointwiseShape& shape, const ImageStrides& skip_strides, const Activation& activation,
+                        int threads);
 
 }  // namespace fastperc

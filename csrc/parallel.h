@@ -13,8 +13,10 @@
 // Inlines a function into each of those versions, so that it is compiled for their instruction sets too.
 #ifdef _MSC_VER
 #define FASTPERC_INLINE __forceinline
+#define FASTPERC_INLINE_LAMBDA
 #else
 #define FASTPERC_INLINE inline __attribute__((always_inline))
+#define FASTPERC_INLINE_LAMBDA __attribute__((always_inline))
 #endif
 
 namespace fastperc {

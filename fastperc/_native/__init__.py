@@ -4,7 +4,9 @@ Where a function fills a tensor, the caller has allocated it. "Channels-last" me
 """
 
 from fastperc._native.convolutions import (
+    POINTWISE_PANEL,
     WINOGRAD_PANEL,
+    pointwise_conv,
     rgb_conv_head,
     rgb_conv_head_winograd,
     rgb_conv_stem_winograd,
@@ -43,6 +45,7 @@ from fastperc._native.passes import (
 __all__ = [
     "DTYPES",
     "PASS_ACTIVATIONS",
+    "POINTWISE_PANEL",
     "WINOGRAD_PANEL",
     "_C",
     "RowLayout",
@@ -55,6 +58,7 @@ __all__ = [
     "norm_gradient",
     "norm_gradient_sums",
     "pixel_step",
+    "pointwise_conv",
     "relu_mask_bwd",
     "relu_mask_fwd",
     "relu_pool_bwd",

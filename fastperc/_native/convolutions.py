@@ -11,6 +11,7 @@ from fastperc._native.module import _C, DTYPES, activation_arguments, dtype_name
 from fastperc.types import Activation, Padding
 
 WINOGRAD_PANEL = 32  # winograd_panel in csrc/conv3x3.h
+POINTWISE_PANEL = 32  # pointwise_panel in csrc/pointwise_conv.h
 
 
 def winograd_lanes() -> int:
@@ -100,6 +101,45 @@ def _winograd_shape(
     assert (rows, columns) == (h + 2 * padding - 2, w + 2 * padding - 2)
     assert i % WINOGRAD_PANEL == 0 and o % WINOGRAD_PANEL == 0
     return n, h, w, i, o, padding, tile, x_step, y_step
+
+
+def pointwise_conv(
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    stride: int,
+    skip: Tensor | None,
+    activation: Activation | None,
+    out: Tensor,
+) -> None:
+    """Fills ``out`` with ``activation`` of a 1×1 convolution of ``x`` + ``bias`` + ``skip``. All are float32.
+
+    Args:
+        x: [N, I, H, W] whose pixels are evenly spaced, as :func:`pixel_step` has it.
+        weights: packed as csrc/pointwise_conv.h says.
+        bias: [O], filled up with zeros to a multiple of half a panel; so are the slopes of the activation.
+        stride: of rows and columns.
+        skip: of the shape of ``out``, with channels of stride 1, or ``None``.
+        activation: one of ``PASS_ACTIVATIONS``, or ``None``.
+        out: [N, O, H', W'] whose pixels are evenly spaced. It may be other channels of the map that ``x`` is a slice
+            of.
+    """
+    kind, slopes = activation_arguments(activation, len(bias))
+    n, i, h, w = x.shape
+    x_step, out_step = pixel_step(x), pixel_step(out)
+    assert x_step is not None and out_step is not None, "the pixels are not evenly spaced"
+    _C.pointwise_conv_cpu(
+        x.data_ptr(),
+        weights.data_ptr(),
+        bias.data_ptr(),
+        0 if skip is None else skip.data_ptr(),
+        out.data_ptr(),
+        (n, h, w, i, out.shape[1], stride, x_step, out_step),
+        (0, 0, 0, 0) if skip is None else skip.stride(),
+        kind,
+        0 if slopes is None else slopes.data_ptr(),
+        torch.get_num_threads(),
+    )
 
 
 def rgb_conv_head(products: Tensor, bias: Tensor, out: Tensor, left: int, reflect: bool, output: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastperc import backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
-from fastperc.ops import cudnn, onednn
+from fastperc.ops import cudnn, onednn, pointwise_conv
 from fastperc.ops.common import (
     channels_adjacent,
     channels_last,
@@ -332,6 +332,7 @@ CONV_BN_RELU = register(
             Implementation("triton", _triton, _why_not_triton),
             Implementation("native", _winograd(4), _why_not_winograd, _why_slow_winograd_4x4, "winograd_4x4"),
             Implementation("native", _winograd(2), _why_not_winograd, _why_slow_winograd, "winograd"),
+            Implementation("native", pointwise_conv.run, pointwise_conv.why_not, pointwise_conv.why_slow, "pointwise"),
             Implementation("native", _onednn, _why_not_onednn, label="onednn"),
             Implementation("native", _cudnn, _why_not_cudnn, label="cudnn"),
             Implementation("reference", _plain),
@@ -341,6 +342,7 @@ CONV_BN_RELU = register(
             *CONV3X3.sources,
             *INSTANCE_NORM.sources,
             "fastperc/ops/conv_bn_relu.py",
+            *pointwise_conv.SOURCES,
             "fastperc/ops/onednn.py",
             "fastperc/ops/cudnn.py",
             "kernels/conv_bn_relu.py",

@@ -1,0 +1,155 @@
+"""1×1 convolutions of frozen networks on a CPU, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from frozen import ACTIVATION_NAMES, activations, features, filters
+
+from fastperc import backends, ops
+from fastperc.types import NO_EPILOGUE, RELU, Activation, Epilogue, Padding
+
+# batch, in, out, height, width, stride
+CASES = {
+    "B1-I64-O64-H14-W14": (1, 64, 64, 14, 14, 1),
+    "B1-I1-O1-H1-W1": (1, 1, 1, 1, 1, 1),
+    "B2-I3-O5-H3-W7": (2, 3, 5, 3, 7, 1),
+    "B1-I24-O144-H9-W11": (1, 24, 144, 9, 11, 1),
+    "B1-I144-O24-H13-W5": (1, 144, 24, 13, 5, 1),
+    "B1-I401-O37-H7-W7-two-steps": (1, 401, 37, 7, 7, 1),
+    "B1-I960-O160-H7-W7": (1, 960, 160, 7, 7, 1),
+    "B1-I1024-O33-H5-W23-copied": (1, 1024, 33, 5, 23, 1),
+    "B1-I32-O96-H41-W29-many-pixels": (1, 32, 96, 41, 29, 1),
+    "B2-I40-O50-H11-W8-stride2": (2, 40, 50, 11, 8, 2),
+    "B1-I16-O1000-H1-W1": (1, 16, 1000, 1, 1, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def by_pointwise():
+    with backends.use_implementation("conv_bn_relu", "pointwise"):
+        yield
+
+
+def arguments(case):
+    n, c_in, c_out, height, width, stride = CASES[case]
+    x = features(n, c_in, height, width, device="cpu", dtype=torch.float32)
+    weight, bias = filters(c_out, c_in, 1, 1, device="cpu", dtype=torch.float32)
+    shape = n, c_out, (height - 1) // stride + 1, (width - 1) // stride + 1
+    return x, weight, bias, stride, features(*shape, device="cpu", dtype=torch.float32)
+
+
+def compare(x, weight, bias, stride, epilogue):
+    """The result of the kernel, after a comparison with float64."""
+    call = x, weight, bias, stride, Padding(), epilogue
+    ours = ops.conv_bn_relu(*call).clone()
+    y = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), stride)
+    if epilogue.skip is not None:
+        y = y + epilogue.skip.double()
+    expected = activated(y, epilogue.activation)
+    assert ours.shape == expected.shape
+    assert (ours - expected).abs().max() <= 3e-6 * expected.abs().max().clamp_min(1)
+    assert torch.equal(ours, ops.conv_bn_relu(*call))
+    return ours
+
+
+def activated(y, activation):
+    """``y`` after ``activation``, by PyTorch's own functions."""
+    functions = {
+        "relu": torch.relu,
+        "leaky_relu": lambda y: torch.where(y > 0, y, activation.slope * y),
+        "prelu": lambda y: torch.where(y > 0, y, activation.slopes.double().view(1, -1, 1, 1) * y),
+        "relu6": lambda y: y.clamp(0, 6),
+        "silu": lambda y: y * torch.sigmoid(y),
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+    }
+    return y if activation is None else functions[activation.name](y)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("with_skip", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(case, with_skip):
+    *call, skip = arguments(case)
+    compare(*call, Epilogue(activation=RELU, skip=skip if with_skip else None))
+
+
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+@pytest.mark.parametrize("case", ["B1-I24-O144-H9-W11", "B2-I3-O5-H3-W7", "B1-I401-O37-H7-W7-two-steps"])
+def test_every_activation(case, name):
+    *call, skip = arguments(case)
+    activation = activations(CASES[case][2])[name]
+    compare(*call, Epilogue(activation=activation))
+    compare(*call, Epilogue(activation=activation, skip=skip))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_number_of_threads_changes_no_bit(case):
+    *call, skip = arguments(case)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(ops.conv_bn_relu(*call, Padding(), Epilogue(activation=None, skip=skip)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_reads_and_writes_slices_of_one_map(stride):
+    x, weight, bias, _, _ = arguments("B1-I24-O144-H9-W11")
+    out = features(1, 144, -(-9 // stride), -(-11 // stride), device="cpu", dtype=torch.float32)
+    expected = compare(x, weight, bias, stride, NO_EPILOGUE)
+    wide = torch.cat([out, out], 1).contiguous(memory_format=torch.channels_last)
+    before = wide.clone()
+    read = torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, 24:]
+    result = ops.conv_bn_relu(read, weight, bias, stride, Padding(), NO_EPILOGUE._replace(out=wide[:, 144:]))
+    assert torch.equal(result, expected) and result.data_ptr() == wide[:, 144:].data_ptr()
+    assert torch.equal(wide[:, :144], before[:, :144])
+    if stride == 1:
+        shared = torch.cat([x, out], 1).contiguous(memory_format=torch.channels_last)
+        ops.conv_bn_relu(shared[:, :24], weight, bias, 1, Padding(), NO_EPILOGUE._replace(out=shared[:, 24:]))
+        assert torch.equal(shared[:, 24:], expected) and torch.equal(shared[:, :24], x)
+
+
+def test_any_layout_of_the_skip_gives_the_same():
+    *call, skip = arguments("B2-I40-O50-H11-W8-stride2")
+    expected = compare(*call, Epilogue(skip=skip))
+    cropped = torch.nn.functional.pad(skip, (1, 2, 2, 1))[:, :, 2:-1, 1:-2]
+    for other in (skip.contiguous(), cropped, cropped.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(ops.conv_bn_relu(*call, Padding(), Epilogue(skip=other)), expected)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "prelu", "relu6"])
+def test_nan_stays_nan(name):
+    x, weight, bias, stride, _ = arguments("B2-I3-O5-H3-W7")
+    x[1, 2, 1, 3] = float("nan")
+    y = ops.conv_bn_relu(x, weight, bias, stride, Padding(), Epilogue(activation=activations(5)[name]))
+    expected = torch.zeros_like(y, dtype=torch.bool)
+    expected[1, :, 1, 3] = True
+    assert torch.equal(y.isnan(), expected)
+
+
+def test_packed_weights_follow_weight_bias_and_slopes():
+    x, weight, bias, stride, _ = arguments("B2-I3-O5-H3-W7")
+    slopes = torch.rand(5)
+    epilogue = Epilogue(activation=Activation("prelu", slopes=slopes))
+    compare(x, weight, bias, stride, epilogue)
+    for tensor in (weight, bias, slopes):
+        tensor.mul_(-2)
+        compare(x, weight, bias, stride, epilogue)
+
+
+def test_what_it_leaves_to_others():
+    x, weight, bias, stride, skip = arguments("B1-I64-O64-H14-W14")
+    padding = Padding((1, 1, 1, 1))
+    for call in (
+        (x.half(), weight, bias, stride, Padding(), Epilogue()),
+        (x, weight, bias, stride, padding, Epilogue()),
+        (x, weight, bias, stride, Padding(), Epilogue(skip=skip[:, :, :1])),
+        (x, weight, bias, stride, Padding(), Epilogue(), 1, 2),
+    ):
+        with pytest.raises(backends.CannotServe, match="pointwise: "):
+            backends.OPERATIONS["conv_bn_relu"](*call)
