@@ -43,7 +43,7 @@ class Stage:
     allowed: tuple[int, ...] = (0,)  # exit statuses that count as success
 
 
-FROZEN = (*operations.tests(frozen=True), "engine", "cudnn", "graphs")
+FROZEN = (*operations.tests(frozen=True), "pointwise_conv", "engine", "cudnn", "graphs")
 TRAINING = (*operations.tests(frozen=False), "step")
 LAYERS = ("rgb_conv", "subpixel_conv_bn_relu", "conv_bn_relu", "residual_block")
 LOSSES = ("tv_loss", "gram_loss", "vgg_loss", "lpips", "training")

@@ -46,7 +46,7 @@ def why_not(
     if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or why_not_cpp(x):
         return reason
     if weight.shape[2:] != (1, 1) or groups != 1 or any(padding.sides):
-        return "this is no 1×1 convolution, or it has groups or a border"
+        return "the kernel is larger than a pixel, or there are groups or a border"
     if epilogue.norm is not None:
         return "an instance norm follows"
     tensors = [x, weight, bias, *(t for t in (epilogue.skip, epilogue.out) if t is not None)]
