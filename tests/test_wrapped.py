@@ -12,6 +12,7 @@ from torch import nn
 from variants import build_variant
 
 import fastperc
+import fastperc.checkpoints
 from fastperc import SRCNN, InputError, PerceptualLoss, TransformNet, VGG16Features, freeze
 
 WRAPPERS = {
