@@ -11,11 +11,11 @@ import tempfile
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastperc.errors import InputError
 
@@ -25,6 +25,7 @@ class NotOnlyTensors(InputError):
 
 
 PathLike = str | os.PathLike[str]
+Made = TypeVar("Made")
 MAX_EXPANDED = 1 << 30  # bytes of a compressed file's content that are read without asking how large the file is
 
 
@@ -165,12 +166,29 @@ def create(path: Path) -> int:
     Raises:
         OSError: the system allows no file there.
     """
-    attempts = 100
+    return _despite_others(lambda: _create(path))
+
+
+def make_folder(path: Path) -> None:
+    """Creates the folder ``path`` where it is missing, and those above it, which other processes may remove meanwhile.
+
+    Raises:
+        OSError: the system allows no folder there.
+    """
+    _despite_others(lambda: path.mkdir(parents=True, exist_ok=True))
+
+
+def _create(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+
+def _despite_others(attempt: Callable[[], Made], attempts: int = 100) -> Made:
+    """What ``attempt`` returns, which fails where another process removes or creates a folder between its two steps."""
     while True:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except (FileNotFoundError, FileExistsError):
+            return attempt()
+        except (FileNotFoundError, FileExistsError):  # mkdir raises the second where the folder went after it was met
             attempts -= 1
             if not attempts:
                 raise

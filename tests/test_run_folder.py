@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from pictures import picture
 from refusals import check_refused
 
 from fastperc.errors import InputError
+from fastperc.files import check_writable, make_folder
 from fastperc.training.run_folder import CHECKPOINT, LOCK, is_output, locked
 
 fcntl = pytest.importorskip("fcntl")
@@ -71,6 +75,32 @@ def test_another_process_may_remove_the_empty_folder_at_the_worst_moment(tmp_pat
     monkeypatch.setattr(os, "open", open_late)
     with locked(tmp_path / "run"):
         assert (tmp_path / "run" / LOCK).exists()
+
+
+def test_others_may_remove_the_empty_folder_at_any_moment(tmp_path):
+    """As the check of the other processes of one run does."""
+    run, stop = tmp_path / "above" / "run", threading.Event()
+
+    def remove():
+        while not stop.is_set():
+            for folder in (run, run.parent):
+                with suppress(OSError):
+                    folder.rmdir()
+                time.sleep(1e-5)
+
+    others = [threading.Thread(target=remove) for _ in range(3)]
+    for thread in others:
+        thread.start()
+    try:
+        for _ in range(300):
+            make_folder(run)
+            with locked(run):
+                assert (run / LOCK).exists()
+            check_writable(run / "model.safetensors")
+    finally:
+        stop.set()
+        for thread in others:
+            thread.join()
 
 
 def test_a_file_system_without_locks_trains_all_the_same(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from fastperc.errors import InputError
-from fastperc.files import PathLike, cache_folder, check_readable
+from fastperc.files import PathLike, cache_folder, check_readable, make_folder
 from fastperc.photos.photo import MAX_PIXELS, read_image
 from fastperc.progress import say, track
 from fastperc.training.prefetch import prefetch
@@ -93,7 +93,7 @@ def open_or_pack(source: PhotoSource) -> PackedPhotos | None:
     if needed == 0:  # none of the files is an image: reading the first crop says so
         return None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         _remove_outdated(source, target)
         if needed > min(MAX_BYTES, shutil.disk_usage(target.parent).free // 2):
             say(f"not packing the photos, which would take {_format_bytes(needed)}; decoding them as needed")

@@ -30,7 +30,6 @@ def write_preview(net: nn.Module, photos: Tensor, degrade: Callable[[Tensor], Te
         inputs = photos if degrade is None else degrade(photos)
         rows = [F.interpolate(inputs, photos.shape[2:]), net(inputs), *([] if degrade is None else [photos])]
     net.train()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as temporary:
         contact_sheet(rows).save(temporary)
     return rows[1]

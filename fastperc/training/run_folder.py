@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastperc.errors import InputError
-from fastperc.files import create
+from fastperc.files import create, make_folder
 
 CHECKPOINT = "checkpoint.safetensors"  # the network and the optimizer: what --resume reads
 MODEL = "model.safetensors"  # the network alone: what the other commands read
@@ -39,7 +39,7 @@ def locked(out: Path) -> Iterator[None]:
     """
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         file = _lock(out / LOCK)
         try:
             yield
@@ -64,8 +64,9 @@ def _lock(path: Path) -> int | None:
         file = create(path)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                return file
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), path.stat()):
+                    return file
         except (BlockingIOError, PermissionError):
             os.close(file)
             raise InputError(
