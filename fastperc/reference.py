@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastperc.collective import combine_over_processes
-from fastperc.types import Activation, Epilogue, FrozenConv, InstanceNorm, Padding, Tap, Window
+from fastperc.types import Activation, Epilogue, FrozenConv, Geometry, InstanceNorm, Padding, Tap, Window
 
 
 def widen(x: Tensor) -> Tensor:
@@ -236,15 +236,12 @@ def conv_bn_relu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    stride: int = 1,
-    padding: Padding = Padding(),
+    geometry: Geometry = Geometry(),
     epilogue: Epilogue = Epilogue(),
-    dilation: int = 1,
-    groups: int = 1,
 ) -> Tensor:
     """The convolution of ``x`` by ``weight`` [O, I / groups, k, k] and ``bias`` [O], a batch norm folded into them, and
     its epilogue."""
-    return finish(convolve(x, weight, bias, stride, padding, dilation, groups), epilogue)
+    return finish(convolve(x, weight, bias, *geometry), epilogue)
 
 
 def subpixel_conv_bn_relu(

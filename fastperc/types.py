@@ -59,6 +59,24 @@ def same_sides(pixels: int, mode: str = "zeros") -> Padding:
     return Padding((pixels,) * 4, mode)
 
 
+class Geometry(NamedTuple):
+    """How a convolution moves over its input."""
+
+    stride: int = 1  # pixels
+    padding: Padding = Padding()
+    dilation: int = 1  # pixels from a tap to the next
+    groups: int = 1  # of channels, each convolved with its own filters
+
+    def output_shape(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+        """Of the convolution of ``x`` [N, I, H, W] by ``weight`` [O, I / groups, k, k]."""
+        left, right, top, bottom = self.padding.sides
+        rows, columns = (
+            (size - self.dilation * (taps - 1) - 1) // self.stride + 1
+            for size, taps in zip((x.shape[2] + top + bottom, x.shape[3] + left + right), weight.shape[2:])
+        )
+        return len(x), len(weight), rows, columns
+
+
 class Activation(NamedTuple):
     """An elementwise function, by name. Compare names, not tuples: of two tensors ``==`` is another tensor."""
 

@@ -323,7 +323,7 @@ def _instance_norm(dtype: torch.dtype) -> None:
 def _activations(dtype: torch.dtype) -> None:
     """The convolutions and the norm of frozen networks, each with every activation that the table's networks lack."""
     from fastperc import ops
-    from fastperc.types import Activation, Epilogue, InstanceNorm, Window, same_sides
+    from fastperc.types import Activation, Epilogue, Geometry, InstanceNorm, Window, same_sides
 
     size = 256 if dtype == BF16 else 64
     x = torch.empty(1, 128, size, size, dtype=dtype, memory_format=torch.channels_last)
@@ -335,8 +335,8 @@ def _activations(dtype: torch.dtype) -> None:
     with torch.no_grad(), _products_in(dtype):
         for activation in (leaky, prelu, *others):
             last = Epilogue(activation=activation)
-            ops.conv_bn_relu(x, weight, bias, 1, same_sides(1), last._replace(skip=x))
-            ops.conv_bn_relu(x, weight, bias, 2, same_sides(1), last)
+            ops.conv_bn_relu(x, weight, bias, Geometry(1, same_sides(1)), last._replace(skip=x))
+            ops.conv_bn_relu(x, weight, bias, Geometry(2, same_sides(1)), last)
             ops.instance_norm(x, last._replace(norm=norm))
             ops.subpixel_conv_bn_relu(x, weight, bias, "nearest", same_sides(1), last)
             ops.rgb_conv_stem(image, torch.zeros(128, 3, 9, 9), bias, window, (1.0, 0.0), same_sides(4), last, dtype)

@@ -9,7 +9,7 @@ from frozen import FROZEN_RUNS, check, features, filters, instance_norm
 
 from fastperc import _native, backends, ops, reference, use_backend
 from fastperc.ops.conv3x3 import FEWEST_LANES
-from fastperc.types import RELU, Activation, Epilogue, Padding
+from fastperc.types import RELU, Activation, Epilogue, Geometry, Padding
 
 ONES, NONE, UNEVEN = (1, 1, 1, 1), (0, 0, 0, 0), (1, 0, 2, 1)
 
@@ -48,12 +48,12 @@ def arguments(case, device, dtype):
     weight, bias = filters(c_out, c_in, kernel, kernel, device=device, dtype=dtype)
     padding, skip = Padding(padding, mode), None
     if "skip" in follows:
-        shape = reference.conv_bn_relu(x.float(), weight, bias, stride, padding).shape
+        shape = reference.conv_bn_relu(x.float(), weight, bias, Geometry(stride, padding)).shape
         margin = 2 if "cropped" in follows else 0
         skip = features(n, c_out, shape[2] + 2 * margin, shape[3] + 2 * margin, device=device, dtype=dtype)
         skip = skip[:, :, margin : margin + shape[2], margin : margin + shape[3]]
     norm = instance_norm(c_out, device) if "norm" in follows else None
-    return x, weight, bias, stride, padding, Epilogue(norm, RELU if "relu" in follows else None, skip)
+    return x, weight, bias, Geometry(stride, padding), Epilogue(norm, RELU if "relu" in follows else None, skip)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -124,17 +124,17 @@ def test_any_layout_gives_the_same(device, backend, dtype):
 def test_packed_weights_follow_the_weight():
     x = features(1, 4, 5, 5, device="cpu", dtype=torch.float32)
     weight, bias = filters(4, 4, 3, 3, device="cpu", dtype=torch.float32)
-    before = ops.conv_bn_relu(x, weight, bias, padding=Padding(ONES))
+    before = ops.conv_bn_relu(x, weight, bias, Geometry(padding=Padding(ONES)))
     weight.mul_(2)
     bias.mul_(2)
-    assert error(ops.conv_bn_relu(x, weight, bias, padding=Padding(ONES)), 2 * before) < 1e-6
+    assert error(ops.conv_bn_relu(x, weight, bias, Geometry(padding=Padding(ONES))), 2 * before) < 1e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_where_a_gradient_is_wanted_there_is_one(device):
     x = features(1, 4, 5, 5, device=device, dtype=torch.float32)
     weight, bias = (t.requires_grad_() for t in filters(4, 4, 3, 3, device=device, dtype=torch.float32))
-    ops.conv_bn_relu(x, weight, bias, padding=Padding(ONES)).sum().backward()
+    ops.conv_bn_relu(x, weight, bias, Geometry(padding=Padding(ONES))).sum().backward()
     assert weight.grad.any() and bias.grad.any()
 
 
@@ -185,7 +185,7 @@ def test_on_the_current_cuda_stream():
 
 def test_an_empty_batch_stays_empty():
     weight, bias = filters(4, 4, 3, 3, device="cpu", dtype=torch.float32)
-    assert ops.conv_bn_relu(torch.rand(0, 4, 5, 6), weight, bias, padding=Padding(ONES)).shape == (0, 4, 5, 6)
+    assert ops.conv_bn_relu(torch.rand(0, 4, 5, 6), weight, bias, Geometry(padding=Padding(ONES))).shape == (0, 4, 5, 6)
 
 
 def test_refuses_what_does_not_fit():

@@ -16,7 +16,7 @@ from fastperc import _native, ops
 from fastperc.ops import cudnn
 from fastperc.ops.common import channels_last
 from fastperc.ops.vgg_chain import VGG_CONV
-from fastperc.types import RELU, Epilogue, same_sides
+from fastperc.types import RELU, Epilogue, Geometry, same_sides
 
 
 class FakeOperators:
@@ -116,9 +116,9 @@ def test_a_frozen_networks_convolution_falls_back_too(pretend):
     x, weight, bias = arguments(8)
     padding, skip = same_sides(1), torch.randn(2, 8, 9, 7, device="cuda:0")
     with torch.no_grad():
-        plain = ops.conv_bn_relu(x, weight, bias, 1, padding, Epilogue(activation=RELU))
+        plain = ops.conv_bn_relu(x, weight, bias, Geometry(1, padding), Epilogue(activation=RELU))
         assert operators.calls == 1
-        with_skip = ops.conv_bn_relu(x, weight, bias, 1, padding, Epilogue(activation=RELU, skip=skip))
+        with_skip = ops.conv_bn_relu(x, weight, bias, Geometry(1, padding), Epilogue(activation=RELU, skip=skip))
         assert operators.calls == 1
     assert error(plain, expected(x, weight, bias)) < 1e-6 and error(with_skip, expected(x, weight, bias, skip)) < 1e-6
 

@@ -9,7 +9,7 @@ from cases import LAYER_ERROR_4X4, error
 from frozen import ACTIVATION_NAMES, FROZEN_RUNS, activations, check, features, filters, instance_norm, widened
 
 from fastperc import backends, ops, reference, use_backend
-from fastperc.types import Activation, Epilogue, Padding, same_sides
+from fastperc.types import Activation, Epilogue, Geometry, Padding, same_sides
 
 CPU_RUNS = [run for run in FROZEN_RUNS if run.values[0] == "cpu"]
 BY_4X4, BY_2X2, BY_ONEDNN = (1, 32, 64, 12, 13), (2, 64, 32, 2, 65), (2, 12, 20, 7, 11)  # batch, in, out, height, width
@@ -39,7 +39,7 @@ def test_every_activation_matches_the_formula(device, backend, dtype, name, shap
     activation = activations(c_out, device)[name]
     epilogue = epilogue_of(follows, activation, (n, c_out, height, width), device, dtype)
     floor = LAYER_ERROR_4X4 if backend == "native" and shape == BY_4X4 else 4e-7
-    check(backend, ops.conv_bn_relu, x, weight, bias, 1, same_sides(1), epilogue, floor=floor)
+    check(backend, ops.conv_bn_relu, x, weight, bias, Geometry(1, same_sides(1)), epilogue, floor=floor)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -86,21 +86,21 @@ def test_dilation_and_groups(device, backend, dtype, case, follows, name):
     weight, bias = filters(c_out, c_in // groups, kernel, kernel, device=device, dtype=dtype)
     shape = F.conv2d(reference.pad(x.float(), padding), weight, bias, stride, 0, dilation, groups).shape
     epilogue = epilogue_of(follows, activations(c_out)[name], shape, device, dtype)
-    check(backend, ops.conv_bn_relu, x, weight, bias, stride, padding, epilogue, dilation, groups)
+    check(backend, ops.conv_bn_relu, x, weight, bias, Geometry(stride, padding, dilation, groups), epilogue)
 
 
 def test_a_kernel_that_is_not_square():
     x = features(2, 8, 9, 12, device="cpu", dtype=torch.float32)
     weight, bias = filters(16, 8, 1, 7, device="cpu", dtype=torch.float32)
-    check("native", ops.conv_bn_relu, x, weight, bias, 1, Padding((3, 3, 0, 0)), Epilogue())
-    check("native", ops.conv_bn_relu, x, weight, bias, 2, Padding((3, 2, 0, 1)), Epilogue())
+    check("native", ops.conv_bn_relu, x, weight, bias, Geometry(1, Padding((3, 3, 0, 0))), Epilogue())
+    check("native", ops.conv_bn_relu, x, weight, bias, Geometry(2, Padding((3, 2, 0, 1))), Epilogue())
 
 
 def test_triton_leaves_dilation_and_groups_to_the_library():
     x = features(1, 8, 9, 12, device="cpu", dtype=torch.float32)
     weight, bias = filters(8, 8, 3, 3, device="cpu", dtype=torch.float32)
     with use_backend("triton"), pytest.raises(backends.CannotServe, match=r"left to the library|not installed"):
-        ops.conv_bn_relu(x, weight, bias, 1, same_sides(2), Epilogue(), 2)
+        ops.conv_bn_relu(x, weight, bias, Geometry(1, same_sides(2), 2))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -114,7 +114,7 @@ def test_slices_of_one_map_in_and_out(device, backend, dtype, shape, name, follo
     activation = None if name == "none" else activations(c_out, device)[name]
     epilogue = epilogue_of(follows, activation, (n, c_out, height, width), device, dtype)
     with use_backend(backend):
-        call = (weight, bias, 1, same_sides(1))
+        call = (weight, bias, Geometry(1, same_sides(1)))
         expected = ops.conv_bn_relu(whole[:, :c_in].clone(), *call, epilogue)
         before, out = whole.clone(), whole[:, c_in : c_in + c_out]
         for _ in range(2):
@@ -131,9 +131,9 @@ def test_an_out_of_any_strides(device, backend, dtype):
     wide = features(2, 64, 14, 13, device=device, dtype=dtype)
     outs = (torch.empty(1, 32, 12, 13, device=device, dtype=dtype), wide[1:, ::2, 1:-1], wide[:1, 32:, 2:])
     with use_backend(backend):
-        expected = ops.conv_bn_relu(x, weight, bias, padding=same_sides(1))
+        expected = ops.conv_bn_relu(x, weight, bias, Geometry(padding=same_sides(1)))
         for out in outs:
-            ops.conv_bn_relu(x, weight, bias, padding=same_sides(1), epilogue=Epilogue(out=out))
+            ops.conv_bn_relu(x, weight, bias, Geometry(padding=same_sides(1)), epilogue=Epilogue(out=out))
             assert torch.equal(out, expected)
 
 
@@ -165,7 +165,9 @@ def test_not_finite_stays_visible_in_winograd(name):
     x = features(1, 32, 12, 13, device="cpu", dtype=torch.float32)
     weight, bias = filters(32, 32, 3, 3, device="cpu", dtype=torch.float32)
     x[0, 3, 4, 5] = float("nan")
-    y = ops.conv_bn_relu(x, weight, bias, padding=same_sides(1), epilogue=Epilogue(activation=activations(32)[name]))
+    y = ops.conv_bn_relu(
+        x, weight, bias, Geometry(padding=same_sides(1)), epilogue=Epilogue(activation=activations(32)[name])
+    )
     assert y[0, :, 3:6, 4:7].isnan().all() and y[0, :, 9:].isfinite().all()
 
 
@@ -195,7 +197,7 @@ def test_compiles_without_a_graph_break(name):
     torch.compiler.reset()
     x = features(1, 32, 12, 13, device="cpu", dtype=torch.float32)
     weight, bias = filters(32, 32, 3, 3, device="cpu", dtype=torch.float32)
-    call = x, weight, bias, 1, same_sides(1), Epilogue(activation=activations(32)[name])
+    call = x, weight, bias, Geometry(1, same_sides(1)), Epilogue(activation=activations(32)[name])
     with torch.no_grad():
         compiled = torch.compile(ops.conv_bn_relu, fullgraph=True, backend="aot_eager")(*call)
         assert error(compiled, ops.conv_bn_relu(*map(widened, call))) < 1e-5

@@ -7,7 +7,7 @@ import torch
 from frozen import ACTIVATION_NAMES, activations, features, filters
 
 from fastperc import backends, ops
-from fastperc.types import NO_EPILOGUE, RELU, Activation, Epilogue, Padding
+from fastperc.types import NO_EPILOGUE, RELU, Activation, Epilogue, Geometry, same_sides
 
 # batch, in, out, height, width, stride
 CASES = {
@@ -36,14 +36,14 @@ def arguments(case):
     x = features(n, c_in, height, width, device="cpu", dtype=torch.float32)
     weight, bias = filters(c_out, c_in, 1, 1, device="cpu", dtype=torch.float32)
     shape = n, c_out, (height - 1) // stride + 1, (width - 1) // stride + 1
-    return x, weight, bias, stride, features(*shape, device="cpu", dtype=torch.float32)
+    return x, weight, bias, Geometry(stride), features(*shape, device="cpu", dtype=torch.float32)
 
 
-def compare(x, weight, bias, stride, epilogue):
+def compare(x, weight, bias, geometry, epilogue):
     """The result of the kernel, after a comparison with float64."""
-    call = x, weight, bias, stride, Padding(), epilogue
+    call = x, weight, bias, geometry, epilogue
     ours = ops.conv_bn_relu(*call).clone()
-    y = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), stride)
+    y = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), geometry.stride)
     if epilogue.skip is not None:
         y = y + epilogue.skip.double()
     expected = activated(y, epilogue.activation)
@@ -91,7 +91,7 @@ def test_the_number_of_threads_changes_no_bit(case):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(ops.conv_bn_relu(*call, Padding(), Epilogue(activation=None, skip=skip)))
+            results.append(ops.conv_bn_relu(*call, Epilogue(activation=None, skip=skip)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -101,16 +101,16 @@ def test_the_number_of_threads_changes_no_bit(case):
 def test_reads_and_writes_slices_of_one_map(stride):
     x, weight, bias, _, _ = arguments("B1-I24-O144-H9-W11")
     out = features(1, 144, -(-9 // stride), -(-11 // stride), device="cpu", dtype=torch.float32)
-    expected = compare(x, weight, bias, stride, NO_EPILOGUE)
+    expected = compare(x, weight, bias, Geometry(stride), NO_EPILOGUE)
     wide = torch.cat([out, out], 1).contiguous(memory_format=torch.channels_last)
     before = wide.clone()
     read = torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, 24:]
-    result = ops.conv_bn_relu(read, weight, bias, stride, Padding(), NO_EPILOGUE._replace(out=wide[:, 144:]))
+    result = ops.conv_bn_relu(read, weight, bias, Geometry(stride), NO_EPILOGUE._replace(out=wide[:, 144:]))
     assert torch.equal(result, expected) and result.data_ptr() == wide[:, 144:].data_ptr()
     assert torch.equal(wide[:, :144], before[:, :144])
     if stride == 1:
         shared = torch.cat([x, out], 1).contiguous(memory_format=torch.channels_last)
-        ops.conv_bn_relu(shared[:, :24], weight, bias, 1, Padding(), NO_EPILOGUE._replace(out=shared[:, 24:]))
+        ops.conv_bn_relu(shared[:, :24], weight, bias, Geometry(), NO_EPILOGUE._replace(out=shared[:, 24:]))
         assert torch.equal(shared[:, 24:], expected) and torch.equal(shared[:, :24], x)
 
 
@@ -119,37 +119,36 @@ def test_any_layout_of_the_skip_gives_the_same():
     expected = compare(*call, Epilogue(skip=skip))
     cropped = torch.nn.functional.pad(skip, (1, 2, 2, 1))[:, :, 2:-1, 1:-2]
     for other in (skip.contiguous(), cropped, cropped.contiguous(memory_format=torch.channels_last)):
-        assert torch.equal(ops.conv_bn_relu(*call, Padding(), Epilogue(skip=other)), expected)
+        assert torch.equal(ops.conv_bn_relu(*call, Epilogue(skip=other)), expected)
 
 
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "prelu", "relu6"])
 def test_nan_stays_nan(name):
-    x, weight, bias, stride, _ = arguments("B2-I3-O5-H3-W7")
+    x, weight, bias, geometry, _ = arguments("B2-I3-O5-H3-W7")
     x[1, 2, 1, 3] = float("nan")
-    y = ops.conv_bn_relu(x, weight, bias, stride, Padding(), Epilogue(activation=activations(5)[name]))
+    y = ops.conv_bn_relu(x, weight, bias, geometry, Epilogue(activation=activations(5)[name]))
     expected = torch.zeros_like(y, dtype=torch.bool)
     expected[1, :, 1, 3] = True
     assert torch.equal(y.isnan(), expected)
 
 
 def test_packed_weights_follow_weight_bias_and_slopes():
-    x, weight, bias, stride, _ = arguments("B2-I3-O5-H3-W7")
+    x, weight, bias, geometry, _ = arguments("B2-I3-O5-H3-W7")
     slopes = torch.rand(5)
     epilogue = Epilogue(activation=Activation("prelu", slopes=slopes))
-    compare(x, weight, bias, stride, epilogue)
+    compare(x, weight, bias, geometry, epilogue)
     for tensor in (weight, bias, slopes):
         tensor.mul_(-2)
-        compare(x, weight, bias, stride, epilogue)
+        compare(x, weight, bias, geometry, epilogue)
 
 
 def test_what_it_leaves_to_others():
-    x, weight, bias, stride, skip = arguments("B1-I64-O64-H14-W14")
-    padding = Padding((1, 1, 1, 1))
+    x, weight, bias, geometry, skip = arguments("B1-I64-O64-H14-W14")
     for call in (
-        (x.half(), weight, bias, stride, Padding(), Epilogue()),
-        (x, weight, bias, stride, padding, Epilogue()),
-        (x, weight, bias, stride, Padding(), Epilogue(skip=skip[:, :, :1])),
-        (x, weight, bias, stride, Padding(), Epilogue(), 1, 2),
+        (x.half(), weight, bias, geometry, Epilogue()),
+        (x, weight, bias, Geometry(padding=same_sides(1)), Epilogue()),
+        (x, weight, bias, geometry, Epilogue(skip=skip[:, :, :1])),
+        (x, weight, bias, Geometry(groups=2), Epilogue()),
     ):
         with pytest.raises(backends.CannotServe, match="pointwise: "):
             backends.OPERATIONS["conv_bn_relu"](*call)

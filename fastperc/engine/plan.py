@@ -20,7 +20,7 @@ from fastperc.devices import computes_in
 from fastperc.models import SuperResolutionNet, TransformNet
 from fastperc.models.common import unwrapped
 from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
-from fastperc.types import RELU, Activation, Epilogue, InstanceNorm, Padding, Sides, Window
+from fastperc.types import RELU, Activation, Epilogue, Geometry, InstanceNorm, Padding, Sides, Window
 
 PADDING_MODES = ("zeros", "reflect")
 OWN = (TransformNet, SuperResolutionNet)  # the networks that have a plan
@@ -298,7 +298,7 @@ def inner(step: Step, part: Part, x: Tensor, skip: Tensor | None) -> Tensor:
     """A step that is neither the first nor the last."""
     padding, epilogue = Padding(part.padding, step.padding_mode), Epilogue(step.norm, step.activation, skip)
     if step.upsample is None:
-        return ops.conv_bn_relu(x, step.weight, step.bias, step.stride, padding, epilogue)
+        return ops.conv_bn_relu(x, step.weight, step.bias, Geometry(step.stride, padding), epilogue)
     y = ops.subpixel_conv_bn_relu(x, step.weight, step.bias, step.upsample, padding, epilogue)
     top, left, height, width = part.region  # y begins at an even row and column
     return y[:, :, top % 2 : top % 2 + height, left % 2 : left % 2 + width]

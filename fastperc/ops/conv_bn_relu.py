@@ -28,7 +28,7 @@ from fastperc.ops.common import (
 )
 from fastperc.ops.conv3x3 import CONV3X3, WIDEST_PADDING, why_not_winograd, why_slow_winograd, winograd
 from fastperc.ops.instance_norm import INSTANCE_NORM, native_instance_norm, triton_finish
-from fastperc.types import Epilogue, Padding, Sides, same_sides
+from fastperc.types import Epilogue, Geometry, Padding, Sides, same_sides
 
 CACHED_BYTES = 2 << 20  # transformed weights that stay in a core's cache
 FLOPS_A_BYTE = 16  # that the CPU multiplies while it reads a byte of transformed weights, which are read once
@@ -38,11 +38,8 @@ def conv_bn_relu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    stride: int = 1,
-    padding: Padding = Padding(),
+    geometry: Geometry = Geometry(),
     epilogue: Epilogue = Epilogue(),
-    dilation: int = 1,
-    groups: int = 1,
 ) -> Tensor:
     """activation(norm(conv(``x``)) + skip).
 
@@ -51,12 +48,9 @@ def conv_bn_relu(
             channels of a map in that.
         weight: [O, I / groups, k, k], in float32 or ``x``'s dtype; a batch norm is folded into it beforehand.
         bias: [O].
-        stride: 1 or 2.
-        padding: of zeros, reflected, or of the nearest pixels.
+        geometry: a stride of 1 or 2, and any padding, dilation and groups.
         epilogue: an instance norm, a skip [N, O, H', W'], an activation of :class:`~fastperc.types.Activation`, and
             ``out`` [N, O, H', W'] in ``x``'s dtype. That may be other channels of the map that ``x`` is a slice of.
-        dilation: pixels from a tap to the next.
-        groups: of channels, each convolved with its own filters.
 
     Returns:
         [N, O, H', W'] in ``x``'s dtype: ``out``, if there is one.
@@ -64,82 +58,53 @@ def conv_bn_relu(
     Raises:
         ValueError: shapes that do not fit, or no such activation.
     """
-    check_shapes(x, weight, bias, weight.shape[1] * groups)
+    check_shapes(x, weight, bias, weight.shape[1] * geometry.groups)
     if epilogue.out is not None:
-        _check_out(epilogue.out, x, weight, stride, padding, dilation)
-    if padding.mode == "zeros" and not symmetric(padding):
-        kernel = (dilation * (weight.shape[2] - 1) + 1, dilation * (weight.shape[3] - 1) + 1)
-        padding = Padding(_even_sides(padding.sides, x, kernel, stride))
-    return CONV_BN_RELU(x, weight, bias, stride, padding, epilogue, dilation, groups)
+        _check_out(epilogue.out, x, weight, geometry)
+    if geometry.padding.mode == "zeros" and not symmetric(geometry.padding):
+        geometry = geometry._replace(padding=Padding(_even_sides(x, weight, geometry)))
+    return CONV_BN_RELU(x, weight, bias, geometry, epilogue)
 
 
-def _check_out(out: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Padding, dilation: int) -> None:
+def _check_out(out: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> None:
     """Raises a ``ValueError`` unless ``out`` fits the convolution."""
-    left, right, top, bottom = padding.sides
-    rows, columns = (
-        (size - dilation * (taps - 1) - 1) // stride + 1
-        for size, taps in zip((x.shape[2] + top + bottom, x.shape[3] + left + right), weight.shape[2:])
-    )
-    shape = (len(x), len(weight), rows, columns)
+    shape = geometry.output_shape(x, weight)
     if out.shape != shape or out.dtype != x.dtype:
         raise ValueError(f"expected an out of {list(shape)} in {x.dtype}, got {list(out.shape)} in {out.dtype}")
 
 
-def _even_sides(sides: Sides, x: Tensor, kernel: tuple[int, int], stride: int) -> Sides:
-    """``sides`` with as many zeros on either side, where a stride of 2 does not read what that adds."""
-    left, right, top, bottom = sides
-    height, width = x.shape[2:]
-    same_width = (width + 2 * left - kernel[1]) // stride == (width + left + right - kernel[1]) // stride
-    same_height = (height + 2 * top - kernel[0]) // stride == (height + top + bottom - kernel[0]) // stride
-    return (left, left, top, top) if same_width and same_height else sides
+def _even_sides(x: Tensor, weight: Tensor, geometry: Geometry) -> Sides:
+    """The padding with as many zeros on either side, where a stride of 2 does not read what that adds."""
+    left, _, top, _ = geometry.padding.sides
+    even = (left, left, top, top)
+    is_same = geometry.output_shape(x, weight) == geometry._replace(padding=Padding(even)).output_shape(x, weight)
+    return even if is_same else geometry.padding.sides
 
 
-def padded(x: Tensor, padding: Padding) -> tuple[Tensor, tuple[int, int]]:
-    """``x``, and the zeros that a library adds to it (left and right, top and bottom); ``x`` is copied with its border
-    where a library cannot add that."""
-    if symmetric(padding):
-        return x, (padding.sides[0], padding.sides[2])
-    return channels_last(reference.pad(x, padding)), (0, 0)
+def padded(x: Tensor, padding: Padding) -> tuple[Tensor, Padding]:
+    """``x``, and the zeros that a library adds to it, as many left as right and as many above as below; ``x`` is copied
+    with its border where a library cannot add that."""
+    return (x, padding) if symmetric(padding) else (channels_last(reference.pad(x, padding)), Padding())
 
 
-def _why_not_spread(dilation: int, groups: int) -> str | None:
+def _why_not_spread(geometry: Geometry) -> str | None:
     """Why a kernel without them cannot serve this dilation and these groups, or ``None``."""
-    return None if dilation == groups == 1 else "dilated and grouped convolutions are left to the library"
+    is_spread = geometry.dilation != 1 or geometry.groups != 1
+    return "dilated and grouped convolutions are left to the library" if is_spread else None
 
 
-def _why_not_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> str | None:
-    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or _why_not_spread(dilation, groups):
+def _why_not_triton(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
+    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or _why_not_spread(geometry):
         return reason
-    if padding.mode == "replicate" or weight.shape[2] != weight.shape[3]:
+    if geometry.padding.mode == "replicate" or weight.shape[2] != weight.shape[3]:
         return "the kernel is not square, or the border repeats pixels"
     return backends.why_not_triton_product(x)
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> Tensor:
-    left, right, top, bottom = padding.sides
-    n, _, height, width = x.shape
-    channels, _, kernel, _ = weight.shape
-    rows, columns = ((size - kernel) // stride + 1 for size in (height + top + bottom, width + left + right))
+def _triton(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
+    stride, padding, _, _ = geometry
     x, weight = channels_last(x), in_dtype(weight, x.dtype)
-    out = empty_like(x, (n, channels, rows, columns))
+    out = empty_like(x, geometry.output_shape(x, weight))
 
     def fill(epilogue: Epilogue, partials: Tensor | None) -> None:
         kernels.conv_bn_relu.conv_bn_relu_fwd(x, weight, bias.float(), out, stride, padding, epilogue, partials)
@@ -150,54 +115,28 @@ def _triton(
     return triton_finish(out, tiles, fill, epilogue._replace(skip=channels_adjacent(epilogue.skip)))
 
 
-def _why_not_winograd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> str | None:
-    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or _why_not_spread(dilation, groups):
+def _why_not_winograd(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
+    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or _why_not_spread(geometry):
         return reason
-    left, _, top, _ = padding.sides
-    if stride != 1 or (symmetric(padding) and (left != top or left > WIDEST_PADDING)):
+    padding, (left, _, top, _) = geometry.padding, geometry.padding.sides
+    if geometry.stride != 1 or (symmetric(padding) and (left != top or left > WIDEST_PADDING)):
         return "the convolution has a stride, or a padding that is wide or differs between rows and columns"
     return why_not_winograd(x, weight, bias)
 
 
-def _why_slow_winograd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> str | None:
-    left, right, top, bottom = padding.sides
-    return why_slow_winograd(len(x) * (x.shape[2] + top + bottom - 2) * (x.shape[3] + left + right - 2))
+def _why_slow_winograd(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
+    images, _, height, width = geometry.output_shape(x, weight)
+    return why_slow_winograd(images * height * width)
 
 
 def _why_slow_winograd_4x4(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
+    x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue
 ) -> str | None:
     """Why tiles of 4×4 pixels are expected to be slower than those of 2×2."""
-    if reason := _why_slow_winograd(x, weight, bias, stride, padding, epilogue):
+    if reason := _why_slow_winograd(x, weight, bias, geometry, epilogue):
         return reason
-    left, right, top, bottom = padding.sides
-    height, width = x.shape[2] + top + bottom - 2, x.shape[3] + left + right - 2
-    products = {tile: len(x) * -(-height // tile) * -(-width // tile) * (tile + 2) ** 2 for tile in (2, 4)}
+    images, _, height, width = geometry.output_shape(x, weight)
+    products = {tile: images * -(-height // tile) * -(-width // tile) * (tile + 2) ** 2 for tile in (2, 4)}
     if products[4] > 0.9 * products[2]:
         return "tiles of 4×4 waste too much at the border"
     # For each filter: two operations a product, and 36 transformed weights of four bytes instead of 16.
@@ -210,17 +149,9 @@ def _why_slow_winograd_4x4(
 def _winograd(tile: int) -> Callable[..., Tensor]:
     """The convolution by tiles of ``tile`` × ``tile`` pixels."""
 
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        stride: int,
-        padding: Padding,
-        epilogue: Epilogue,
-        dilation: int = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        x, (zeros, _) = padded(evenly_spaced(x), padding)
+    def run(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
+        x, padding = padded(evenly_spaced(x), geometry.padding)
+        zeros = padding.sides[0]
         if epilogue.norm is None:
             return winograd(x, weight, bias, zeros, epilogue=epilogue, tile=tile)
         y = winograd(x, weight, bias, zeros, tile=tile)
@@ -229,83 +160,40 @@ def _winograd(tile: int) -> Callable[..., Tensor]:
     return run
 
 
-def _why_not_onednn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> str | None:
+def _why_not_onednn(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
     reason = why_not_frozen(x, weight, bias, epilogue=epilogue) or onednn.why_not(x)
     return reason or (why_not_cpp(x) if epilogue.norm else None)
 
 
-def _onednn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> Tensor:
-    x, zeros = padded(channels_last(x), padding)
-    geometry = onednn.Geometry(stride, zeros, dilation, groups)
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
+    x, padding = padded(channels_last(x), geometry.padding)
+    geometry = geometry._replace(padding=padding)
     if epilogue.norm is None:
         return copied_to(onednn.convolution(x, weight, bias, geometry, epilogue), epilogue.out)
     y = onednn.convolution(x, weight, bias, geometry)
     return native_instance_norm(y, epilogue, y)
 
 
-def _why_not_cudnn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> str | None:
-    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or _why_not_spread(dilation, groups):
+def _why_not_cudnn(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
+    if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or _why_not_spread(geometry):
         return reason
     activation = epilogue.activation
-    if epilogue.norm is not None or activation is None or activation.name != "relu" or not symmetric(padding):
+    is_bias_relu = epilogue.norm is None and activation is not None and activation.name == "relu"
+    if not is_bias_relu or not symmetric(geometry.padding):
         return "cuDNN fuses a bias, a skip and a ReLU, no less and no more"
-    return cudnn.why_not(x, weight, stride, epilogue.skip is not None)
+    return cudnn.why_not(x, weight, geometry.stride, epilogue.skip is not None)
 
 
-def _cudnn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> Tensor:
-    x, zeros = padded(channels_last(x), padding)
+def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
+    x, padding = padded(channels_last(x), geometry.padding)
+    zeros = (padding.sides[0], padding.sides[2])
     skip = None if epilogue.skip is None else channels_last(epilogue.skip)
-    y = cudnn.convolution_relu(x, in_dtype(weight, x.dtype), bias.to(x.dtype), stride, zeros, skip)
+    y = cudnn.convolution_relu(x, in_dtype(weight, x.dtype), bias.to(x.dtype), geometry.stride, zeros, skip)
     return copied_to(y, epilogue.out)
 
 
-def _plain(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> Tensor:
-    y = reference.conv_bn_relu(x, in_dtype(weight, x.dtype), bias, stride, padding, epilogue, dilation, groups)
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
+    y = reference.conv_bn_relu(x, in_dtype(weight, x.dtype), bias, geometry, epilogue)
     return copied_to(y, epilogue.out)
 
 
@@ -321,7 +209,7 @@ def _tuned_shapes(batch: int, size: int) -> list[tuple[tuple[int, ...], ...]]:
 
 def _tuned_call(x: Tensor, weight: Tensor) -> tuple[Any, ...]:
     stride = 1 if weight.shape[0] == weight.shape[1] else 2
-    return x, weight, weight.new_zeros(weight.shape[0]), stride, same_sides(1), Epilogue()
+    return x, weight, weight.new_zeros(weight.shape[0]), Geometry(stride, same_sides(1)), Epilogue()
 
 
 CONV_BN_RELU = register(

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastperc.ops.common import activate_, packed
-from fastperc.types import NO_EPILOGUE, Activation, Epilogue
+from fastperc.types import NO_EPILOGUE, Activation, Epilogue, Geometry
 
 
 def why_not(x: Tensor) -> str | None:
@@ -31,18 +30,6 @@ def _why_not_dtype(dtype: torch.dtype) -> str | None:
     if dtype == torch.float32 or (dtype == torch.bfloat16 and operators._is_mkldnn_bf16_supported()):
         return None
     return f"oneDNN does not compute in {str(dtype).removeprefix('torch.')} on this processor"
-
-
-class Geometry(NamedTuple):
-    """How a convolution moves over its input."""
-
-    stride: int = 1
-    padding: tuple[int, int] = (0, 0)  # zeros: left and right, top and bottom
-    dilation: int = 1
-    groups: int = 1
-
-
-PLAIN = Geometry()
 
 
 def _fused(activation: Activation | None) -> tuple[str, list[float]] | None:
@@ -67,16 +54,17 @@ def convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    geometry: Geometry = PLAIN,
+    geometry: Geometry = Geometry(),
     epilogue: Epilogue = NO_EPILOGUE,
     arrange: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """activation(the convolution of ``x`` by ``arrange(weight)`` + ``bias`` + skip); channels-last.
 
-    ``epilogue`` has no norm, and its ``out`` stays unused.
+    ``geometry`` adds zeros, as many left as right and as many above as below. ``epilogue`` has no norm, and its ``out``
+    stays unused.
     """
-    stride, (across, down), dilation, groups = geometry
-    sizes = [down, across], [stride, stride], [dilation, dilation], groups
+    stride, ((left, _, top, _), _), dilation, groups = geometry
+    sizes = [top, left], [stride, stride], [dilation, dilation], groups
 
     def pack() -> tuple[Tensor, Tensor | None]:
         arranged = weight if arrange is None else arrange(weight)

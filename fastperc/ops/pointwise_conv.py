@@ -20,7 +20,7 @@ from fastperc.ops.common import (
     why_not_cpp,
     why_not_frozen,
 )
-from fastperc.types import Activation, Epilogue, Padding
+from fastperc.types import Activation, Epilogue, Geometry
 
 SOURCES = (
     "fastperc/ops/pointwise_conv.py",
@@ -32,20 +32,11 @@ FEWEST_LANES = 8  # floats in a register, as AVX2 has; with fewer no gain was me
 HALF_PANEL = _native.POINTWISE_PANEL // 2
 
 
-def why_not(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> str | None:
+def why_not(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
     """Why the kernel cannot serve this call of ``conv_bn_relu``, or ``None``."""
     if reason := why_not_frozen(x, weight, bias, epilogue=epilogue) or why_not_cpp(x):
         return reason
-    if weight.shape[2:] != (1, 1) or groups != 1 or any(padding.sides):
+    if weight.shape[2:] != (1, 1) or geometry.groups != 1 or any(geometry.padding.sides):
         return "the kernel is larger than a pixel, or there are groups or a border"
     if epilogue.norm is not None:
         return "an instance norm follows"
@@ -55,33 +46,15 @@ def why_not(
     if weight.numel() == 0:
         return "there are no channels"
     skip = epilogue.skip
-    return None if skip is None or skip.shape == _out_shape(x, weight, stride) else "the skip has another shape"
+    return None if skip is None or skip.shape == geometry.output_shape(x, weight) else "the skip has another shape"
 
 
-def why_slow(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> str | None:
+def why_slow(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
     """Why PyTorch's library is expected to be faster, or ``None``."""
     return f"fewer than {FEWEST_LANES} floats in a register" if _native.winograd_lanes() < FEWEST_LANES else None
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    padding: Padding,
-    epilogue: Epilogue,
-    dilation: int = 1,
-    groups: int = 1,
-) -> Tensor:
+def run(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
     """``conv_bn_relu`` of a call that :func:`why_not` accepts."""
 
     def pack() -> tuple[Tensor, Tensor]:
@@ -92,19 +65,16 @@ def run(
     weights, filled_bias = packed("pointwise", pack, weight, bias)
     x, out, activation, skip = evenly_spaced(x), epilogue.out, epilogue.activation, epilogue.skip
     if out is None or _native.pixel_step(out) is None:
-        out = empty_like(x, _out_shape(x, weight, stride))
+        out = empty_like(x, geometry.output_shape(x, weight))
     fused = activation is None or activation.name in _native.PASS_ACTIVATIONS
     if activation is not None and activation.slopes is not None:
         slopes, channels = activation.slopes, len(bias)
         wide = packed(("pointwise", channels), lambda: _filled(slopes.detach().float().expand(channels)), slopes)
         activation = Activation(activation.name, slopes=wide)
-    _native.pointwise_conv(x, weights, filled_bias, stride, channels_adjacent(skip), activation if fused else None, out)
+    _native.pointwise_conv(
+        x, weights, filled_bias, geometry.stride, channels_adjacent(skip), activation if fused else None, out
+    )
     return copied_to(out if fused else activate_(out, activation), epilogue.out)
-
-
-def _out_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
-    n, _, h, w = x.shape
-    return n, len(weight), (h - 1) // stride + 1, (w - 1) // stride + 1
 
 
 def _filled(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fastperc.ops.common import (
 )
 from fastperc.ops.conv_bn_relu import padded
 from fastperc.ops.rgb_conv import RGB_CONV, taps_as_filters
-from fastperc.types import Padding, same_sides
+from fastperc.types import Geometry, Padding, same_sides
 
 OUTPUTS = ("tanh", "linear", "plain")
 PIXELS_AT_ONCE = 1 << 18  # of the products on the CPU: enough that the rows which two blocks share cost little
@@ -117,7 +117,7 @@ def _native_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, outp
             rows = image[None, :, max(low, 0) : high]
             border = Padding((0, 0, max(-low, 0), max(high - height, 0)), padding.mode)
             rows, zeros = padded(channels_last(rows), border)
-            products = onednn.convolution(rows, weight, None, onednn.Geometry(1, zeros), arrange=taps_as_filters)
+            products = onednn.convolution(rows, weight, None, Geometry(padding=zeros), arrange=taps_as_filters)
             _native.rgb_conv_head(products, shifts, picture[:, first:last], left, padding.mode == "reflect", output)
 
 

@@ -18,7 +18,7 @@ from fastperc.ops.common import activate_, check_shapes, copied_to, empty_like, 
 from fastperc.ops.conv_bn_relu import CONV_BN_RELU, conv_bn_relu
 from fastperc.ops.image_io import IMAGE_IO, image_io, pixel_range
 from fastperc.ops.instance_norm import native_instance_norm, triton_finish
-from fastperc.types import Epilogue, Padding, Window, same_sides
+from fastperc.types import Epilogue, Geometry, Padding, Window, same_sides
 
 InputRange = tuple[float, float]
 
@@ -134,7 +134,7 @@ def _in_two_steps(
     epilogue: Epilogue,
     dtype: torch.dtype,
 ) -> Tensor:
-    return conv_bn_relu(image_io(image, window, input_range, dtype), weight, bias, 1, padding, epilogue)
+    return conv_bn_relu(image_io(image, window, input_range, dtype), weight, bias, Geometry(padding=padding), epilogue)
 
 
 def _tuned_call(image: Tensor, weight: Tensor) -> tuple[Any, ...]:

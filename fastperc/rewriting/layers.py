@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import ops, reference
-from fastperc.ops.common import in_dtype
+from fastperc.ops.common import empty_like, in_dtype
 from fastperc.rewriting.fuse import Group, folded
-from fastperc.types import Activation, Epilogue, InstanceNorm, Padding, Window
+from fastperc.types import Activation, Epilogue, Geometry, InstanceNorm, Padding, Window
 
 STEMS = (9,)  # the kernels that have a way of their own from RGB
 HEADS = (3, 7, 9)  # and to RGB
@@ -27,9 +27,8 @@ class FrozenLayer:
         self.weight, self.bias = weight.to(device, dtype), bias.to(device, dtype)
         self.norm = _instance_norm(group, device, dtype)
         self.activation = _moved(group.activation, device, dtype)
-        self.upsample, self.transposed = group.upsample, conv.transposed
-        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
-        self.output_padding = conv.output_padding
+        self.upsample, self.conv = group.upsample, conv
+        self.geometry = Geometry(conv.stride[0], conv.padding, conv.dilation[0], conv.groups)  # if is_plain
         kernel = tuple(weight.shape[2:])
         self.is_square = len({kernel[0], kernel[1]}) == len({*conv.stride}) == len({*conv.dilation}) == 1
         self.is_plain = self.is_square and conv.stride[0] <= 2 and not conv.transposed
@@ -56,8 +55,8 @@ class FrozenLayer:
         elif self.is_stem and skip is None:
             window = Window(0, 0, *x.shape[2:])
             epilogue = epilogue._replace(out=None)
-            y = ops.rgb_conv_stem(x, self.weight, self.bias, window, UNSCALED, self.padding, epilogue, x.dtype)
-        elif skip is not None and skip.shape != self._shape(x):
+            y = ops.rgb_conv_stem(x, self.weight, self.bias, window, UNSCALED, self.conv.padding, epilogue, x.dtype)
+        elif skip is not None and skip.shape != self.geometry.output_shape(x, self.weight):
             y = self._convolved(x, Epilogue(self.norm, None)) + skip
             y = reference.activate(y, self.activation)
         else:
@@ -67,17 +66,7 @@ class FrozenLayer:
         return y if out is None or y is out else out.copy_(y)
 
     def _convolved(self, x: Tensor, epilogue: Epilogue) -> Tensor:
-        return ops.conv_bn_relu(
-            x, self.weight, self.bias, self.stride[0], self.padding, epilogue, self.dilation[0], self.groups
-        )
-
-    def _shape(self, x: Tensor) -> tuple[int, ...]:
-        """The shape of the convolution's output."""
-        left, right, top, bottom = self.padding.sides
-        sizes = (x.shape[2] + top + bottom, x.shape[3] + left + right)
-        spans = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight.shape[2:]))
-        rows, columns = ((size - span) // step + 1 for size, span, step in zip(sizes, spans, self.stride))
-        return len(x), self.channels, rows, columns
+        return ops.conv_bn_relu(x, self.weight, self.bias, self.geometry, epilogue)
 
     def _with_skip(self, x: Tensor, epilogue: Epilogue) -> Tensor:
         """The layer by an operation that takes no skip: it is added afterwards."""
@@ -89,21 +78,18 @@ class FrozenLayer:
     def _without_skip(self, x: Tensor, epilogue: Epilogue) -> Tensor:
         if self.upsample or self.doubles:
             way = "nearest" if self.upsample else "transposed"
-            padding = self.padding if self.upsample else Padding((1,) * 4)
+            padding = self.conv.padding if self.upsample else Padding((1,) * 4)
             return ops.subpixel_conv_bn_relu(x, self.weight, self.bias, way, padding, epilogue)
         if self.is_head:
-            _, channels, rows, columns = self._shape(x)
-            picture = torch.empty(
-                (len(x), channels, rows, columns), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-            )
-            ops.rgb_conv_head(x, self.weight, self.bias, self.padding, "plain", picture)
+            picture = empty_like(x, self.geometry.output_shape(x, self.weight))
+            ops.rgb_conv_head(x, self.weight, self.bias, self.conv.padding, "plain", picture)
             return reference.activate(picture, epilogue.activation)
-        weight, bias = in_dtype(self.weight, x.dtype), self.bias.to(x.dtype)
-        if self.transposed:
-            zeros = (self.padding.sides[2], self.padding.sides[0])
-            y = F.conv_transpose2d(x, weight, bias, self.stride, zeros, self.output_padding, self.groups, self.dilation)
+        weight, bias, conv = in_dtype(self.weight, x.dtype), self.bias.to(x.dtype), self.conv
+        if conv.transposed:
+            zeros = (conv.padding.sides[2], conv.padding.sides[0])
+            y = F.conv_transpose2d(x, weight, bias, conv.stride, zeros, conv.output_padding, conv.groups, conv.dilation)
         else:
-            y = F.conv2d(reference.pad(x, self.padding), weight, bias, self.stride, 0, self.dilation, self.groups)
+            y = F.conv2d(reference.pad(x, conv.padding), weight, bias, conv.stride, 0, conv.dilation, conv.groups)
         return reference.finish(y, epilogue)
 
 
