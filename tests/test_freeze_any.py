@@ -71,12 +71,12 @@ def test_measured(name):
     assert " by the network itself" in frozen.explain(x).splitlines()[0]
 
 
-@pytest.mark.parametrize("name", ["transformer_net", "unet", "edsr", "rrdb", "mobilenet_v2"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(name, dtype):
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.bfloat16, 1), (torch.bfloat16, 3), (torch.float16, 1)])
+def test_half_precision(name, dtype, batch):
     """No farther from float64 than stock is in that dtype, by half as much again."""
     net = NETWORKS[name]().eval()
-    x = torch.rand(1, 3, *gallery.SIZES[name].small)
+    x = torch.rand(batch, 3, *gallery.SIZES[name].small)
     with torch.no_grad():
         expected = exact(net, x)
         stock = copy.deepcopy(net).to(dtype)(x.to(dtype))
