@@ -46,7 +46,7 @@ GRAD_ERROR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, to
 
 
 # What Winograd by tiles of 4×4 pixels may add to the error in float32: of a frozen network's layer, and of all of it.
-LAYER_ERROR_4X4, NETWORK_ERROR_4X4 = 4e-6, 1e-5
+LAYER_ERROR_4X4, NETWORK_ERROR_4X4 = 2e-6, 1e-5
 
 # The device of each backend: a GPU if there is one. Without a GPU, Triton's kernels run in its interpreter.
 GPU = torch.cuda.is_available()
