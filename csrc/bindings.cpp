@@ -51,6 +51,9 @@ WinogradShape winograd_shape(const std::array<std::int64_t, 9>& s) {
 PointwiseShape pointwise_shape(const std::array<std::int64_t, 8>& s) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};
 }
+DepthwiseShape depthwise_shape(const std::array<std::int64_t, 12>& s) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11]};
+}
 
 }  // namespace
 
@@ -295,6 +298,18 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         pointwise_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(skip),
                            pointer<float>(out), pointwise_shape(shape), image_strides(skip_strides), function, threads);
+      },
+      py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
+      py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
+
+  m.def(
+      "depthwise_conv_cpu",
+      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 12>& shape,
+         const std::array<std::int64_t, 4>& skip_strides, const std::string& activation, Address slopes, int threads) {
+        const Activation function{activation_from_name(activation), pointer<float>(slopes)};
+        py::gil_scoped_release release;
+        depthwise_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(skip),
+                           pointer<float>(out), depthwise_shape(shape), image_strides(skip_strides), function, threads);
       },
       py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
       py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));

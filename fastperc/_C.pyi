@@ -171,6 +171,18 @@ def pointwise_conv_cpu(
     slopes: int,
     threads: int,
 ) -> None: ...
+def depthwise_conv_cpu(
+    x: int,
+    weights: int,
+    bias: int,
+    skip: int,
+    out: int,
+    shape: tuple[int, int, int, int, int, int, int, int, int, int, int, int],
+    skip_strides: tuple[int, ...],
+    activation: str,
+    slopes: int,
+    threads: int,
+) -> None: ...
 def tv_loss_partials(shape: tuple[int, int, int, int, int]) -> int: ...
 def tv_loss_fwd_cuda(
     x: int,

@@ -4,8 +4,10 @@ Where a function fills a tensor, the caller has allocated it. "Channels-last" me
 """
 
 from fastperc._native.convolutions import (
+    DEPTHWISE_PANEL,
     POINTWISE_PANEL,
     WINOGRAD_PANEL,
+    depthwise_conv,
     pointwise_conv,
     rgb_conv_head,
     rgb_conv_head_winograd,
@@ -43,6 +45,7 @@ from fastperc._native.passes import (
 )
 
 __all__ = [
+    "DEPTHWISE_PANEL",
     "DTYPES",
     "PASS_ACTIVATIONS",
     "POINTWISE_PANEL",
@@ -52,6 +55,7 @@ __all__ = [
     "Sides",
     "build_info",
     "channel_mean_m2",
+    "depthwise_conv",
     "image_io",
     "is_channels_last",
     "lpips_distance",
