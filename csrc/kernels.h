@@ -11,6 +11,7 @@
 #include "norm_relu.h"
 #include "pointwise_conv.h"
 #include "rgb_conv.h"
+#include "stem_conv.h"
 #include "tv_loss.h"
 #include "vgg_loss.h"
 
@@ -111,5 +112,11 @@ void pointwise_conv_cpu(const float* x, const float* weights, const float* bias,
 void depthwise_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
                         const DepthwiseShape& shape, const ImageStrides& skip_strides, const Activation& activation,
                         int threads);
+
+// out [N, H', W', O] = activation(convolution of x [N, H, W, I] + bias [O] + skip), for few input channels, with packed
+// weights (see stem_conv.h). skip may be null; its channels have stride 1. bias, and slopes of the activation, are
+// filled up to a multiple of half a panel. x and out may be different channels of one map.
+void stem_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
+                   const StemShape& shape, const ImageStrides& skip_strides, const Activation& activation, int threads);
 
 }  // namespace fastperc

@@ -56,7 +56,10 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogu
 
 def why_slow(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
     """Why PyTorch's library is expected to be faster, or ``None``."""
-    return f"fewer than {FEWEST_LANES} floats in a register" if _native.winograd_lanes() < FEWEST_LANES else None
+    lanes = _native.winograd_lanes()
+    if lanes < FEWEST_LANES:
+        return f"fewer than {FEWEST_LANES} floats in a register"
+    return "fewer channels than a register holds" if x.shape[1] < lanes else None
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
@@ -73,13 +76,12 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: E
     if out is None or _native.pixel_step(out) is None:
         out = empty_like(x, geometry.output_shape(x, weight))
     fused = activation is None or activation.name in _native.PASS_ACTIVATIONS
-    if activation is not None and activation.slopes is not None:
-        slopes, channels = activation.slopes, len(bias)
+    passed = activation if fused else None
+    if passed is not None and passed.slopes is not None:
+        slopes, channels = passed.slopes, len(bias)
         wide = packed(("depthwise", channels), lambda: _filled(slopes.detach().float().expand(channels)), slopes)
-        activation = Activation(activation.name, slopes=wide)
-    _native.depthwise_conv(
-        x, weights, filled_bias, geometry, channels_adjacent(skip), activation if fused else None, out
-    )
+        passed = Activation(passed.name, slopes=wide)
+    _native.depthwise_conv(x, weights, filled_bias, geometry, channels_adjacent(skip), passed, out)
     return copied_to(out if fused else activate_(out, activation), epilogue.out)
 
 
