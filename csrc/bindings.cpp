@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
+
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -50,6 +52,46 @@ WinogradShape winograd_shape(const std::array<std::int64_t, 9>& s) {
 }
 PointwiseShape pointwise_shape(const std::array<std::int64_t, 8>& s) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};
+}
+DepthwiseShape depthwise_shape(const std::array<std::int64_t, 12>& s) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11]};
+}
+StemShape stem_shape(const std::array<std::int64_t, 13>& s) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12]};
+}
+
+// A convolution of other maps of the same shape, each time from x and skip to out.
+struct PreparedConv {
+  std::function<void(const float* x, const float* skip, float* out, int threads)> run;
+};
+
+// Defines NAME_cpu, which runs the kernel, and prepare_NAME, which gives its PreparedConv. The shape is `size` numbers.
+template <std::size_t size, typename Shape, typename Kernel>
+void def_conv(py::module_& m, const std::string& name, Shape (*shape_of)(const std::array<std::int64_t, size>&),
+              Kernel kernel) {
+  const auto prepare = [=](Address weights, Address bias, const std::array<std::int64_t, size>& numbers,
+                           const std::array<std::int64_t, 4>& skip_strides, const std::string& activation,
+                           Address slopes) {
+    const Activation function{activation_from_name(activation), pointer<float>(slopes)};
+    return PreparedConv{[=, w = pointer<float>(weights), b = pointer<float>(bias), shape = shape_of(numbers),
+                         strides = image_strides(skip_strides)](const float* x, const float* skip, float* out,
+                                                                int threads) {
+      kernel(x, w, b, skip, out, shape, strides, function, threads);
+    }};
+  };
+  m.def(("prepare_" + name).c_str(), prepare, py::arg("weights"), py::arg("bias"), py::arg("shape"),
+        py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"));
+  m.def(
+      (name + "_cpu").c_str(),
+      [=](Address x, Address weights, Address bias, Address skip, Address out,
+          const std::array<std::int64_t, size>& numbers, const std::array<std::int64_t, 4>& skip_strides,
+          const std::string& activation, Address slopes, int threads) {
+        const PreparedConv conv = prepare(weights, bias, numbers, skip_strides, activation, slopes);
+        py::gil_scoped_release release;
+        conv.run(pointer<float>(x), pointer<float>(skip), pointer<float>(out), threads);
+      },
+      py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
+      py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
 }
 
 }  // namespace
@@ -287,17 +329,17 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x"), py::arg("grad"), py::arg("weight"), py::arg("bias"), py::arg("shape"), py::arg("strides"),
       py::arg("threads"));
 
-  m.def(
-      "pointwise_conv_cpu",
-      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 8>& shape,
-         const std::array<std::int64_t, 4>& skip_strides, const std::string& activation, Address slopes, int threads) {
-        const Activation function{activation_from_name(activation), pointer<float>(slopes)};
-        py::gil_scoped_release release;
-        pointwise_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(skip),
-                           pointer<float>(out), pointwise_shape(shape), image_strides(skip_strides), function, threads);
-      },
-      py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
-      py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
+  py::class_<PreparedConv>(m, "PreparedConv")
+      .def(
+          "__call__",
+          [](const PreparedConv& conv, Address x, Address skip, Address out, int threads) {
+            py::gil_scoped_release release;
+            conv.run(pointer<float>(x), pointer<float>(skip), pointer<float>(out), threads);
+          },
+          py::arg("x"), py::arg("skip"), py::arg("out"), py::arg("threads"));
+  def_conv<8>(m, "pointwise_conv", pointwise_shape, pointwise_conv_cpu);
+  def_conv<12>(m, "depthwise_conv", depthwise_shape, depthwise_conv_cpu);
+  def_conv<13>(m, "stem_conv", stem_shape, stem_conv_cpu);
 
 #ifdef FASTPERC_CUDA
   m.def(

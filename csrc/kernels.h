@@ -5,11 +5,13 @@
 #include <string>
 
 #include "conv3x3.h"
+#include "depthwise_conv.h"
 #include "image_io.h"
 #include "lpips_distance.h"
 #include "norm_relu.h"
 #include "pointwise_conv.h"
 #include "rgb_conv.h"
+#include "stem_conv.h"
 #include "tv_loss.h"
 #include "vgg_loss.h"
 
@@ -102,5 +104,19 @@ void winograd_weight_gradient_cpu(const float* x, const float* grad, float* weig
 void pointwise_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
                         const PointwiseShape& shape, const ImageStrides& skip_strides, const Activation& activation,
                         int threads);
+
+// out [N, H', W', C] = activation(depthwise convolution of x [N, H, W, C] + bias [C] + skip), with packed weights (see
+// depthwise_conv.h). The kernel is 3, 5 or 7 wide, the stride 1 or 2. skip may be null; its channels have stride 1.
+// bias, and slopes of the activation, are filled up to a multiple of a panel. x and out may be different channels of
+// one map.
+void depthwise_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
+                        const DepthwiseShape& shape, const ImageStrides& skip_strides, const Activation& activation,
+                        int threads);
+
+// out [N, H', W', O] = activation(convolution of x [N, H, W, I] + bias [O] + skip), for few input channels, with packed
+// weights (see stem_conv.h). skip may be null; its channels have stride 1. bias, and slopes of the activation, are
+// filled up to a multiple of half a panel. x and out may be different channels of one map.
+void stem_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
+                   const StemShape& shape, const ImageStrides& skip_strides, const Activation& activation, int threads);
 
 }  // namespace fastperc

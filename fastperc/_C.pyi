@@ -165,12 +165,63 @@ def pointwise_conv_cpu(
     bias: int,
     skip: int,
     out: int,
-    shape: tuple[int, int, int, int, int, int, int, int],
+    shape: tuple[int, ...],
     skip_strides: tuple[int, ...],
     activation: str,
     slopes: int,
     threads: int,
 ) -> None: ...
+def depthwise_conv_cpu(
+    x: int,
+    weights: int,
+    bias: int,
+    skip: int,
+    out: int,
+    shape: tuple[int, ...],
+    skip_strides: tuple[int, ...],
+    activation: str,
+    slopes: int,
+    threads: int,
+) -> None: ...
+def stem_conv_cpu(
+    x: int,
+    weights: int,
+    bias: int,
+    skip: int,
+    out: int,
+    shape: tuple[int, ...],
+    skip_strides: tuple[int, ...],
+    activation: str,
+    slopes: int,
+    threads: int,
+) -> None: ...
+class PreparedConv:
+    def __call__(self, x: int, skip: int, out: int, threads: int) -> None: ...
+
+def prepare_pointwise_conv(
+    weights: int,
+    bias: int,
+    shape: tuple[int, ...],
+    skip_strides: tuple[int, ...],
+    activation: str,
+    slopes: int,
+) -> PreparedConv: ...
+def prepare_depthwise_conv(
+    weights: int,
+    bias: int,
+    shape: tuple[int, ...],
+    skip_strides: tuple[int, ...],
+    activation: str,
+    slopes: int,
+) -> PreparedConv: ...
+def prepare_stem_conv(
+    weights: int,
+    bias: int,
+    shape: tuple[int, ...],
+    skip_strides: tuple[int, ...],
+    activation: str,
+    slopes: int,
+) -> PreparedConv: ...
 def tv_loss_partials(shape: tuple[int, int, int, int, int]) -> int: ...
 def tv_loss_fwd_cuda(
     x: int,

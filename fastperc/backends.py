@@ -272,6 +272,11 @@ def remembering(choices: Choices) -> Iterator[None]:
         _record.memory = before
 
 
+def chooses_freely() -> bool:
+    """Whether this thread's choices are neither recorded nor pinned, so that those of an earlier run hold."""
+    return _record.choices is None and not _pinned
+
+
 def at_layer(name: str) -> None:
     """Names the layer whose choices :func:`recorded` receives next."""
     _record.layer = name

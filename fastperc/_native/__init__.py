@@ -4,12 +4,16 @@ Where a function fills a tensor, the caller has allocated it. "Channels-last" me
 """
 
 from fastperc._native.convolutions import (
+    DEPTHWISE_PANEL,
     POINTWISE_PANEL,
+    STEM_PANEL,
     WINOGRAD_PANEL,
+    depthwise_conv,
     pointwise_conv,
     rgb_conv_head,
     rgb_conv_head_winograd,
     rgb_conv_stem_winograd,
+    stem_conv,
     winograd_conv,
     winograd_lanes,
     winograd_weight_gradient,
@@ -41,17 +45,23 @@ from fastperc._native.passes import (
     scale_shift,
     tv_loss_fwd,
 )
+from fastperc._native.prepared import ConvCall, PreparedConv, recorded_calls
 
 __all__ = [
+    "DEPTHWISE_PANEL",
     "DTYPES",
     "PASS_ACTIVATIONS",
     "POINTWISE_PANEL",
+    "STEM_PANEL",
     "WINOGRAD_PANEL",
     "_C",
+    "ConvCall",
+    "PreparedConv",
     "RowLayout",
     "Sides",
     "build_info",
     "channel_mean_m2",
+    "depthwise_conv",
     "image_io",
     "is_channels_last",
     "lpips_distance",
@@ -59,6 +69,7 @@ __all__ = [
     "norm_gradient_sums",
     "pixel_step",
     "pointwise_conv",
+    "recorded_calls",
     "relu_mask_bwd",
     "relu_mask_fwd",
     "relu_pool_bwd",
@@ -69,6 +80,7 @@ __all__ = [
     "rgb_conv_stem_winograd",
     "row_layout",
     "scale_shift",
+    "stem_conv",
     "tv_loss_fwd",
     "why_not",
     "winograd_conv",

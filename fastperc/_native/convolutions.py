@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from fastperc._native.module import _C, DTYPES, activation_arguments, dtype_name, pixel_step, strides_of
-from fastperc.types import Activation, Padding
+from fastperc._native.prepared import ConvConstants, convolve
+from fastperc.types import Activation, Epilogue, Geometry, Padding
 
 WINOGRAD_PANEL = 32  # winograd_panel in csrc/conv3x3.h
 POINTWISE_PANEL = 32  # pointwise_panel in csrc/pointwise_conv.h
+STEM_PANEL = 32  # stem_panel in csrc/stem_conv.h
+DEPTHWISE_PANEL = 16  # depthwise_panel in csrc/depthwise_conv.h
 
 
 def winograd_lanes() -> int:
@@ -128,18 +131,69 @@ def pointwise_conv(
     n, i, h, w = x.shape
     x_step, out_step = pixel_step(x), pixel_step(out)
     assert x_step is not None and out_step is not None, "the pixels are not evenly spaced"
-    _C.pointwise_conv_cpu(
-        x.data_ptr(),
-        weights.data_ptr(),
-        bias.data_ptr(),
-        0 if skip is None else skip.data_ptr(),
-        out.data_ptr(),
-        (n, h, w, i, out.shape[1], stride, x_step, out_step),
-        (0, 0, 0, 0) if skip is None else skip.stride(),
-        kind,
-        0 if slopes is None else slopes.data_ptr(),
-        torch.get_num_threads(),
-    )
+    shape = n, h, w, i, out.shape[1], stride, x_step, out_step
+    convolve("pointwise_conv", x, skip, out, ConvConstants(weights, bias, kind, slopes, shape))
+
+
+def depthwise_conv(
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    geometry: Geometry,
+    skip: Tensor | None,
+    activation: Activation | None,
+    out: Tensor,
+) -> None:
+    """Fills ``out`` with ``activation`` of a depthwise convolution of ``x`` + ``bias`` + ``skip``. All are float32.
+
+    Args:
+        x: [N, C, H, W] whose pixels are evenly spaced, as :func:`pixel_step` has it.
+        weights: packed as csrc/depthwise_conv.h says.
+        bias: [C], filled up with zeros to a multiple of a panel; so are the slopes of the activation.
+        geometry: a stride of 1 or 2, and zeros beyond the border, on no side more than the kernel is wide.
+        skip: of the shape of ``out``, with channels of stride 1, or ``None``.
+        activation: one of ``PASS_ACTIVATIONS``, or ``None``.
+        out: [N, C, H', W'] whose pixels are evenly spaced. It may be other channels of the map that ``x`` is a slice
+            of.
+    """
+    kind, slopes = activation_arguments(activation, len(bias))
+    (n, c, h, w), (_, _, rows, columns) = x.shape, out.shape
+    left, _, top, _ = geometry.padding.sides
+    kernel = math.isqrt(weights.shape[1])
+    x_step, out_step = pixel_step(x), pixel_step(out)
+    assert x_step is not None and out_step is not None, "the pixels are not evenly spaced"
+    shape = n, h, w, c, kernel, geometry.stride, left, top, rows, columns, x_step, out_step
+    convolve("depthwise_conv", x, skip, out, ConvConstants(weights, bias, kind, slopes, shape))
+
+
+def stem_conv(
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor,
+    kernel: int,
+    geometry: Geometry,
+    epilogue: Epilogue,
+) -> None:
+    """Fills ``epilogue.out`` with a convolution of ``x`` from few channels + ``bias``, with skip and activation.
+
+    Args:
+        x: float32 [N, I, H, W] whose pixels are evenly spaced, as :func:`pixel_step` has it.
+        weights: packed as csrc/stem_conv.h says.
+        bias: [O], filled up with zeros to a multiple of half a panel; so are the slopes of the activation.
+        kernel: how many pixels wide and high it is.
+        geometry: a stride, and zeros beyond the border.
+        epilogue: a skip with channels of stride 1, or ``None``; an activation of ``PASS_ACTIVATIONS``, or ``None``;
+            ``out`` float32 [N, O, H', W'] whose pixels are evenly spaced.
+    """
+    skip, out = epilogue.skip, epilogue.out
+    assert out is not None
+    kind, slopes = activation_arguments(epilogue.activation, len(bias))
+    (n, i, h, w), (_, o, rows, columns) = x.shape, out.shape
+    left, _, top, _ = geometry.padding.sides
+    x_step, out_step = pixel_step(x), pixel_step(out)
+    assert x_step is not None and out_step is not None, "the pixels are not evenly spaced"
+    shape = n, h, w, i, o, kernel, geometry.stride, left, top, rows, columns, x_step, out_step
+    convolve("stem_conv", x, skip, out, ConvConstants(weights, bias, kind, slopes, shape))
 
 
 def rgb_conv_head(products: Tensor, bias: Tensor, out: Tensor, left: int, reflect: bool, output: str) -> None:

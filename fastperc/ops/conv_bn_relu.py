@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastperc import backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
-from fastperc.ops import cudnn, onednn, pointwise_conv
+from fastperc.ops import cudnn, depthwise_conv, onednn, pointwise_conv, stem_conv
 from fastperc.ops.common import (
     channels_adjacent,
     channels_last,
@@ -221,6 +221,8 @@ CONV_BN_RELU = register(
             Implementation("native", _winograd(4), _why_not_winograd, _why_slow_winograd_4x4, "winograd_4x4"),
             Implementation("native", _winograd(2), _why_not_winograd, _why_slow_winograd, "winograd"),
             Implementation("native", pointwise_conv.run, pointwise_conv.why_not, pointwise_conv.why_slow, "pointwise"),
+            Implementation("native", depthwise_conv.run, depthwise_conv.why_not, depthwise_conv.why_slow, "depthwise"),
+            Implementation("native", stem_conv.run, stem_conv.why_not, stem_conv.why_slow, "stem"),
             Implementation("native", _onednn, _why_not_onednn, label="onednn"),
             Implementation("native", _cudnn, _why_not_cudnn, label="cudnn"),
             Implementation("reference", _plain),
@@ -231,6 +233,8 @@ CONV_BN_RELU = register(
             *INSTANCE_NORM.sources,
             "fastperc/ops/conv_bn_relu.py",
             *pointwise_conv.SOURCES,
+            *depthwise_conv.SOURCES,
+            *stem_conv.SOURCES,
             "fastperc/ops/onednn.py",
             "fastperc/ops/cudnn.py",
             "kernels/conv_bn_relu.py",

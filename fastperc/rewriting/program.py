@@ -7,8 +7,9 @@ nothing is copied; that is planned for one set of shapes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,9 @@ from fastperc.rewriting.fuse import Group, groups_of
 from fastperc.rewriting.known import Add, Known, Same, Scale
 from fastperc.rewriting.layers import FrozenLayer
 from fastperc.rewriting.places import NOWHERE, Places
+from fastperc.rewriting.replay import Replay, Run
 from fastperc.rewriting.trace import mutates
 from fastperc.types import Activation
-
-Run = Callable[[list[Any]], Any]  # from the values, the value of a step
 
 
 class Network:
@@ -90,7 +90,6 @@ class Program:
         self.network, self._places = network, places
         self._values: list[Any] = [None] * (len(network.nodes) + len(places.buffers))
         self._inputs: list[tuple[int, str]] = []
-        self._implementations: backends.Choices = []
         self._result: Any = None
         inside = {node for last in fused for node in network.groups[last].nodes[:-1]}
         read: list[tuple[str, fx.Node, Run, list[int]]] = []
@@ -106,21 +105,23 @@ class Program:
                 name = network.groups[node].name if node in fused else node.name
                 read.append((name, node, self._run_of(node, node in fused), self._read_by(node, node in fused)))
         self.steps = self._with_last_reads(read)
+        self._replays = [self._replay_of(step, step.node in fused) for step in self.steps]
 
     def __call__(self, arguments: Mapping[str, Any], watch: Callable[[Step, list[Any]], Any] | None = None) -> Any:
         """The network's output for ``arguments`` by name; ``watch`` computes a step's value instead of the step."""
-        with backends.remembering(self._implementations):
-            return self._run(arguments, watch)
+        if watch is None and backends.chooses_freely():
+            return self._run(arguments, self._replays)
+        return self._run(arguments, [step.run if watch is None else partial(watch, step) for step in self.steps])
 
-    def _run(self, arguments: Mapping[str, Any], watch: Callable[[Step, list[Any]], Any] | None) -> Any:
+    def _run(self, arguments: Mapping[str, Any], runs: Sequence[Run]) -> Any:
         values = self._values.copy()
         if self.network.exported:  # which flattens arguments and results
             arguments = dict(zip((name for _, name in self._inputs), tree_leaves(arguments)))
         for number, name in self._inputs:
             values[number] = arguments.get(name)
-        for step in self.steps:
+        for step, run in zip(self.steps, runs):
             backends.at_layer(step.name)
-            values[step.value] = step.run(values) if watch is None else watch(step, values)
+            values[step.value] = run(values)
             for number in step.last_reads:
                 values[number] = None
         result = fx.node.map_arg(self._result, lambda node: values[self.network.number[node]])
@@ -143,6 +144,13 @@ class Program:
     def _read_by(self, node: fx.Node, fused: bool) -> list[int]:
         inputs = self.network.groups[node].inputs if fused else node.all_input_nodes
         return [self.network.number[one] for one in inputs] + self._places.buffers_of(node, len(self.network.nodes))
+
+    def _replay_of(self, step: Step, fused: bool) -> Run:
+        """What runs a step again and again."""
+        if not fused:
+            return step.run
+        group, number = self.network.groups[step.node], self.network.number
+        return Replay(step.run, number[group.x], None if group.skip is None else number[group.skip])
 
     def _run_of(self, node: fx.Node, fused: bool) -> Run:
         number, places, base = self.network.number, self._places, len(self.network.nodes)

@@ -1,0 +1,79 @@
+"""A step of a program that runs again and again: the second run prepares the call of a C++ kernel for the later ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastperc import _native, backends
+
+Run = Callable[[list[Any]], Any]  # from the values, the value of a step
+
+
+class Replay:
+    """Runs a layer for one set of shapes, the first time as it chooses, and then by the same kernels."""
+
+    def __init__(self, run: Run, x: int, skip: int | None) -> None:
+        """
+        Args:
+            run: the layer, which returns new memory.
+            x, skip: the numbers of the layer's inputs among the values; no skip, if the layer has none.
+        """
+        self._layer, self._x, self._skip = run, x, skip
+        self._choices = backends.Choices()
+        self._runs = 0
+        self._prepared: Run | None = None
+
+    def __call__(self, values: list[Any]) -> Any:
+        """The layer's output."""
+        if self._prepared is not None and (y := self._prepared(values)) is not None:
+            return y
+        with backends.remembering(self._choices):
+            self._runs += 1
+            return self._recorded(values) if self._runs == 2 else self._layer(values)
+
+    def _recorded(self, values: list[Any]) -> Any:
+        """The layer's output. If the layer is one call of a C++ kernel and nothing else, the call is prepared."""
+        with _native.recorded_calls() as calls, _Operators() as operators:
+            y = self._layer(values)
+        if len(calls) == 1 and operators.only_allocate and calls[0].out is y:
+            x, skip = values[self._x], None if self._skip is None else values[self._skip]
+            if calls[0].x is x and calls[0].skip is skip:
+                self._prepared = self._with(calls[0])
+        return y
+
+    def _with(self, call: _native.ConvCall) -> Run:
+        """What runs the layer by ``call``; it returns ``None`` for inputs of other strides."""
+        run, x, skip = call.prepared(), self._x, self._skip
+        shape, strides, like = call.out.shape, call.out.stride(), {"dtype": call.out.dtype}
+        x_strides, skip_strides = call.x.stride(), None if call.skip is None else call.skip.stride()
+
+        def without_skip(values: list[Any]) -> Tensor | None:
+            if values[x].stride() != x_strides:
+                return None
+            out = torch.empty_strided(shape, strides, **like)
+            run(values[x], None, out)
+            return out
+
+        def with_skip(values: list[Any]) -> Tensor | None:
+            if values[x].stride() != x_strides or values[skip].stride() != skip_strides:
+                return None
+            out = torch.empty_strided(shape, strides, **like)
+            run(values[x], values[skip], out)
+            return out
+
+        return without_skip if skip is None else with_skip
+
+
+class _Operators(TorchDispatchMode):
+    """Sees which of PyTorch's operators run."""
+
+    only_allocate = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.only_allocate &= func is torch.ops.aten.empty.memory_format
+        return func(*args, **kwargs or {})

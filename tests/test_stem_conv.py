@@ -1,0 +1,178 @@
+"""The first convolutions of frozen networks on a CPU, from few channels, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from frozen import ACTIVATION_NAMES, activations, features, filters
+
+from fastperc import backends, ops, reference
+from fastperc.types import NO_EPILOGUE, RELU, Activation, Epilogue, Geometry, Padding, same_sides
+
+# batch, in, out, kernel, height, width, stride, padding
+CASES = {
+    "B1-I3-O32-K3-H28-W28-stride2": (1, 3, 32, 3, 28, 28, 2, (1, 1, 1, 1)),
+    "B1-I1-O1-K3-H1-W1": (1, 1, 1, 3, 1, 1, 1, (1, 1, 1, 1)),
+    "B2-I3-O5-K3-H5-W4": (2, 3, 5, 3, 5, 4, 1, (1, 1, 1, 1)),
+    "B1-I3-O64-K7-H29-W31-stride2": (1, 3, 64, 7, 29, 31, 2, (3, 3, 3, 3)),
+    "B2-I4-O40-K5-H9-W30": (2, 4, 40, 5, 9, 30, 1, (2, 2, 2, 2)),
+    "B1-I2-O24-K3-H6-W9-no-border": (1, 2, 24, 3, 6, 9, 1, (0, 0, 0, 0)),
+    "B1-I3-O16-K3-H8-W8-stride2-uneven": (1, 3, 16, 3, 8, 8, 2, (0, 1, 0, 1)),
+    "B1-I3-O33-K3-H5-W6-wide-border": (1, 3, 33, 3, 5, 6, 1, (5, 2, 0, 7)),
+    "B1-I3-O16-K4-H8-W12-stride4": (1, 3, 16, 4, 8, 12, 4, (0, 0, 0, 0)),
+}
+
+
+@pytest.fixture(autouse=True)
+def by_stem():
+    with backends.use_implementation("conv_bn_relu", "stem"):
+        yield
+
+
+def arguments(case):
+    n, c_in, c_out, kernel, height, width, stride, sides = CASES[case]
+    x = features(n, c_in, height, width, device="cpu", dtype=torch.float32)
+    weight, bias = filters(c_out, c_in, kernel, kernel, device="cpu", dtype=torch.float32)
+    geometry = Geometry(stride, Padding(sides))
+    return x, weight, bias, geometry, features(*geometry.output_shape(x, weight), device="cpu", dtype=torch.float32)
+
+
+def compare(x, weight, bias, geometry, epilogue):
+    """The result of the kernel, after a comparison with float64."""
+    call = x, weight, bias, geometry, epilogue
+    ours = ops.conv_bn_relu(*call).clone()
+    wide = reference.pad(x.double(), geometry.padding)
+    y = torch.nn.functional.conv2d(wide, weight.double(), bias.double(), geometry.stride)
+    if epilogue.skip is not None:
+        y = y + epilogue.skip.double()
+    expected = activated(y, epilogue.activation)
+    assert ours.shape == expected.shape
+    assert (ours - expected).abs().max() <= 3e-6 * expected.abs().max().clamp_min(1)
+    assert torch.equal(ours, ops.conv_bn_relu(*call))
+    return ours
+
+
+def activated(y, activation):
+    """``y`` after ``activation``, by PyTorch's own functions."""
+    functions = {
+        "relu": torch.relu,
+        "leaky_relu": lambda y: torch.where(y > 0, y, activation.slope * y),
+        "prelu": lambda y: torch.where(y > 0, y, activation.slopes.double().view(1, -1, 1, 1) * y),
+        "relu6": lambda y: y.clamp(0, 6),
+        "silu": lambda y: y * torch.sigmoid(y),
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+    }
+    return y if activation is None else functions[activation.name](y)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("with_skip", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(case, with_skip):
+    *call, skip = arguments(case)
+    compare(*call, Epilogue(activation=RELU, skip=skip if with_skip else None))
+
+
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+@pytest.mark.parametrize("case", ["B1-I3-O32-K3-H28-W28-stride2", "B2-I3-O5-K3-H5-W4", "B2-I4-O40-K5-H9-W30"])
+def test_every_activation(case, name):
+    *call, skip = arguments(case)
+    activation = activations(CASES[case][2])[name]
+    compare(*call, Epilogue(activation=activation))
+    compare(*call, Epilogue(activation=activation, skip=skip))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_number_of_threads_changes_no_bit(case):
+    *call, skip = arguments(case)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(ops.conv_bn_relu(*call, Epilogue(activation=None, skip=skip)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_pixel_is_the_same_wherever_it_lies():
+    x, weight, bias, geometry, _ = arguments("B2-I4-O40-K5-H9-W30")
+    wide = compare(x, weight, bias, geometry, NO_EPILOGUE)
+    for columns in range(5, 20):
+        part = ops.conv_bn_relu(x[..., 5 : 5 + columns], weight, bias, geometry, NO_EPILOGUE)
+        assert torch.equal(part[..., 2:-2], wide[..., 7 : 3 + columns])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_reads_and_writes_slices_of_one_map(stride):
+    x, weight, bias, geometry, _ = arguments("B2-I4-O40-K5-H9-W30")
+    geometry = geometry._replace(stride=stride)
+    out = features(*geometry.output_shape(x, weight), device="cpu", dtype=torch.float32)
+    expected = compare(x, weight, bias, geometry, NO_EPILOGUE)
+    wide = torch.cat([out, out], 1).contiguous(memory_format=torch.channels_last)
+    before = wide.clone()
+    read = torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, 4:]
+    result = ops.conv_bn_relu(read, weight, bias, geometry, NO_EPILOGUE._replace(out=wide[:, 40:]))
+    assert torch.equal(result, expected) and result.data_ptr() == wide[:, 40:].data_ptr()
+    assert torch.equal(wide[:, :40], before[:, :40])
+    if stride == 1:
+        shared = torch.cat([x, out], 1).contiguous(memory_format=torch.channels_last)
+        ops.conv_bn_relu(shared[:, :4], weight, bias, geometry, NO_EPILOGUE._replace(out=shared[:, 4:]))
+        assert torch.equal(shared[:, 4:], expected) and torch.equal(shared[:, :4], x)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+def test_borders_of_pixels(mode):
+    x, weight, bias, geometry, skip = arguments("B2-I4-O40-K5-H9-W30")
+    compare(x, weight, bias, geometry._replace(padding=same_sides(2, mode)), Epilogue(skip=skip))
+
+
+def test_any_layout_of_the_skip_gives_the_same():
+    *call, skip = arguments("B1-I3-O64-K7-H29-W31-stride2")
+    expected = compare(*call, Epilogue(skip=skip))
+    cropped = torch.nn.functional.pad(skip, (1, 2, 2, 1))[:, :, 2:-1, 1:-2]
+    for other in (skip.contiguous(), cropped, cropped.contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(ops.conv_bn_relu(*call, Epilogue(skip=other)), expected)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "prelu", "relu6"])
+def test_nan_stays_nan(name):
+    x, weight, bias, geometry, _ = arguments("B2-I3-O5-K3-H5-W4")
+    x[1, 2, 1, 3] = float("nan")
+    y = ops.conv_bn_relu(x, weight, bias, geometry, Epilogue(activation=activations(5)[name]))
+    expected = torch.zeros_like(y, dtype=torch.bool)
+    expected[1, :, :3, 2:] = True
+    assert torch.equal(y.isnan(), expected)
+
+
+def test_reads_nothing_beyond_the_border():
+    x, weight, bias, geometry, _ = arguments("B1-I3-O64-K7-H29-W31-stride2")
+    expected = compare(x, weight, bias, geometry, Epilogue())
+    around = torch.full((1, 5, 33, 31), float("nan")).contiguous(memory_format=torch.channels_last)
+    inner = around[:, 1:4, 2:31]
+    inner.copy_(x)
+    assert torch.equal(ops.conv_bn_relu(inner, weight, bias, geometry, Epilogue()), expected)
+
+
+def test_packed_weights_follow_weight_bias_and_slopes():
+    x, weight, bias, geometry, _ = arguments("B2-I3-O5-K3-H5-W4")
+    slopes = torch.rand(5)
+    epilogue = Epilogue(activation=Activation("prelu", slopes=slopes))
+    compare(x, weight, bias, geometry, epilogue)
+    for tensor in (weight, bias, slopes):
+        tensor.mul_(-2)
+        compare(x, weight, bias, geometry, epilogue)
+
+
+def test_what_it_leaves_to_others():
+    x, weight, bias, geometry, skip = arguments("B1-I3-O32-K3-H28-W28-stride2")
+    for call in (
+        (x.half(), weight, bias, geometry, Epilogue()),
+        (x, weight[:, :, :1], bias, geometry, Epilogue()),
+        (x, weight, bias, geometry._replace(dilation=2), Epilogue()),
+        (x, weight, bias, geometry, Epilogue(skip=skip[:, :, :1])),
+        (torch.cat([x, x], 1), torch.cat([weight, weight], 1), bias, geometry, Epilogue()),
+    ):
+        with pytest.raises(backends.CannotServe, match="stem: "):
+            backends.OPERATIONS["conv_bn_relu"](*call)
