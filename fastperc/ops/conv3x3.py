@@ -132,15 +132,12 @@ def winograd(
 
 
 class _Conv3x3(torch.autograd.Function):
+    # Without setup_context, for which PyTorch inspects signatures in each call.
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-        return winograd(x, weight, bias, padding)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.padding = inputs
-        ctx.with_bias = bias is not None
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        ctx.padding, ctx.with_bias = padding, bias is not None
         ctx.save_for_backward(x, weight)
+        return winograd(x, weight, bias, padding)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
