@@ -33,6 +33,12 @@ ImageShape image_shape(const std::array<std::int64_t, 4>& s) { return {s[0], s[1
 NormPointers norm_pointers(const std::array<Address, 3>& norm) {
   return {pointer<float>(norm[0]), pointer<float>(norm[1]), pointer<float>(norm[2])};
 }
+Statistics norm_statistics(const std::array<Address, 2>& s, std::int64_t count_step) {
+  return {pointer<double>(s[0]), pointer<double>(s[1]), count_step};
+}
+NormParameters norm_parameters(const std::array<Address, 2>& p, double eps) {
+  return {pointer<float>(p[0]), pointer<float>(p[1]), eps};
+}
 Output output_from_name(const std::string& name) {
   if (name == "tanh") return Output::tanh;
   if (name == "linear") return Output::linear;
@@ -270,18 +276,56 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("skip"), py::arg("out"), py::arg("dtype"),
       py::arg("shape"), py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
   m.def(
+      "norm_from_statistics_cpu",
+      [](const std::array<Address, 2>& statistics, std::int64_t count_step, const std::array<Address, 2>& parameters,
+         double eps, Address norm, std::int64_t images, std::int64_t channels) {
+        norm_from_statistics_cpu(norm_statistics(statistics, count_step), norm_parameters(parameters, eps),
+                                 pointer<float>(norm), images, channels);
+      },
+      py::arg("statistics"), py::arg("count_step"), py::arg("parameters"), py::arg("eps"), py::arg("norm"),
+      py::arg("images"), py::arg("channels"));
+  m.def(
+      "update_running_statistics_cpu",
+      [](const std::array<Address, 2>& statistics, std::int64_t count_step, double share, Address mean,
+         Address variance, std::int64_t channels) {
+        update_running_statistics_cpu(norm_statistics(statistics, count_step), share, pointer<float>(mean),
+                                      pointer<float>(variance), channels);
+      },
+      py::arg("statistics"), py::arg("count_step"), py::arg("share"), py::arg("mean"), py::arg("variance"),
+      py::arg("channels"));
+  m.def(
+      "norm_parameter_gradients_cpu",
+      [](const std::array<Address, 2>& statistics, std::int64_t count_step, double eps, Address sums,
+         std::int64_t rows, Address gradients, std::int64_t images, std::int64_t channels) {
+        norm_parameter_gradients_cpu(norm_statistics(statistics, count_step), eps, pointer<double>(sums), rows,
+                                     pointer<float>(gradients), images, channels);
+      },
+      py::arg("statistics"), py::arg("count_step"), py::arg("eps"), py::arg("sums"), py::arg("rows"),
+      py::arg("gradients"), py::arg("images"), py::arg("channels"));
+  m.def(
+      "norm_gradient_factors_cpu",
+      [](const std::array<Address, 2>& statistics, std::int64_t count_step, const std::array<Address, 2>& parameters,
+         double eps, Address sums, std::int64_t rows, Address factors, std::int64_t images, std::int64_t channels) {
+        norm_gradient_factors_cpu(norm_statistics(statistics, count_step), norm_parameters(parameters, eps),
+                                  pointer<double>(sums), rows, pointer<float>(factors), images, channels);
+      },
+      py::arg("statistics"), py::arg("count_step"), py::arg("parameters"), py::arg("eps"), py::arg("sums"),
+      py::arg("rows"), py::arg("factors"), py::arg("images"), py::arg("channels"));
+  m.def(
       "norm_gradient_sums_cpu",
-      [](Address x, Address grad, const std::array<Address, 3>& norm, Address sums, const std::string& dtype,
-         const std::array<std::int64_t, 4>& shape, const std::string& activation, Address slopes, Address y,
-         Address masked, int threads) {
+      [](Address x, Address grad, const std::array<Address, 3>& norm, Address statistics, Address sums,
+         const std::string& dtype, const std::array<std::int64_t, 4>& shape, const std::string& activation,
+         Address slopes, Address y, Address masked, int threads) {
         const DType type = dtype_from_name(dtype);
         const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;
-        norm_gradient_sums_cpu(pointer<>(x), pointer<>(grad), norm_pointers(norm), pointer<double>(sums), type,
-                               image_shape(shape), function, {pointer<>(y), pointer<>(masked)}, threads);
+        norm_gradient_sums_cpu(pointer<>(x), pointer<>(grad), norm_pointers(norm), pointer<double>(statistics),
+                               pointer<double>(sums), type, image_shape(shape), function,
+                               {pointer<>(y), pointer<>(masked)}, threads);
       },
-      py::arg("x"), py::arg("grad"), py::arg("norm"), py::arg("sums"), py::arg("dtype"), py::arg("shape"),
-      py::arg("activation"), py::arg("slopes"), py::arg("y"), py::arg("masked"), py::arg("threads"));
+      py::arg("x"), py::arg("grad"), py::arg("norm"), py::arg("statistics"), py::arg("sums"), py::arg("dtype"),
+      py::arg("shape"), py::arg("activation"), py::arg("slopes"), py::arg("y"), py::arg("masked"),
+      py::arg("threads"));
   m.def(
       "norm_gradient_cpu",
       [](Address x, Address grad, const std::array<Address, 3>& norm, Address factors, Address out,

@@ -122,10 +122,26 @@ FASTPERC_INLINE void transform_weights(const float* weight, const WeightStrides&
   constexpr int width = tile + 2;
   float taps[9][lanes][panel];
   for (std::int64_t first = 0; first < in; first += lanes) {
-    for (int tap = 0; tap < 9; ++tap) {
-      const float* from = weight + tap / 3 * strides.row + tap % 3 * strides.column + first * strides.in;
+    const auto tap_at = [&](int tap) FASTPERC_INLINE_LAMBDA {
+      return weight + tap / 3 * strides.row + tap % 3 * strides.column + first * strides.in;
+    };
+    if (strides.in == 1 || strides.out == 1) {  // the innermost loop goes along the smallest stride
+      for (int tap = 0; tap < 9; ++tap) {
+        const float* from = tap_at(tap);
+        if (strides.out == 1) {
+          for (std::int64_t i = 0; i < lanes; ++i) std::copy_n(from + i * strides.in, panel, taps[tap][i]);
+        } else {
+          for (std::int64_t o = 0; o < panel; ++o) {
+            FASTPERC_PREFETCH(from + o * strides.out + lanes);
+            for (std::int64_t i = 0; i < lanes; ++i) taps[tap][i][o] = from[o * strides.out + i];
+          }
+        }
+      }
+    } else {
       for (std::int64_t o = 0; o < panel; ++o) {
-        for (std::int64_t i = 0; i < lanes; ++i) taps[tap][i][o] = from[o * strides.out + i * strides.in];
+        for (std::int64_t i = 0; i < lanes; ++i) {
+          for (int tap = 0; tap < 9; ++tap) taps[tap][i][o] = tap_at(tap)[o * strides.out + i * strides.in];
+        }
       }
     }
     for (std::int64_t i = 0; i < lanes; ++i) {

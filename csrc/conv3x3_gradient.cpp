@@ -19,21 +19,19 @@ using namespace winograd;
 
 constexpr std::int64_t points = 16;
 
-// The sums over a chunk of tiles, for a panel of input channels by a panel of output channels.
-struct Partial {
-  float products[points][panel][panel];  // dU
-  float bias[panel];
-};
-
-// A task: a chunk of tiles, a panel of input channels and a panel of output channels.
+// A task: a chunk of tiles, and a block of some panels of input channels by one or two of output channels. A block
+// transforms each tile once for all its panels.
 struct WeightGradient {
   const float *x, *grad;
   WinogradShape shape;
-  std::int64_t first, count;         // of the tiles
-  std::int64_t first_in, first_out;  // of the channels
+  std::int64_t first, count;                     // of the tiles
+  std::int64_t first_in, ins, first_out, outs;  // of the channels
+
+  // The sums of a block are products [points, ins, outs], dU, and bias [outs].
+  std::int64_t floats() const { return (points * ins + 1) * outs; }
 };
 
-// to [16, step] = A dy Aᵀ of a tile, for a panel of output channels.
+// to [16, step] = A dy Aᵀ of a tile, for the output channels of a block.
 template <int lanes>
 FASTPERC_INLINE void transform_gradient(const WeightGradient& task, std::int64_t tile, float* to, std::int64_t step) {
   const WinogradShape& s = task.shape;
@@ -43,7 +41,7 @@ FASTPERC_INLINE void transform_gradient(const WeightGradient& task, std::int64_t
       task.grad + ((p.image * s.out_rows() + p.row) * s.out_columns() + p.column) * s.out + task.first_out;
   const std::int64_t down = s.out_columns() * s.out;
   const Vector<lanes> zero = {};
-  for (std::int64_t o = 0; o < panel; o += lanes) {
+  for (std::int64_t o = 0; o < task.outs; o += lanes) {
     const Vector<lanes> y[2][2] = {{at<lanes>(from + o), has_right ? at<lanes>(from + s.out + o) : zero},
                                    {has_below ? at<lanes>(from + down + o) : zero,
                                     has_below && has_right ? at<lanes>(from + down + s.out + o) : zero}};
@@ -67,100 +65,173 @@ FASTPERC_INLINE void transform_gradient(const WeightGradient& task, std::int64_t
 }
 
 constexpr std::int64_t gradient_tiles = 32;  // transformed and summed at a time
-constexpr std::int64_t gradient_step = gradient_tiles * panel + skew;
+constexpr std::int64_t most_in_panels = 4, most_out_panels = 2;  // of a block, whose sums stay in the L2 cache
 
-template <int lanes, int rows, int vectors>
-FASTPERC_INLINE void add_up(const WeightGradient& task, Partial& partial, float* transformed) {
-  constexpr std::int64_t step = gradient_step;
-  float* gradients = transformed + points * step;
-  std::fill(&partial.products[0][0][0], &partial.products[0][0][0] + points * panel * panel, 0.0f);
-  std::fill(partial.bias, partial.bias + panel, 0.0f);
+constexpr std::int64_t step_of(std::int64_t channels) { return gradient_tiles * channels + skew; }
+
+template <int lanes, int rows, int vectors, int out_panels>
+FASTPERC_INLINE void add_up(const WeightGradient& task, float* sums, float* transformed) {
+  constexpr std::int64_t outs = out_panels * panel, out_step = step_of(outs);
+  const std::int64_t ins = task.ins, in_step = step_of(ins);
+  float *gradients = transformed + points * in_step, *bias = sums + points * ins * outs;
+  std::fill(sums, sums + task.floats(), 0.0f);
   for (std::int64_t done = 0; done < task.count; done += gradient_tiles) {
     const std::int64_t count = std::min(gradient_tiles, task.count - done);
     for (std::int64_t t = 0; t < count; ++t) {
-      transform_tile<lanes, 2>(task.x, task.shape, task.first + done + t, task.first_in, panel, transformed + t * panel,
-                               step, chunk);
-      transform_gradient<lanes>(task, task.first + done + t, gradients + t * panel, step);
+      transform_tile<lanes, 2>(task.x, task.shape, task.first + done + t, task.first_in, ins, transformed + t * ins,
+                               in_step, chunk);
+      transform_gradient<lanes>(task, task.first + done + t, gradients + t * outs, out_step);
     }
     for (std::int64_t i = 0; i < points; ++i) {
-      multiply_rows<lanes, rows, vectors, panel, true, false>(transformed + i * step, {1, panel, gradient_tiles, 0},
-                                                              gradients + i * step, &partial.products[i][0][0], count,
-                                                              panel);
+      multiply_rows<lanes, rows, vectors, outs, true, false>(transformed + i * in_step, {1, ins, gradient_tiles, 0},
+                                                             gradients + i * out_step, sums + i * ins * outs, count,
+                                                             ins);
     }
-    const float* all_four = gradients + 5 * step;  // the sum over the four pixels of each tile
-    for (std::int64_t o = 0; o < panel; o += lanes) {
+    const float* all_four = gradients + 5 * out_step;  // the sum over the four pixels of each tile
+    for (std::int64_t o = 0; o < outs; o += lanes) {
       Vector<lanes> sum = {};
-      for (std::int64_t t = 0; t < count; ++t) sum += at<lanes>(all_four + t * panel + o);
-      at<lanes>(partial.bias + o) += sum;
+      for (std::int64_t t = 0; t < count; ++t) sum += at<lanes>(all_four + t * outs + o);
+      at<lanes>(bias + o) += sum;
     }
   }
 }
 
-// weight = Gᵀ dU G, for a panel of input channels by a panel of output channels.
+// weight = Gᵀ dU G, for a block, from its sums.
 template <int lanes>
-FASTPERC_INLINE void finish_weights(const Partial& sum, float* weight, const WeightStrides& strides) {
-  for (std::int64_t i = 0; i < panel; ++i) {
-    for (std::int64_t o = 0; o < panel; o += lanes) {
-      Vector<lanes> rows[3][4];
+FASTPERC_INLINE void finish_weights(const WeightGradient& task, const float* sums, float* weight,
+                                    const WeightStrides& strides) {
+  const std::int64_t plane = task.ins * task.outs;
+  float taps[9][lanes][panel];  // of some output channels by a panel of input channels
+  for (std::int64_t first = 0; first < task.ins; first += panel) {
+    for (std::int64_t o = 0; o < task.outs; o += lanes) {
+      for (std::int64_t i = 0; i < panel; ++i) {
+        const float* u = sums + (first + i) * task.outs + o;
+        Vector<lanes> rows[3][4];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const Vector<lanes> u0 = at<lanes>(&sum.products[j][i][o]), u1 = at<lanes>(&sum.products[4 + j][i][o]);
-        const Vector<lanes> u2 = at<lanes>(&sum.products[8 + j][i][o]), u3 = at<lanes>(&sum.products[12 + j][i][o]);
-        rows[0][j] = u0 + 0.5f * (u1 + u2);
-        rows[1][j] = 0.5f * (u1 - u2);
-        rows[2][j] = 0.5f * (u1 + u2) + u3;
-      }
-      float taps[9][lanes];
+        for (int j = 0; j < 4; ++j) {
+          const Vector<lanes> u0 = at<lanes>(u + j * plane), u1 = at<lanes>(u + (4 + j) * plane);
+          const Vector<lanes> u2 = at<lanes>(u + (8 + j) * plane), u3 = at<lanes>(u + (12 + j) * plane);
+          rows[0][j] = u0 + 0.5f * (u1 + u2);
+          rows[1][j] = 0.5f * (u1 - u2);
+          rows[2][j] = 0.5f * (u1 + u2) + u3;
+        }
 #pragma GCC unroll 3
-      for (int r = 0; r < 3; ++r) {
-        at<lanes>(taps[3 * r]) = rows[r][0] + 0.5f * (rows[r][1] + rows[r][2]);
-        at<lanes>(taps[3 * r + 1]) = 0.5f * (rows[r][1] - rows[r][2]);
-        at<lanes>(taps[3 * r + 2]) = 0.5f * (rows[r][1] + rows[r][2]) + rows[r][3];
+        for (int r = 0; r < 3; ++r) {
+          const Vector<lanes> made[3] = {rows[r][0] + 0.5f * (rows[r][1] + rows[r][2]),
+                                         0.5f * (rows[r][1] - rows[r][2]),
+                                         0.5f * (rows[r][1] + rows[r][2]) + rows[r][3]};
+#pragma GCC unroll 3
+          for (int c = 0; c < 3; ++c) {
+            float values[lanes];
+            at<lanes>(values) = made[c];
+            for (int lane = 0; lane < lanes; ++lane) taps[3 * r + c][lane][i] = values[lane];
+          }
+        }
       }
-      for (std::int64_t lane = 0; lane < lanes; ++lane) {
-        float* to = weight + (o + lane) * strides.out + i * strides.in;
-        for (int tap = 0; tap < 9; ++tap) to[tap / 3 * strides.row + tap % 3 * strides.column] = taps[tap][lane];
+      for (std::int64_t lane = 0; lane < lanes; ++lane) {  // along the smaller strides, those of taps or of channels
+        float* to = weight + (task.first_out + o + lane) * strides.out + (task.first_in + first) * strides.in;
+        if (strides.in == 1) {
+          for (int tap = 0; tap < 9; ++tap) {
+            std::copy_n(taps[tap][lane], panel, to + tap / 3 * strides.row + tap % 3 * strides.column);
+          }
+        } else {
+          for (std::int64_t i = 0; i < panel; ++i) {
+            for (int tap = 0; tap < 9; ++tap) {
+              to[i * strides.in + tap / 3 * strides.row + tap % 3 * strides.column] = taps[tap][lane][i];
+            }
+          }
+        }
       }
     }
   }
 }
 
-#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                           \
-  attributes void gradient_chunk(const WeightGradient& task, Partial& partial, float* transformed) { \
-    add_up<lanes, rows, vectors>(task, partial, transformed);                                        \
-  }                                                                                                  \
-  attributes void gradient_panel(const Partial& sum, float* weight, const WeightStrides& strides) {  \
-    finish_weights<lanes>(sum, weight, strides);                                                     \
+#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                             \
+  attributes void gradient_chunk(const WeightGradient& task, float* sums, float* transformed) {        \
+    if (task.outs == panel) {                                                                          \
+      add_up<lanes, rows, vectors, 1>(task, sums, transformed);                                        \
+    } else {                                                                                           \
+      add_up<lanes, rows, vectors, 2>(task, sums, transformed);                                        \
+    }                                                                                                  \
+  }                                                                                                    \
+  attributes void gradient_block(const WeightGradient& task, const float* sums, float* weight,         \
+                                 const WeightStrides& strides) {                                       \
+    finish_weights<lanes>(task, sums, weight, strides);                                                \
   }
 FASTPERC_VERSIONS(FASTPERC_VERSION)
+
+// The blocks of a gradient: some panels of input channels by some of output channels.
+struct Blocks {
+  std::int64_t in_panels, out_panels, down, across;
+
+  Blocks(const WinogradShape& shape, std::int64_t chunks, int threads)
+      : in_panels(shape.in / panel), out_panels(shape.out / panel) {
+    across = (out_panels + most_out_panels - 1) / most_out_panels;
+    std::int64_t most = most_in_panels;  // fewer, where several threads would have less than two blocks each
+    while (most > 1 && (in_panels + most - 1) / most * across * chunks < 2 * threads) most /= 2;
+    down = (in_panels + most - 1) / most;
+  }
+  std::int64_t count() const { return down * across; }
+
+  // A block of equal shares, in channels.
+  void place(std::int64_t block, WeightGradient& task) const {
+    const std::int64_t row = block % down, column = block / down;
+    task.first_in = row * in_panels / down * panel;
+    task.ins = (row + 1) * in_panels / down * panel - task.first_in;
+    task.first_out = column * out_panels / across * panel;
+    task.outs = (column + 1) * out_panels / across * panel - task.first_out;
+  }
+};
 
 }  // namespace
 
 void winograd_weight_gradient_cpu(const float* x, const float* grad, float* weight, float* bias,
                                   const WinogradShape& shape, const WeightStrides& strides, int threads) {
-  constexpr std::int64_t most_partials = 512;  // 33 MB
-  const std::int64_t tiles = shape.tiles(), ins = shape.in / panel, outs = shape.out / panel;
-  const std::int64_t most_chunks = std::clamp<std::int64_t>(most_partials / (ins * outs), 1, 8);
+  constexpr std::int64_t most_sums = 128;  // of a panel by a panel, 8 MB
+  const std::int64_t tiles = shape.tiles(), panels = shape.in / panel * (shape.out / panel);
+  const std::int64_t most_chunks = std::clamp<std::int64_t>(most_sums / panels, 1, 8);
   const std::int64_t per_chunk = std::max<std::int64_t>((tiles + most_chunks - 1) / most_chunks, 1024);
   const std::int64_t chunks = std::max<std::int64_t>((tiles + per_chunk - 1) / per_chunk, 1);
-  const std::unique_ptr<Partial[]> partials(new Partial[chunks * ins * outs]);  // [chunks, outs, ins]
-  take_turns(chunks * outs * ins, threads, [&](std::int64_t task) {
-    const std::int64_t first = task / (outs * ins) * per_chunk;
-    const std::int64_t first_in = task % ins * panel, first_out = task / ins % outs * panel;
-    gradient_chunk({x, grad, shape, first, std::min(per_chunk, tiles - first), first_in, first_out}, partials[task],
-                   scratch(2 * points * gradient_step));
+  const Blocks blocks(shape, chunks, threads);
+  const auto task_of = [&](std::int64_t block, std::int64_t index) {
+    const std::int64_t first = index * per_chunk;
+    WeightGradient task{x, grad, shape, first, std::min(per_chunk, tiles - first), 0, 0, 0, 0};
+    blocks.place(block, task);
+    return task;
+  };
+  const auto finish = [&](const WeightGradient& task, const float* sums) {
+    gradient_block(task, sums, weight, strides);
+    const float* of_bias = sums + points * task.ins * task.outs;
+    if (bias && task.first_in == 0) std::copy_n(of_bias, task.outs, bias + task.first_out);
+  };
+  constexpr std::int64_t most_in = most_in_panels * panel, most_out = most_out_panels * panel;
+  constexpr std::int64_t most_floats = (points * most_in + 1) * most_out;
+  constexpr std::int64_t most_transformed = points * (step_of(most_in) + step_of(most_out));
+  if (chunks == 1) {
+    take_turns(blocks.count(), threads, [&](std::int64_t block) {
+      const WeightGradient task = task_of(block, 0);
+      float* sums = scratch(most_floats + most_transformed);
+      gradient_chunk(task, sums, sums + most_floats);
+      finish(task, sums);
+    });
+    return;
+  }
+  const std::unique_ptr<float[]> all_sums(new float[chunks * blocks.count() * most_floats]);
+  const auto sums_of = [&](std::int64_t block, std::int64_t index) {
+    return all_sums.get() + (index * blocks.count() + block) * most_floats;
+  };
+  take_turns(chunks * blocks.count(), threads, [&](std::int64_t i) {
+    const std::int64_t block = i % blocks.count(), index = i / blocks.count();
+    gradient_chunk(task_of(block, index), sums_of(block, index), scratch(most_transformed));
   });
-  parallel_for(outs * ins, threads, [&](std::int64_t task) {
-    Partial& sum = partials[task];
-    constexpr std::int64_t floats = sizeof(Partial) / sizeof(float);
-    float* to = reinterpret_cast<float*>(&sum);
-    for (std::int64_t chunk = 1; chunk < chunks; ++chunk) {
-      const float* from = reinterpret_cast<const float*>(&partials[chunk * outs * ins + task]);
-      for (std::int64_t i = 0; i < floats; ++i) to[i] += from[i];
+  parallel_for(blocks.count(), threads, [&](std::int64_t block) {
+    const WeightGradient task = task_of(block, 0);
+    float* to = sums_of(block, 0);
+    for (std::int64_t index = 1; index < chunks; ++index) {
+      const float* from = sums_of(block, index);
+      for (std::int64_t i = 0; i < task.floats(); ++i) to[i] += from[i];
     }
-    const std::int64_t first_in = task % ins * panel, first_out = task / ins * panel;
-    gradient_panel(sum, weight + first_out * strides.out + first_in * strides.in, strides);
-    if (bias && first_in == 0) std::copy(sum.bias, sum.bias + panel, bias + first_out);
+    finish(task, to);
   });
 }
 

@@ -72,12 +72,27 @@ void scale_shift_cpu(const void* x, const float* scale, const float* shift, cons
                      const ImageShape& shape, const ImageStrides& skip_strides, const Activation& activation,
                      int threads);
 
+// norm [3, N, C] = mean, scale and shift of a norm with these statistics.
+void norm_from_statistics_cpu(const Statistics& statistics, const NormParameters& parameters, float* norm,
+                              std::int64_t images, std::int64_t channels);
+// Moves the running mean and variance [C] of a batch norm by `share` towards those of the statistics; a channel without
+// values keeps its own.
+void update_running_statistics_cpu(const Statistics& statistics, double share, float* mean, float* variance,
+                                   std::int64_t channels);
+
 // The sums that the backward of out = activation(x · scale + shift + skip) needs: sums [N, 2, C] = Σ g and
-// Σ g · (x − mean), where g is grad [N, H, W, C] through the activation. With slopes there is a third row: the gradient
-// of the slopes. It is right without a skip only.
-void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers& norm, double* sums, DType dtype,
-                            const ImageShape& shape, const Activation& activation, const GradientExtras& extras,
-                            int threads);
+// Σ g · (x − mean), where g is grad [N, H, W, C] through the activation, and the mean that of statistics [N, 2, C],
+// which has more digits than norm. With slopes there is a third row: the gradient of the slopes. It is right without a
+// skip only.
+void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers& norm, const double* statistics,
+                            double* sums, DType dtype, const ImageShape& shape, const Activation& activation,
+                            const GradientExtras& extras, int threads);
+// gradients [2 or 3, C], of weight, bias and slopes, from sums [N, rows, C]; rows is 2, or 3 with slopes.
+void norm_parameter_gradients_cpu(const Statistics& statistics, double eps, const double* sums, std::int64_t rows,
+                                  float* gradients, std::int64_t images, std::int64_t channels);
+// factors [N, 3, C], for norm_gradient_cpu, from sums [N, rows, C] over all values that the statistics are of.
+void norm_gradient_factors_cpu(const Statistics& statistics, const NormParameters& parameters, const double* sums,
+                               std::int64_t rows, float* factors, std::int64_t images, std::int64_t channels);
 // out [N, H, W, C] = g · factors[:, 0] + (x − mean) · factors[:, 1] + factors[:, 2], with factors [N, 3, C].
 void norm_gradient_cpu(const void* x, const void* grad, const NormPointers& norm, const float* factors, void* out,
                        DType dtype, const ImageShape& shape, const Activation& activation, int threads);

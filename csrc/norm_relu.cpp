@@ -263,9 +263,65 @@ void scale_shift_cpu(const void* x, const float* scale, const float* shift, cons
   });
 }
 
-void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers& norm, double* sums, DType dtype,
-                            const ImageShape& shape, const Activation& activation, const GradientExtras& extras,
-                            int threads) {
+void norm_from_statistics_cpu(const Statistics& of, const NormParameters& parameters, float* norm, std::int64_t images,
+                              std::int64_t channels) {
+  float *mean = norm, *scale = norm + images * channels, *shift = norm + 2 * images * channels;
+  for (std::int64_t i = 0; i < images * channels; ++i) {
+    const std::int64_t c = i % channels;
+    const double factor = of.inverse(i / channels, c, channels, parameters.eps) * parameters.weight_of(c);
+    mean[i] = static_cast<float>(of.mean(i / channels, c, channels));
+    scale[i] = static_cast<float>(factor);
+    shift[i] = static_cast<float>((parameters.bias ? parameters.bias[c] : 0.0) -
+                                  of.mean(i / channels, c, channels) * factor);
+  }
+}
+
+void update_running_statistics_cpu(const Statistics& of, double share, float* mean, float* variance,
+                                   std::int64_t channels) {
+  for (std::int64_t c = 0; c < channels; ++c) {
+    if (of.count(c) <= 0) continue;
+    const double unbiased = of.mean_m2[channels + c] / std::max(of.count(c) - 1, 1.0);
+    mean[c] = static_cast<float>(mean[c] + share * (of.mean(0, c, channels) - mean[c]));
+    variance[c] = static_cast<float>(variance[c] + share * (unbiased - variance[c]));
+  }
+}
+
+void norm_gradient_factors_cpu(const Statistics& of, const NormParameters& parameters, const double* sums,
+                               std::int64_t rows, float* factors, std::int64_t images, std::int64_t channels) {
+  for (std::int64_t image = 0; image < images; ++image) {
+    const double *total = sums + image * rows * channels, *product = total + channels;
+    float* to = factors + image * 3 * channels;
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const double inverse = of.inverse(image, c, channels, parameters.eps), count = of.count(c);
+      const double scale = inverse * parameters.weight_of(c), mean = of.mean(image, c, channels);
+      const double of_x = -scale * inverse * inverse * product[c] / count;
+      to[c] = static_cast<float>(scale);
+      to[channels + c] = static_cast<float>(of_x);
+      to[2 * channels + c] =
+          static_cast<float>(-scale * total[c] / count - of_x * (mean - static_cast<float>(mean)));
+    }
+  }
+}
+
+void norm_parameter_gradients_cpu(const Statistics& of, double eps, const double* sums, std::int64_t rows,
+                                  float* gradients, std::int64_t images, std::int64_t channels) {
+  for (std::int64_t c = 0; c < channels; ++c) {
+    double weight = 0, bias = 0, slope = 0;
+    for (std::int64_t image = 0; image < images; ++image) {
+      const double* total = sums + image * rows * channels + c;
+      weight += total[channels] * of.inverse(image, c, channels, eps);
+      bias += total[0];
+      if (rows == 3) slope += total[2 * channels];
+    }
+    gradients[c] = static_cast<float>(weight);
+    gradients[channels + c] = static_cast<float>(bias);
+    if (rows == 3) gradients[2 * channels + c] = static_cast<float>(slope);
+  }
+}
+
+void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers& norm, const double* statistics,
+                            double* sums, DType dtype, const ImageShape& shape, const Activation& activation,
+                            const GradientExtras& extras, int threads) {
   const Tasks tasks(shape);
   const std::int64_t channels = shape.channels, total = shape.images * tasks.per_image;
   const std::int64_t row = (activation.kind == ActivationKind::slopes ? 3 : 2) * channels;
@@ -286,6 +342,11 @@ void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers&
   for (std::int64_t task = 0; task < total; ++task) {  // in order: the number of threads does not change the result
     double* image_sums = sums + tasks.image(task) * row;
     for (std::int64_t c = 0; c < row; ++c) image_sums[c] += partials[task * row + c];
+  }
+  for (std::int64_t i = 0; i < shape.images * channels; ++i) {  // the part of the mean that float32 cannot hold
+    const std::int64_t image = i / channels, c = i % channels;
+    const double residue = statistics[image * 2 * channels + c] - norm.mean[i];
+    sums[image * row + channels + c] -= residue * sums[image * row + c];
   }
 }
 

@@ -1,6 +1,7 @@
 // The mean of a norm, and the scale and shift that it made of its statistics and parameters; the activation after it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -29,6 +30,29 @@ struct NormPointers {
   NormPointers of_image(std::int64_t image, std::int64_t channels) const {
     return {mean + image * channels, scale + image * channels, shift + image * channels};
   }
+};
+
+// Statistics of each channel of each image: mean and Σ (x − mean)² [N, 2, C] of `counts` [C] values. If `count_step` is
+// 0, the first count is that of all channels.
+struct Statistics {
+  const double *mean_m2, *counts;
+  std::int64_t count_step;
+
+  double count(std::int64_t c) const { return counts[c * count_step]; }
+  double mean(std::int64_t image, std::int64_t c, std::int64_t channels) const {
+    return mean_m2[image * 2 * channels + c];
+  }
+  // One over the standard deviation.
+  double inverse(std::int64_t image, std::int64_t c, std::int64_t channels, double eps) const {
+    return 1 / std::sqrt(mean_m2[(image * 2 + 1) * channels + c] / count(c) + eps);
+  }
+};
+
+struct NormParameters {
+  const float *weight, *bias;  // [C] each, may be null
+  double eps;
+
+  double weight_of(std::int64_t c) const { return weight ? weight[c] : 1.0; }
 };
 
 // What the backward of an activation after a skip needs beside the rest. Both are null if there is no skip.

@@ -103,10 +103,44 @@ def scale_shift_cpu(
     slopes: int,
     threads: int,
 ) -> None: ...
+def norm_from_statistics_cpu(
+    statistics: tuple[int, int],
+    count_step: int,
+    parameters: tuple[int, int],
+    eps: float,
+    norm: int,
+    images: int,
+    channels: int,
+) -> None: ...
+def update_running_statistics_cpu(
+    statistics: tuple[int, int], count_step: int, share: float, mean: int, variance: int, channels: int
+) -> None: ...
+def norm_parameter_gradients_cpu(
+    statistics: tuple[int, int],
+    count_step: int,
+    eps: float,
+    sums: int,
+    rows: int,
+    gradients: int,
+    images: int,
+    channels: int,
+) -> None: ...
+def norm_gradient_factors_cpu(
+    statistics: tuple[int, int],
+    count_step: int,
+    parameters: tuple[int, int],
+    eps: float,
+    sums: int,
+    rows: int,
+    factors: int,
+    images: int,
+    channels: int,
+) -> None: ...
 def norm_gradient_sums_cpu(
     x: int,
     grad: int,
     norm: tuple[int, int, int],
+    statistics: int,
     sums: int,
     dtype: str,
     shape: tuple[int, int, int, int],

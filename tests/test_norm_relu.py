@@ -171,7 +171,9 @@ def chosen(call):
     return [choice.implementation for choice in choices if choice.operation == "norm_relu"]
 
 
-@pytest.mark.parametrize("cause", ["eval", "NCHW", "subclass", "hook", "dtype of the skip", "fp64", "small", "few"])
+@pytest.mark.parametrize(
+    "cause", ["eval", "NCHW", "subclass", "hook", "dtype of the skip", "fp64", "small", "small and bare", "few"]
+)
 def test_the_rest_is_plain_pytorch(cause):
     norm, x, activation, skip = nn.BatchNorm2d(4), features((1, 4, 800, 700)), RELU, None
     if cause == "eval":
@@ -187,7 +189,9 @@ def test_the_rest_is_plain_pytorch(cause):
     elif cause == "fp64":
         norm, x = norm.double(), x.double()
     elif cause == "small":
-        x, activation = features((1, 4, 40, 40)), None
+        x = features((1, 4, 40, 40))
+    elif cause == "small and bare":
+        x, activation = features((1, 4, 400, 400)), None
     elif cause == "few":
         norm, x = norm_of("instance", 4), features((4, 4, 3, 5))
     stock = copy.deepcopy(norm)
@@ -227,7 +231,8 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_train_as_their_stock_selves(name, monkeypatch):
-    monkeypatch.setattr(import_module("fastperc.ops.norm_relu"), "FEWEST_ELEMENTS", 0)
+    for fewest in ("FEWEST_ELEMENTS", "FEWEST_FUSED_ELEMENTS"):
+        monkeypatch.setattr(import_module("fastperc.ops.norm_relu"), fewest, 0)
     module = MODULES[name]().to(memory_format=torch.channels_last)
     x = features((2, 3, 17, 12))
     results = []

@@ -1,4 +1,4 @@
-"""Passes over tensors: losses, poolings, norms, images."""
+"""Passes over tensors: losses, poolings, images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from torch import Tensor
 from fastperc._native.module import (
     _C,
     DTYPES,
-    activation_arguments,
     dtype_name,
     image_shape,
     is_channels_last,
     strides_of,
 )
-from fastperc.types import Activation, Window
+from fastperc.types import Window
 
 Sides = tuple[Tensor | None, Tensor | None]
 
@@ -150,97 +149,3 @@ def image_io(image: Tensor, window: Window, scale: float, shift: float, out: Ten
         shift,
         torch.get_num_threads(),
     )
-
-
-def channel_mean_m2(x: Tensor) -> Tensor:
-    """The mean and Σ (x - mean)² of each channel of each image of ``x``, channels-last: float64 [N, 2, C]."""
-    statistics = torch.empty(len(x), 2, x.shape[1], dtype=torch.float64)
-    pointers = x.data_ptr(), statistics.data_ptr()
-    _C.channel_statistics_cpu(*pointers, DTYPES[x.dtype], image_shape(x), torch.get_num_threads())
-    return statistics
-
-
-def scale_shift(
-    x: Tensor, scale: Tensor, shift: Tensor, skip: Tensor | None, activation: Activation | None, out: Tensor
-) -> None:
-    """Fills ``out`` with ``activation`` of ``x`` · ``scale`` + ``shift`` + ``skip``.
-
-    Args:
-        x: [N, C, H, W], channels-last.
-        scale, shift: float32 [N, C].
-        skip: [N, C, H, W] whose channels have stride 1, or ``None``.
-        activation: one of ``PASS_ACTIVATIONS``, or ``None``.
-        out: of the shape, dtype and strides of ``x``; may be ``x``.
-    """
-    assert out.stride() == x.stride() and (skip is None or skip.stride(1) == 1 or skip.shape[1] == 1)
-    kind, slopes = activation_arguments(activation, x.shape[1])
-    _C.scale_shift_cpu(
-        x.data_ptr(),
-        scale.data_ptr(),
-        shift.data_ptr(),
-        _pointer(skip),
-        out.data_ptr(),
-        DTYPES[x.dtype],
-        image_shape(x),
-        (0, 0, 0, 0) if skip is None else strides_of(skip),
-        kind,
-        _pointer(slopes),
-        torch.get_num_threads(),
-    )
-
-
-def norm_gradient_sums(
-    x: Tensor,
-    grad: Tensor,
-    norm: tuple[Tensor, Tensor, Tensor],
-    activation: Activation | None,
-    y: Tensor | None = None,
-    masked: Tensor | None = None,
-) -> Tensor:
-    """The sums Σ g and Σ g · (``x`` - mean) over each channel of each image: float64 [N, 2, C].
-
-    g is the gradient before ``activation``, from ``grad`` after it. With slopes, the result has a third row: their
-    gradient.
-
-    Args:
-        x, grad: [N, C, H, W], channels-last.
-        norm: mean, scale and shift, float32 [N, C] each.
-        activation: as :func:`scale_shift` takes it.
-        y: after a skip, the result of :func:`scale_shift`, whose sign says what the activation did. The row of the
-            slopes is wrong then.
-        masked: after a skip, receives g. Both are as ``x``.
-    """
-    kind, slopes = activation_arguments(activation, x.shape[1])
-    sums = torch.empty(len(x), 2 if slopes is None else 3, x.shape[1], dtype=torch.float64)
-    pointers = x.data_ptr(), grad.data_ptr(), _pointers(norm), sums.data_ptr()
-    extras = kind, _pointer(slopes), _pointer(y), _pointer(masked)
-    assert (y is None) == (masked is None)
-    _C.norm_gradient_sums_cpu(*pointers, DTYPES[x.dtype], image_shape(x), *extras, torch.get_num_threads())
-    return sums
-
-
-def norm_gradient(
-    x: Tensor,
-    grad: Tensor,
-    norm: tuple[Tensor, Tensor, Tensor],
-    factors: Tensor,
-    activation: Activation | None,
-    out: Tensor,
-) -> None:
-    """Fills ``out`` with g · ``factors[:, 0]`` + (``x`` - mean) · ``factors[:, 1]`` + ``factors[:, 2]``.
-
-    ``factors`` is float32 [N, 3, C]. g and the other arguments are those of :func:`norm_gradient_sums`.
-    """
-    kind, slopes = activation_arguments(activation, x.shape[1])
-    pointers = x.data_ptr(), grad.data_ptr(), _pointers(norm), factors.data_ptr(), out.data_ptr()
-    common = DTYPES[x.dtype], image_shape(x), kind, _pointer(slopes), torch.get_num_threads()
-    _C.norm_gradient_cpu(*pointers, *common)
-
-
-def _pointers(norm: tuple[Tensor, Tensor, Tensor]) -> tuple[int, int, int]:
-    mean, scale, shift = norm
-    return mean.data_ptr(), scale.data_ptr(), shift.data_ptr()
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

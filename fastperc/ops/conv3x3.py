@@ -29,7 +29,7 @@ from fastperc.ops.common import (
 from fastperc.types import NO_EPILOGUE, RELU, Epilogue
 
 FEWEST_PIXELS = 128  # of all images: with fewer, transforming the weights takes longer than the products save
-PIXELS_A_CHANNEL = 2  # the same in training, where weights are transformed twice in each step
+PIXELS_A_CHANNEL = 0.5  # the same in training, where weights are transformed twice in each step
 FEWEST_LANES = 8  # floats in a register, as AVX2 has; with fewer no gain was measured
 WIDEST_PADDING = 2  # the input's gradient is a convolution with a padding of 2 - padding
 
@@ -80,10 +80,12 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> st
 
 
 def _why_slow(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> str | None:
-    pixels, channels = len(x) * (x.shape[2] + 2 * padding - 2) * (x.shape[3] + 2 * padding - 2), max(weight.shape[:2])
-    if pixels < PIXELS_A_CHANNEL * channels:
-        return f"fewer than {PIXELS_A_CHANNEL * channels} pixels for {channels} channels"
-    return why_slow_winograd(pixels)
+    return why_slow_winograd(_pixels(x, padding))
+
+
+def _pixels(x: Tensor, padding: int) -> int:
+    """Of the output, of all images."""
+    return len(x) * (x.shape[2] + 2 * padding - 2) * (x.shape[3] + 2 * padding - 2)
 
 
 def winograd(
@@ -132,28 +134,27 @@ def winograd(
 
 
 class _Conv3x3(torch.autograd.Function):
+    # Without setup_context, for which PyTorch inspects signatures in each call.
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-        return winograd(x, weight, bias, padding)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.padding = inputs
-        ctx.with_bias = bias is not None
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        ctx.padding, ctx.with_bias = padding, bias is not None
         ctx.save_for_backward(x, weight)
+        if _few_pixels(x, weight, padding):
+            return channels_last(F.conv2d(x, weight, bias, padding=padding))
+        return winograd(x, weight, bias, padding)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # to be differentiated again
-            padding, sizes = [ctx.padding] * 2, [len(weight)] if ctx.with_bias else None
-            convolution = (sizes, [1, 1], padding, [1, 1], False, [0, 0], 1)
-            needed = [needs_x, needs_weight, needs_bias]
-            return *torch.ops.aten.convolution_backward(grad, x, weight, *convolution, needed), None
+            return *_library_gradients(ctx, grad, x, weight, [needs_x, needs_weight, needs_bias]), None
 
-        grad = channels_last(grad)
-        grad_x = winograd(grad, weight, None, 2 - ctx.padding, turned=True) if needs_x else None
+        grad, grad_x = channels_last(grad), None
+        if needs_x and _few_pixels(x, weight, ctx.padding):
+            grad_x, *_ = _library_gradients(ctx, grad, x, weight, [True, False, False])
+        elif needs_x:
+            grad_x = winograd(grad, weight, None, 2 - ctx.padding, turned=True)
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_bias = weight.new_empty(len(weight)) if needs_bias else None
         if grad_weight is not None:
@@ -161,6 +162,17 @@ class _Conv3x3(torch.autograd.Function):
         elif grad_bias is not None:
             torch.sum(grad, (0, 2, 3), out=grad_bias)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _few_pixels(x: Tensor, weight: Tensor, padding: int) -> bool:
+    """Whether the library computes the output and the gradient of ``x``, and Winograd that of the weights alone."""
+    return _pixels(x, padding) < PIXELS_A_CHANNEL * max(weight.shape[:2])
+
+
+def _library_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, ...]:
+    sizes = [len(weight)] if ctx.with_bias else None
+    convolution = (sizes, [1, 1], [ctx.padding] * 2, [1, 1], False, [0, 0], 1)
+    return torch.ops.aten.convolution_backward(grad, x, weight, *convolution, needed)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:

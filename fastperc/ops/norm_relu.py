@@ -35,6 +35,7 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.InstanceNorm2d)
 FEWEST_VALUES = 16  # of a channel
 FEWEST_ELEMENTS = 2_000_000  # with fewer, PyTorch's own single pass takes less time than the calls around these
+FEWEST_FUSED_ELEMENTS = 250_000  # the same where a batch norm has a skip or an activation after it
 
 
 def norm_relu(x: Tensor, norm: Any, activation: Activation | None = RELU, skip: Tensor | None = None) -> Tensor:
@@ -74,7 +75,11 @@ def group_of(norm: nn.Module) -> dist.ProcessGroup | None:
 
 def _plain(x: Tensor, norm: Any, activation: Activation | None, skip: Tensor | None) -> Tensor:
     y = x if norm is None else _plain_norm(x, norm)
-    return reference.activate(y if skip is None else y + skip, activation)
+    if type(norm) is not nn.BatchNorm2d or has_hooks(norm):
+        return reference.activate(y if skip is None else y + skip, activation)
+    if skip is not None:  # in place: nothing else reads y, and its own gradient does not need it
+        y = y.add_(skip) if (skip.shape, skip.dtype) == (y.shape, y.dtype) else y + skip
+    return y.relu_() if activation is not None and activation.name == "relu" else reference.activate(y, activation)
 
 
 def _plain_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -131,40 +136,36 @@ def _why_not_norm(norm: Any) -> str | None:
 
 
 def _why_slow_native(x: Tensor, norm: Any, activation: Activation | None, skip: Tensor | None) -> str | None:
-    if x.numel() >= FEWEST_ELEMENTS or group_of(norm) is not None:
+    fewest = FEWEST_ELEMENTS if (activation is None and skip is None) or norm is None else FEWEST_FUSED_ELEMENTS
+    if x.numel() >= fewest or type(norm) is nn.InstanceNorm2d or group_of(norm) is not None:
         return None
-    if norm is None:
-        return f"a skip of fewer than {FEWEST_ELEMENTS:,} elements"
-    bare = isinstance(norm, BATCH_NORMS) and activation is None and skip is None
-    return f"a batch norm of fewer than {FEWEST_ELEMENTS:,} elements, and nothing after it" if bare else None
+    return f"a {'skip' if norm is None else 'batch norm'} of fewer than {fewest:,} elements"
 
 
 def _native_norm_relu(x: Tensor, norm: Any, activation: Activation | None, skip: Tensor | None) -> Tensor:
     if norm is None:
         return _SkipActivation.apply(x, skip, activation)
-    options = _Options(norm.eps, activation, type(norm) in BATCH_NORMS, group_of(norm))
+    options = _Options(norm.eps, activation, norm if type(norm) in BATCH_NORMS else None, group_of(norm))
     slopes = None if activation is None else activation.slopes
-    y, statistics, count = _NormReLU.apply(x, norm.weight, norm.bias, slopes, skip, options)
-    if isinstance(norm, BATCH_NORMS) and norm.track_running_stats:
-        update_running_statistics(norm, statistics, count)
-    return y
+    return _NormReLU.apply(x, norm.weight, norm.bias, slopes, skip, options)
 
 
-def update_running_statistics(norm: _BatchNorm, statistics: Tensor, count: int | Tensor) -> None:
-    """Updates a batch norm's running statistics by the mean and Σ (x - mean)² [1, 2, C] of ``count`` values.
+def update_running_statistics(norm: _BatchNorm, statistics: Tensor, count: Tensor) -> None:
+    """Updates a batch norm's running statistics by the mean and Σ (x - mean)² of ``count`` values a channel.
 
-    ``count`` is an integer, or [C]; where it is 0 they stay as they are.
+    ``statistics`` is [1, 2, C], and ``count`` [1] or [C]. Where ``count`` is 0 they stay as they are.
     """
-    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-    mean, m2 = statistics[0]
+    mean, variance, batches = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert mean is not None and variance is not None and batches is not None
     with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        share: Any = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
-        if isinstance(count, Tensor):
-            share = share * (count > 0).to(norm.running_mean)
-            count = count.clamp(min=2)
-        norm.running_mean.lerp_(mean.to(norm.running_mean), share)
-        norm.running_var.lerp_((m2 / (count - 1)).to(norm.running_var), share)
+        batches.add_(1)
+        share: Any = 1 / batches.item() if norm.momentum is None else norm.momentum
+        if mean.dtype == variance.dtype == torch.float32 and mean.is_contiguous() and variance.is_contiguous():
+            _native.update_running_statistics(statistics.double(), count.double(), share, mean, variance)
+            return
+        shares = share * (count > 0).to(mean).expand_as(mean)
+        mean.lerp_(statistics[0, 0].to(mean), shares)
+        variance.lerp_((statistics[0, 1] / (count - 1).clamp(min=1)).to(variance), shares)
 
 
 class _Options(NamedTuple):
@@ -172,7 +173,7 @@ class _Options(NamedTuple):
 
     eps: float
     activation: Activation | None
-    batch: bool  # whether the norm is a batch norm
+    batch_norm: _BatchNorm | None  # the norm, if it is a batch norm
     group: dist.ProcessGroup | None  # over whose values it takes its statistics
 
     def with_slopes(self, slopes: Tensor | None) -> Activation | None:
@@ -180,104 +181,84 @@ class _Options(NamedTuple):
         return self.activation and self.activation._replace(slopes=slopes)
 
 
-class _Norm(NamedTuple):
-    """A norm by its statistics: out = x · scale + shift."""
+def _parameters(weight: Tensor | None, bias: Tensor | None, eps: float) -> _native.NormParameters:
+    def plain(one: Tensor | None) -> Tensor | None:
+        return None if one is None else one.detach().float().contiguous()
 
-    mean: Tensor  # float32 [N, C], N being 1 for a batch norm, as all of these
-    scale: Tensor
-    shift: Tensor
-    inverse: Tensor  # float64: one over the standard deviation
-
-
-def _norm_of(statistics: Tensor, count: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> _Norm:
-    mean, m2 = statistics.unbind(1)
-    inverse = (m2 / count + eps).rsqrt()
-    scale = inverse if weight is None else weight * inverse
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return _Norm(mean.float(), scale.float(), shift.float(), inverse)
-
-
-def _images(x: Tensor, batch: bool) -> Tensor:
-    """``x``, or all its images as one above the other: a view."""
-    return x.permute(0, 2, 3, 1).flatten(0, 1)[None].permute(0, 3, 1, 2) if batch else x
+    return _native.NormParameters(plain(weight), plain(bias), eps)
 
 
 class _NormReLU(torch.autograd.Function):
+    # Without setup_context, for which PyTorch inspects signatures in each call: that takes longer than a small map.
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         slopes: Tensor | None,
         skip: Tensor | None,
         options: _Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, mean and Σ (x - mean)² of each channel, float64 [1 or N, 2, C], and of how many values, [C]."""
-        out, images = torch.empty_like(x), _images(x, options.batch)
-        statistics = _native.channel_mean_m2(images)
-        count = statistics.new_full((x.shape[1],), images[0, 0].numel())
+    ) -> Tensor:
+        norm, out = options.batch_norm, torch.empty_like(x)
+        batch = norm is not None
+        statistics = _native.channel_mean_m2(x, batch)
+        count = statistics.new_full((1,), x.numel() // (statistics.shape[0] * x.shape[1]))
         if options.group is not None:
-            combined = combine_over_processes(torch.cat([count[None], statistics[0]]), options.group)
+            combined = combine_over_processes(torch.cat([count.expand(1, x.shape[1]), statistics[0]]), options.group)
             count, statistics = combined[0], combined[None, 1:]
-        norm = _norm_of(statistics, count, weight, bias, options.eps)
-        skip_images = None if skip is None else channels_adjacent(_images(channels_last(skip), options.batch))
-        activation = options.with_slopes(slopes)
-        _native.scale_shift(images, norm.scale, norm.shift, skip_images, activation, _images(out, options.batch))
-        return out, statistics, count
+        state = _native.norm_state(statistics, count, _parameters(weight, bias, options.eps), batch)
+        skipped = channels_adjacent(skip)
+        if skipped is not None and batch and not _native.images_follow(skipped):
+            skipped = channels_last(skipped)
+        _, scale, shift = state.factors.unbind()
+        _native.scale_shift(x, scale, shift, skipped, options.with_slopes(slopes), out, batch)
+        if norm is not None and norm.track_running_stats:
+            update_running_statistics(norm, statistics, count)
+        ctx.options, ctx.skipped = options, skip is not None
+        y = out if ctx.skipped and options.activation else None
+        ctx.save_for_backward(x, weight, bias, slopes, y, *state[:3])
+        return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, bias, slopes, skip, ctx.options = inputs
-        ctx.skipped = skip is not None
-        ctx.mark_non_differentiable(*output[1:])
-        y = output[0] if ctx.skipped and ctx.options.activation else None
-        ctx.save_for_backward(x, weight, bias, slopes, y, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, slopes, y, statistics, count = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, slopes, y, *state_tensors = ctx.saved_tensors
         options: _Options = ctx.options
         if torch.is_grad_enabled():  # to be differentiated again
             return *_norm_relu_again(ctx, grad, x, weight, bias, slopes, y), None
-        activation, batch = options.with_slopes(slopes), options.batch
-        out, images, grads = torch.empty_like(x), _images(x, batch), _images(channels_last(grad), batch)
-        norm = _norm_of(statistics, count, weight, bias, options.eps)
-        masked = grad
+        statistics, counts, factors = state_tensors
+        state = _native.NormState(statistics, counts, factors, options.batch_norm is not None)
+        activation = options.with_slopes(slopes)
+        parameters, out = _parameters(weight, bias, options.eps), torch.empty_like(x)
+        masked = grad = channels_last(grad)
         if y is None:
-            sums = _native.norm_gradient_sums(images, grads, norm[:3], activation)
+            sums = _native.norm_gradient_sums(x, grad, state, activation)
         else:
             masked = torch.empty_like(x)
-            grads, extras = _images(masked, batch), (_images(y, batch), _images(masked, batch))
-            sums = _native.norm_gradient_sums(
-                images, _images(channels_last(grad), batch), norm[:3], activation, *extras
-            )
+            sums = _native.norm_gradient_sums(x, grad, state, activation, y, masked)
             activation = None  # done
-        total, product = sums[:, 0], sums[:, 1]
-        residue = statistics[:, 0] - norm.mean  # the part of the mean that float32 cannot hold
-        product = product - residue * total
-        scale, inverse = norm.inverse if weight is None else weight * norm.inverse, norm.inverse
-        grad_weight = None if weight is None else (product * inverse).sum(0).to(weight)
-        grad_bias = None if bias is None else total.sum(0).to(bias)
-        grad_slopes = None if slopes is None else sums[:, 2].sum(0).sum_to_size(slopes.shape).to(slopes)
+        of_weight = of_bias = of_slopes = None
+        if weight is not None or slopes is not None:
+            of_weight, of_bias, *rest = _native.norm_parameter_gradients(state, sums, options.eps)
+            of_weight = None if weight is None else of_weight.to(weight.dtype)
+            of_bias = None if bias is None else of_bias.to(bias.dtype)
+            of_slopes = None if slopes is None else rest[0].sum_to_size(slopes.shape).to(slopes.dtype)
         if options.group is not None:  # the gradients of weight and bias stay this process's own
-            total, product = _over_processes(total[0], product[0], options.group).unbind()
-        centred_factor = -scale * inverse.square() * product / count
-        factors = torch.stack([scale, centred_factor, -scale * total / count - centred_factor * residue], dim=1)
-        _native.norm_gradient(images, grads, norm[:3], factors.float(), activation, _images(out, batch))
-        return out, grad_weight, grad_bias, grad_slopes, masked if ctx.skipped else None, None
+            sums = _over_processes(sums[0, 0], sums[0, 1], options.group)[None]
+        _native.norm_gradient(x, masked, state, parameters, sums, activation, out)
+        return out, of_weight, of_bias, of_slopes, masked if ctx.skipped else None, None
 
 
 def _norm_relu_again(ctx: Any, grad: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of :class:`_NormReLU` as differentiable functions of ``grad`` and of what it ``saved``."""
     *inputs, y = saved
     x, weight, bias, slopes = siblings(inputs)
-    eps, activation, batch, group = ctx.options
-    activation = ctx.options.with_slopes(slopes)
+    activation, eps, group = ctx.options.with_slopes(slopes), ctx.options.eps, ctx.options.group
     if y is not None:
         grad, activation = _through(activation, grad, y), None
     scale, shift = (x.new_ones(x.shape[1]), x.new_zeros(x.shape[1])) if weight is None else (weight, bias)
     if group is None:
-        z = reference.norm_relu(x, scale, shift, eps, False, batch)
+        z = reference.norm_relu(x, scale, shift, eps, False, ctx.options.batch_norm is not None)
     else:
         z = reference.sync_norm_relu(x, scale, shift, eps, False, group)[0]
     gradients = _differentiable_gradients(ctx, reference.activate(z, activation), grad, x, weight, bias, slopes)
@@ -298,17 +279,13 @@ class _SkipActivation(torch.autograd.Function):
     """activation(x + skip), for an activation whose output has the sign of its input."""
 
     @staticmethod
-    def forward(x: Tensor, skip: Tensor, activation: Activation) -> Tensor:
+    def forward(ctx: Any, x: Tensor, skip: Tensor, activation: Activation) -> Tensor:
         out, channels = torch.empty_like(x), x.shape[1]
-        images, ones = _images(x, True), x.new_ones(1, channels, dtype=torch.float32)
-        others = channels_adjacent(_images(channels_last(skip), True))
-        _native.scale_shift(images, ones, torch.zeros_like(ones), others, activation, _images(out, True))
+        ones = x.new_ones(1, channels, dtype=torch.float32)
+        _native.scale_shift(x, ones, torch.zeros_like(ones), channels_last(skip), activation, out, True)
+        ctx.activation = activation
+        ctx.save_for_backward(out)
         return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.activation = inputs[2]
-        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._pytree import tree_map
 
+from fastperc import _native
 from fastperc.ops import has_hooks
 from fastperc.ops.common import why_not_here
 from fastperc.rewriting.trace import trace
 from fastperc.rewriting.training import Plan, in_nhwc
 
 PLANS = 8  # kept: for train and eval mode, and for arguments that are no tensors
+REUSED_BYTES, KEPT_BYTES = 64 << 20, 256 << 20  # memory that steps use again: largest block, in all
 SHARED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
@@ -55,6 +57,7 @@ class Accelerated(nn.Module):
         self.__dict__.update({name: net.__dict__[name] for name in SHARED})
         self.__dict__["_plans"] = {}
         self._plan({}, ())
+        _native.reuse_freed_memory(REUSED_BYTES, KEPT_BYTES)
 
     # One network
 

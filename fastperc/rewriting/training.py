@@ -26,10 +26,10 @@ from fastperc.types import Activation
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
+# ReLU6 in place keeps a copy of its input.
 IN_PLACE: dict[str, Callable[[Tensor, Activation], Tensor]] = {
     "relu": lambda x, _: x.relu_(),
     "leaky_relu": lambda x, activation: F.leaky_relu_(x, 0.01 if activation.slope is None else activation.slope),
-    "relu6": lambda x, _: F.hardtanh_(x, 0, 6),
 }
 Run = Callable[[list[Any]], Any]  # from the values by number, the value of a step
 
