@@ -295,8 +295,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("channels"));
   m.def(
       "norm_parameter_gradients_cpu",
-      [](const std::array<Address, 2>& statistics, std::int64_t count_step, double eps, Address sums,
-         std::int64_t rows, Address gradients, std::int64_t images, std::int64_t channels) {
+      [](const std::array<Address, 2>& statistics, std::int64_t count_step, double eps, Address sums, std::int64_t rows,
+         Address gradients, std::int64_t images, std::int64_t channels) {
         norm_parameter_gradients_cpu(norm_statistics(statistics, count_step), eps, pointer<double>(sums), rows,
                                      pointer<float>(gradients), images, channels);
       },
@@ -324,8 +324,7 @@ PYBIND11_MODULE(_C, m) {
                                {pointer<>(y), pointer<>(masked)}, threads);
       },
       py::arg("x"), py::arg("grad"), py::arg("norm"), py::arg("statistics"), py::arg("sums"), py::arg("dtype"),
-      py::arg("shape"), py::arg("activation"), py::arg("slopes"), py::arg("y"), py::arg("masked"),
-      py::arg("threads"));
+      py::arg("shape"), py::arg("activation"), py::arg("slopes"), py::arg("y"), py::arg("masked"), py::arg("threads"));
   m.def(
       "norm_gradient_cpu",
       [](Address x, Address grad, const std::array<Address, 3>& norm, Address factors, Address out,

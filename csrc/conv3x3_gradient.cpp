@@ -24,7 +24,7 @@ constexpr std::int64_t points = 16;
 struct WeightGradient {
   const float *x, *grad;
   WinogradShape shape;
-  std::int64_t first, count;                     // of the tiles
+  std::int64_t first, count;                    // of the tiles
   std::int64_t first_in, ins, first_out, outs;  // of the channels
 
   // The sums of a block are products [points, ins, outs], dU, and bias [outs].
@@ -64,7 +64,7 @@ FASTPERC_INLINE void transform_gradient(const WeightGradient& task, std::int64_t
   }
 }
 
-constexpr std::int64_t gradient_tiles = 32;  // transformed and summed at a time
+constexpr std::int64_t gradient_tiles = 32;                      // transformed and summed at a time
 constexpr std::int64_t most_in_panels = 4, most_out_panels = 2;  // of a block, whose sums stay in the L2 cache
 
 constexpr std::int64_t step_of(std::int64_t channels) { return gradient_tiles * channels + skew; }
@@ -146,17 +146,17 @@ FASTPERC_INLINE void finish_weights(const WeightGradient& task, const float* sum
   }
 }
 
-#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                             \
-  attributes void gradient_chunk(const WeightGradient& task, float* sums, float* transformed) {        \
-    if (task.outs == panel) {                                                                          \
-      add_up<lanes, rows, vectors, 1>(task, sums, transformed);                                        \
-    } else {                                                                                           \
-      add_up<lanes, rows, vectors, 2>(task, sums, transformed);                                        \
-    }                                                                                                  \
-  }                                                                                                    \
-  attributes void gradient_block(const WeightGradient& task, const float* sums, float* weight,         \
-                                 const WeightStrides& strides) {                                       \
-    finish_weights<lanes>(task, sums, weight, strides);                                                \
+#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                      \
+  attributes void gradient_chunk(const WeightGradient& task, float* sums, float* transformed) { \
+    if (task.outs == panel) {                                                                   \
+      add_up<lanes, rows, vectors, 1>(task, sums, transformed);                                 \
+    } else {                                                                                    \
+      add_up<lanes, rows, vectors, 2>(task, sums, transformed);                                 \
+    }                                                                                           \
+  }                                                                                             \
+  attributes void gradient_block(const WeightGradient& task, const float* sums, float* weight,  \
+                                 const WeightStrides& strides) {                                \
+    finish_weights<lanes>(task, sums, weight, strides);                                         \
   }
 FASTPERC_VERSIONS(FASTPERC_VERSION)
 

@@ -271,8 +271,8 @@ void norm_from_statistics_cpu(const Statistics& of, const NormParameters& parame
     const double factor = of.inverse(i / channels, c, channels, parameters.eps) * parameters.weight_of(c);
     mean[i] = static_cast<float>(of.mean(i / channels, c, channels));
     scale[i] = static_cast<float>(factor);
-    shift[i] = static_cast<float>((parameters.bias ? parameters.bias[c] : 0.0) -
-                                  of.mean(i / channels, c, channels) * factor);
+    shift[i] =
+        static_cast<float>((parameters.bias ? parameters.bias[c] : 0.0) - of.mean(i / channels, c, channels) * factor);
   }
 }
 
@@ -297,8 +297,7 @@ void norm_gradient_factors_cpu(const Statistics& of, const NormParameters& param
       const double of_x = -scale * inverse * inverse * product[c] / count;
       to[c] = static_cast<float>(scale);
       to[channels + c] = static_cast<float>(of_x);
-      to[2 * channels + c] =
-          static_cast<float>(-scale * total[c] / count - of_x * (mean - static_cast<float>(mean)));
+      to[2 * channels + c] = static_cast<float>(-scale * total[c] / count - of_x * (mean - static_cast<float>(mean)));
     }
   }
 }

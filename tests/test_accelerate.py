@@ -115,6 +115,27 @@ def test_it_fuses():
     assert run.count(("conv3x3", "winograd")) == 2 and ("norm_relu", "native") in run
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 16, 1, 1), (2, 48, 9, 11)])
+def test_1x1_convolutions(shape, bias):
+    """They run as matrix products: the same bits each time, gradients of gradients, and an activation in place."""
+    torch.manual_seed(3)
+    stock = nn.Sequential(nn.Conv2d(shape[1], 32, 1, bias=bias), nn.ReLU(True), nn.Conv2d(32, 16, 1), nn.Softplus())
+    net, x = accelerate(copy.deepcopy(stock)), torch.randn(shape)
+    exact = outcome(copy.deepcopy(stock).double(), x, torch.float64)
+    outcomes = outcome(net, x), outcome(net, x), outcome(stock, x), exact
+    for mine, same, theirs, wanted in zip(*([y, *gradients] for y, gradients, _ in outcomes)):
+        assert torch.equal(mine, same)
+        no_worse(mine, theirs, wanted)
+
+    def penalty(net):
+        leaf = x.clone(memory_format=torch.channels_last).requires_grad_()
+        (gradient,) = torch.autograd.grad(net(leaf).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), next(net.parameters()))[0]
+
+    assert error(penalty(net), penalty(stock)) < 1e-5
+
+
 def test_arguments():
     stock = Small().eval()
     net, x = accelerate(copy.deepcopy(stock)), torch.rand(1, 3, 9, 8)

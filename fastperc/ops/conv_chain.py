@@ -34,6 +34,7 @@ from fastperc.types import RELU, same_sides
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 MOST_FILTERS = 3  # of a convolution to an image, for which ``ops.rgb_conv`` was measured faster
 FEWEST_CHANNELS = 16  # that it reads
+FEWEST_PRODUCT_CHANNELS = 16  # of input and output of a 1×1 convolution that runs as a matrix product
 
 
 def conv_chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -145,6 +146,9 @@ def _of_its_kind(conv: Any, x: Tensor) -> Tensor:
     if type(conv) is not nn.Conv2d or x.dim() != 4 or x.device.type != "cpu" or isinstance(conv.padding, str):
         return conv(x)
     (rows, columns), (top, left) = conv.kernel_size, conv.padding
+    if _is_a_product(conv, x):
+        y = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)  # [N, H, W, C], all of them contiguous
+        return y.permute(0, 3, 1, 2)
     plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.in_channels == x.shape[1]
     if plain and rows == columns and rows % 2 == 1 and rows >= 3 and top == left:
         few = conv.out_channels <= MOST_FILTERS and conv.in_channels >= FEWEST_CHANNELS and conv.bias is not None
@@ -157,6 +161,19 @@ def _of_its_kind(conv: Any, x: Tensor) -> Tensor:
             return CONV3X3(channels_last(padded), conv.weight, conv.bias, 0)
     # Copied once; the library would copy it to channels-last memory both forward and backward.
     return conv._conv_forward(x, channels_last(conv.weight), conv.bias)
+
+
+def _is_a_product(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a 1×1 convolution of an ``x`` in NHWC runs as one matrix product, which is a single call of MKL.
+
+    oneDNN's convolutions copy the gradient of the weights to the layout of the weights, and took 1.4 times as long.
+    """
+    pointwise = (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    if not pointwise or x.shape[1] != conv.in_channels or not torch.backends.mkl.is_available():
+        return False
+    if torch.is_autocast_enabled("cpu") or {x.dtype, conv.weight.dtype} != {torch.float32}:
+        return False
+    return backends.forced() != "reference" and min(conv.weight.shape[:2]) >= FEWEST_PRODUCT_CHANNELS
 
 
 def _composed(x: Tensor, layers: Sequence[Layer]) -> Tensor:

@@ -98,7 +98,8 @@ class Unit:
         if skip is not None:
             y = torch.add(skip, y, alpha=self.factor if self.norm is None else 1)
         # No other call reads y, and neither a convolution nor a sum needs its result for a gradient.
-        in_place = IN_PLACE.get(activation.name) if activation is not None and self.norm is None else None
+        may_change = activation is not None and self.norm is None and not y._is_view()
+        in_place = IN_PLACE.get(activation.name) if activation is not None and may_change else None
         return reference.activate(y, activation) if in_place is None or activation is None else in_place(y, activation)
 
 
