@@ -154,26 +154,26 @@ FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t image, std::
 
 constexpr int pixels_at_once(int lanes) { return lanes == 16 ? 12 : lanes == 8 ? 6 : 4; }
 
-#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                                     \
+#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                                          \
   attributes void convolve_rows(const Convolution& conv, std::int64_t first, std::int64_t last, float* rows_of_x) { \
-    const std::int64_t count = conv.shape.out_rows;                                                            \
-    for (std::int64_t row = first; row < last; ++row) {                                                        \
-      convolve<lanes, pixels_at_once(lanes), vectors>(conv, row / count, row % count, rows_of_x);              \
-    }                                                                                                          \
+    const std::int64_t count = conv.shape.out_rows;                                                                 \
+    for (std::int64_t row = first; row < last; ++row) {                                                             \
+      convolve<lanes, pixels_at_once(lanes), vectors>(conv, row / count, row % count, rows_of_x);                   \
+    }                                                                                                               \
   }
 FASTPERC_VERSIONS(FASTPERC_VERSION)
 
 }  // namespace
 
 void stem_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
-                   const StemShape& shape, const ImageStrides& skip_strides, const Activation& activation, int threads) {
+                   const StemShape& shape, const ImageStrides& skip_strides, const Activation& activation,
+                   int threads) {
   const Convolution conv{x, weights, bias, skip, out, shape, skip_strides, activation};
   const std::int64_t rows = shape.images * shape.out_rows;
   if (rows * shape.out_columns * shape.out == 0) return;
   const std::int64_t blocks = threads == 1 ? 1 : std::min(rows, blocks_for_a_thread * threads);
   take_turns(blocks, threads, [&](std::int64_t block) {
-    convolve_rows(conv, block * rows / blocks, (block + 1) * rows / blocks,
-                  scratch(shape.kernel * conv.row_floats()));
+    convolve_rows(conv, block * rows / blocks, (block + 1) * rows / blocks, scratch(shape.kernel * conv.row_floats()));
   });
 }
 
