@@ -43,7 +43,8 @@ class Stage:
     allowed: tuple[int, ...] = (0,)  # exit statuses that count as success
 
 
-FROZEN = (*operations.tests(frozen=True), "pointwise_conv", "engine", "cudnn", "graphs")
+KERNELS = ("pointwise_conv", "depthwise_conv", "stem_conv")  # of frozen convolutions, with tests of their own
+FROZEN = (*operations.tests(frozen=True), *KERNELS, "replay", "engine", "cudnn", "graphs")
 TRAINING = (*operations.tests(frozen=False), "step")
 LAYERS = ("rgb_conv", "subpixel_conv_bn_relu", "conv_bn_relu", "residual_block")
 LOSSES = ("tv_loss", "gram_loss", "vgg_loss", "lpips", "training")

@@ -79,25 +79,24 @@ void def_conv(py::module_& m, const std::string& name, Shape (*shape_of)(const s
                            const std::array<std::int64_t, 4>& skip_strides, const std::string& activation,
                            Address slopes) {
     const Activation function{activation_from_name(activation), pointer<float>(slopes)};
-    return PreparedConv{[=, w = pointer<float>(weights), b = pointer<float>(bias), shape = shape_of(numbers),
-                         strides = image_strides(skip_strides)](const float* x, const float* skip, float* out,
-                                                                int threads) {
-      kernel(x, w, b, skip, out, shape, strides, function, threads);
-    }};
+    return PreparedConv{
+        [=, w = pointer<float>(weights), b = pointer<float>(bias), shape = shape_of(numbers),
+         strides = image_strides(skip_strides)](const float* x, const float* skip, float* out, int threads) {
+          kernel(x, w, b, skip, out, shape, strides, function, threads);
+        }};
   };
   m.def(("prepare_" + name).c_str(), prepare, py::arg("weights"), py::arg("bias"), py::arg("shape"),
         py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"));
-  m.def(
-      (name + "_cpu").c_str(),
-      [=](Address x, Address weights, Address bias, Address skip, Address out,
-          const std::array<std::int64_t, size>& numbers, const std::array<std::int64_t, 4>& skip_strides,
-          const std::string& activation, Address slopes, int threads) {
-        const PreparedConv conv = prepare(weights, bias, numbers, skip_strides, activation, slopes);
-        py::gil_scoped_release release;
-        conv.run(pointer<float>(x), pointer<float>(skip), pointer<float>(out), threads);
-      },
-      py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
-      py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
+  m.def((name + "_cpu").c_str(),
+        [=](Address x, Address weights, Address bias, Address skip, Address out,
+            const std::array<std::int64_t, size>& numbers, const std::array<std::int64_t, 4>& skip_strides,
+            const std::string& activation, Address slopes, int threads) {
+          const PreparedConv conv = prepare(weights, bias, numbers, skip_strides, activation, slopes);
+          py::gil_scoped_release release;
+          conv.run(pointer<float>(x), pointer<float>(skip), pointer<float>(out), threads);
+        },
+        py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
+        py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
 }
 
 }  // namespace

@@ -86,13 +86,28 @@ inline float* scratch(std::int64_t floats) {
   return reinterpret_cast<float*>((address + bytes - 1) / bytes * bytes);
 }
 
-// Calls f(task) for every task. Each thread takes the next task when it has finished one.
+// Calls f(task) for every task. Each thread begins with a share of adjacent tasks, the same in each call, so that it
+// reads what it has written in the call before: that is still in its cache. Then it helps with the others' shares.
 template <typename F>
-void take_turns(std::int64_t tasks, int threads, F&& f) {
-  std::atomic<std::int64_t> next{0};
-  parallel_for(std::min<std::int64_t>(threads, tasks), threads, [&](std::int64_t) {
-    for (std::int64_t task; (task = next++) < tasks;) f(task);
-  });
+void take_turns(std::int64_t tasks, [[maybe_unused]] int threads, F&& f) {
+  struct alignas(line * sizeof(float)) Share {
+    std::atomic<std::int64_t> next;
+  };
+  constexpr std::int64_t most = 256;
+  const std::int64_t shares = std::min<std::int64_t>({tasks, threads, most});
+  if (shares <= 1) {
+    for (std::int64_t task = 0; task < tasks; ++task) f(task);
+    return;
+  }
+  Share taken[most];
+  for (std::int64_t share = 0; share < shares; ++share) taken[share].next = share * tasks / shares;
+#pragma omp parallel for schedule(static, 1) num_threads(shares)
+  for (std::int64_t thread = 0; thread < shares; ++thread) {
+    for (std::int64_t i = 0; i < shares; ++i) {
+      const std::int64_t share = (thread + i) % shares, end = (share + 1) * tasks / shares;
+      for (std::int64_t task; (task = taken[share].next++) < end;) f(task);
+    }
+  }
 }
 
 // The transforms along one axis: Bᵀ of t + 2 pixels, G of three taps, Aᵀ of t + 2 products.

@@ -63,8 +63,8 @@ FASTPERC_INLINE void activate_all(Vector<lanes> (&sums)[pixels][vectors], const 
 // out = activation(sums + skip), for adjacent pixels of a row. Of the channels of a pixel `valid` exist. skip may be
 // null; the steps are those of pixels.
 template <int lanes, int pixels, int vectors>
-FASTPERC_INLINE void finish(Vector<lanes> (&sums)[pixels][vectors], const float* skip, std::int64_t skip_step, float* out,
-                            std::int64_t out_step, const Activation& activation, std::int64_t channel,
+FASTPERC_INLINE void finish(Vector<lanes> (&sums)[pixels][vectors], const float* skip, std::int64_t skip_step,
+                            float* out, std::int64_t out_step, const Activation& activation, std::int64_t channel,
                             std::int64_t valid) {
   if (skip) {
 #pragma GCC unroll 16

@@ -2,8 +2,8 @@
 //
 // A task is a block of rows of y and a range of channels. It takes the channels a register at a time: the rows of x
 // that a row of y needs then stay in the L1 cache until the next row of y has been computed too. The sums of a few
-// adjacent pixels stay in registers; each vector of x is loaded once for a row of the kernel, and multiplied by all taps
-// that need it. Every sum is in the order of the taps, whoever computes it.
+// adjacent pixels stay in registers; each vector of x is loaded once for a row of the kernel, and multiplied by all
+// taps that need it. Every sum is in the order of the taps, whoever computes it.
 #include "depthwise_conv.h"
 
 #include <algorithm>
@@ -17,10 +17,10 @@ namespace {
 using namespace winograd;
 
 constexpr std::int64_t panel = depthwise_panel;
-constexpr std::int64_t block_floats = 1 << 17;     // of x in a block, so that they stay in the L2 cache
-constexpr std::int64_t blocks_for_a_thread = 4;    // where there are enough rows
-constexpr std::int64_t fewest_floats = 1 << 14;    // of y in a task: a thread's turn takes time
-constexpr int pixels_at_once = 7;                  // whose sums are in registers
+constexpr std::int64_t block_floats = 1 << 17;   // of x in a block, so that they stay in the L2 cache
+constexpr std::int64_t blocks_for_a_thread = 4;  // where there are enough rows
+constexpr std::int64_t fewest_floats = 1 << 14;  // of y in a task: a thread's turn takes time
+constexpr int pixels_at_once = 7;                // whose sums are in registers
 
 struct Convolution {
   const float *x, *weights, *bias, *skip;  // bias is filled up with zeros; skip may be null
@@ -155,10 +155,10 @@ FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t image, std::
   }
 }
 
-#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                                       \
+#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                                          \
   attributes void convolve_task(const Convolution& conv, std::int64_t image, std::int64_t first, std::int64_t last, \
-                                std::int64_t first_panel, std::int64_t last_panel) {                             \
-    convolve<lanes>(conv, image, first, last, first_panel, last_panel);                                          \
+                                std::int64_t first_panel, std::int64_t last_panel) {                                \
+    convolve<lanes>(conv, image, first, last, first_panel, last_panel);                                             \
   }
 FASTPERC_VERSIONS(FASTPERC_VERSION)
 
@@ -175,8 +175,8 @@ void depthwise_conv_cpu(const float* x, const float* weights, const float* bias,
   if (shape.images * floats == 0) return;
   std::int64_t blocks = over(shape.out_rows, std::max<std::int64_t>(block_floats / row_floats, 1)), ranges = 1;
   if (threads > 1) {
-    const std::int64_t wanted = std::clamp(shape.images * floats / fewest_floats, std::int64_t{threads},
-                                           blocks_for_a_thread * threads);
+    const std::int64_t wanted =
+        std::clamp(shape.images * floats / fewest_floats, std::int64_t{threads}, blocks_for_a_thread * threads);
     if (over(shape.out_rows, 2) >= over(wanted, shape.images)) {
       blocks = std::max(blocks, over(wanted, shape.images));
     } else {

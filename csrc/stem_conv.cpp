@@ -36,8 +36,8 @@ struct Part {
   std::int64_t image, row, channel;
 };
 
-// y of `pixels` pixels from `column` on, for `vectors` vectors of channels.
-template <int lanes, int pixels, int vectors, int pitch>
+// y of `pixels` pixels from `column` on, for `vectors` vectors of channels. `adjacent` is k · I, or 0 for any.
+template <int lanes, int pixels, int vectors, int pitch, int adjacent>
 FASTPERC_INLINE void convolve_pixels(const Part& part, std::int64_t column) {
   const Convolution& conv = part.conv;
   const StemShape& s = conv.shape;
@@ -54,22 +54,31 @@ FASTPERC_INLINE void convolve_pixels(const Part& part, std::int64_t column) {
     const float* base[bases];
 #pragma GCC unroll 8
     for (int b = 0; b < bases; ++b) base[b] = part.x + i * conv.row_floats() + (column + 3 * b) * step;
-    for (std::int64_t k = 0; k < inner; ++k, weights += pitch) {
+    const auto add = [&](std::int64_t k) FASTPERC_INLINE_LAMBDA {
       Vector<lanes> columns[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) columns[v] = at<lanes>(weights + v * lanes);
 #pragma GCC unroll 16
       for (int p = 0; p < pixels; ++p) {
-        const float factor = base[p / 3][p % 3 * step];
+        const float factor = base[p / 3][p % 3 * step + k];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) sums[p][v] += factor * columns[v];
       }
+      weights += pitch;
+    };
+    if constexpr (adjacent) {
+#pragma GCC unroll 16
+      for (int k = 0; k < adjacent; ++k) add(k);
+    } else {
+      for (std::int64_t k = 0; k < inner; ++k) {
+        add(0);
 #pragma GCC unroll 8
-      for (int b = 0; b < bases; ++b) {
-        ++base[b];
+        for (int b = 0; b < bases; ++b) {
+          ++base[b];
 #ifdef __GNUC__
-        asm("" : "+r"(base[b]));  // keeps the addresses in as many registers
+          asm("" : "+r"(base[b]));  // keeps the addresses in as many registers
 #endif
+        }
       }
     }
   }
@@ -87,7 +96,12 @@ constexpr int fewer(int pixels) { return pixels > 6 ? 6 : pixels > 4 ? 4 : pixel
 template <int lanes, int pixels, int vectors, int pitch>
 FASTPERC_INLINE void convolve_row(const Part& part, std::int64_t column) {
   const std::int64_t columns = part.conv.shape.out_columns;
-  for (; column + pixels <= columns; column += pixels) convolve_pixels<lanes, pixels, vectors, pitch>(part, column);
+  if (part.conv.shape.kernel * part.conv.shape.in == 9) {
+    for (; column + pixels <= columns; column += pixels) {
+      convolve_pixels<lanes, pixels, vectors, pitch, 9>(part, column);
+    }
+  }
+  for (; column + pixels <= columns; column += pixels) convolve_pixels<lanes, pixels, vectors, pitch, 0>(part, column);
   if constexpr (pixels > 1) {
     if (column < columns) convolve_row<lanes, fewer(pixels), vectors, pitch>(part, column);
   }
@@ -140,26 +154,26 @@ FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t image, std::
 
 constexpr int pixels_at_once(int lanes) { return lanes == 16 ? 12 : lanes == 8 ? 6 : 4; }
 
-#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                                     \
+#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                                          \
   attributes void convolve_rows(const Convolution& conv, std::int64_t first, std::int64_t last, float* rows_of_x) { \
-    const std::int64_t count = conv.shape.out_rows;                                                            \
-    for (std::int64_t row = first; row < last; ++row) {                                                        \
-      convolve<lanes, pixels_at_once(lanes), vectors>(conv, row / count, row % count, rows_of_x);              \
-    }                                                                                                          \
+    const std::int64_t count = conv.shape.out_rows;                                                                 \
+    for (std::int64_t row = first; row < last; ++row) {                                                             \
+      convolve<lanes, pixels_at_once(lanes), vectors>(conv, row / count, row % count, rows_of_x);                   \
+    }                                                                                                               \
   }
 FASTPERC_VERSIONS(FASTPERC_VERSION)
 
 }  // namespace
 
 void stem_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
-                   const StemShape& shape, const ImageStrides& skip_strides, const Activation& activation, int threads) {
+                   const StemShape& shape, const ImageStrides& skip_strides, const Activation& activation,
+                   int threads) {
   const Convolution conv{x, weights, bias, skip, out, shape, skip_strides, activation};
   const std::int64_t rows = shape.images * shape.out_rows;
   if (rows * shape.out_columns * shape.out == 0) return;
   const std::int64_t blocks = threads == 1 ? 1 : std::min(rows, blocks_for_a_thread * threads);
   take_turns(blocks, threads, [&](std::int64_t block) {
-    convolve_rows(conv, block * rows / blocks, (block + 1) * rows / blocks,
-                  scratch(shape.kernel * conv.row_floats()));
+    convolve_rows(conv, block * rows / blocks, (block + 1) * rows / blocks, scratch(shape.kernel * conv.row_floats()));
   });
 }
 

@@ -9,8 +9,8 @@ namespace fastperc {
 // the other; the last one is half as wide where that is enough. Columns beyond the last channel are zeros.
 constexpr std::int64_t stem_panel = 32;
 
-// x [N, H, W, I] → y [N, H', W', O]. Either may be a slice of the channels of a larger map: the step from a pixel to the
-// next is then larger than the number of channels.
+// x [N, H, W, I] → y [N, H', W', O]. Either may be a slice of the channels of a larger map: the step from a pixel to
+// the next is then larger than the number of channels.
 struct StemShape {
   std::int64_t images, rows, columns, in, out, kernel, stride;
   std::int64_t left, top;  // zeros beyond the border

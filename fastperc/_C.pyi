@@ -229,6 +229,7 @@ def stem_conv_cpu(
     slopes: int,
     threads: int,
 ) -> None: ...
+
 class PreparedConv:
     def __call__(self, x: int, skip: int, out: int, threads: int) -> None: ...
 

@@ -81,7 +81,10 @@ def activation_arguments(activation: Activation | None, channels: int) -> tuple[
         return "slopes", _equal_slopes(0.01 if activation.slope is None else activation.slope, channels)
     if activation.name == "prelu":
         assert activation.slopes is not None
-        return "slopes", activation.slopes.detach().float().expand(channels).contiguous()
+        slopes = activation.slopes
+        if slopes.shape == (channels,) and slopes.dtype == torch.float32 and slopes.is_contiguous():
+            return "slopes", slopes
+        return "slopes", slopes.detach().float().expand(channels).contiguous()
     return activation.name, None
 
 

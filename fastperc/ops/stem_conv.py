@@ -5,6 +5,8 @@ It is an implementation of ``ops.conv_bn_relu``; csrc/stem_conv.cpp says how it 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +35,7 @@ SOURCES = (
 MOST_CHANNELS = 4  # of a picture
 WIDEST_KERNEL = 11  # pixels
 FEWEST_LANES = 8  # floats in a register, as AVX2 has
+MOST_OUTPUTS = 1 << 19  # that stay in the cache; oneDNN writes larger maps as fast or faster
 HALF_PANEL = _native.STEM_PANEL // 2
 
 
@@ -58,7 +61,10 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogu
 
 def why_slow(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
     """Why PyTorch's library is expected to be faster, or ``None``."""
-    return f"fewer than {FEWEST_LANES} floats in a register" if _native.winograd_lanes() < FEWEST_LANES else None
+    if _native.winograd_lanes() < FEWEST_LANES:
+        return f"fewer than {FEWEST_LANES} floats in a register"
+    outputs = math.prod(geometry.output_shape(x, weight))
+    return "writing a large map takes longer than computing it" if outputs > MOST_OUTPUTS else None
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:

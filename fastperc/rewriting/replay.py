@@ -1,4 +1,4 @@
-"""A step of a program that runs again and again: the second run prepares the call of a C++ kernel for the later ones."""
+"""A layer that runs again and again: its second run prepares the call of a C++ kernel for the later ones."""
 
 from __future__ import annotations
 
@@ -49,24 +49,18 @@ class Replay:
     def _with(self, call: _native.ConvCall) -> Run:
         """What runs the layer by ``call``; it returns ``None`` for inputs of other strides."""
         run, x, skip = call.prepared(), self._x, self._skip
-        shape, strides, like = call.out.shape, call.out.stride(), {"dtype": call.out.dtype}
+        shape, strides, dtype = call.out.shape, call.out.stride(), call.out.dtype
         x_strides, skip_strides = call.x.stride(), None if call.skip is None else call.skip.stride()
 
-        def without_skip(values: list[Any]) -> Tensor | None:
-            if values[x].stride() != x_strides:
+        def prepared(values: list[Any]) -> Tensor | None:
+            skipped = None if skip is None else values[skip]
+            if values[x].stride() != x_strides or (skipped is not None and skipped.stride() != skip_strides):
                 return None
-            out = torch.empty_strided(shape, strides, **like)
-            run(values[x], None, out)
+            out = torch.empty_strided(shape, strides, dtype=dtype)
+            run(values[x], skipped, out)
             return out
 
-        def with_skip(values: list[Any]) -> Tensor | None:
-            if values[x].stride() != x_strides or values[skip].stride() != skip_strides:
-                return None
-            out = torch.empty_strided(shape, strides, **like)
-            run(values[x], values[skip], out)
-            return out
-
-        return without_skip if skip is None else with_skip
+        return prepared
 
 
 class _Operators(TorchDispatchMode):
