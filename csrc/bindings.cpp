@@ -48,8 +48,8 @@ FeatureStrides feature_strides(const std::array<std::int64_t, 3>& s) { return {s
 WinogradShape winograd_shape(const std::array<std::int64_t, 9>& s) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
 }
-PointwiseShape pointwise_shape(const std::array<std::int64_t, 8>& s) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};
+PointwiseShape pointwise_shape(const std::array<std::int64_t, 15>& s) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14]};
 }
 
 }  // namespace
@@ -287,9 +287,13 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x"), py::arg("grad"), py::arg("weight"), py::arg("bias"), py::arg("shape"), py::arg("strides"),
       py::arg("threads"));
 
+  m.def("pointwise_panels", [] {
+    const PointwisePanels panels = pointwise_panels();
+    return py::make_tuple(panels.lanes, panels.vectors);
+  });
   m.def(
       "pointwise_conv_cpu",
-      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 8>& shape,
+      [](Address x, Address weights, Address bias, Address skip, Address out, const std::array<std::int64_t, 15>& shape,
          const std::array<std::int64_t, 4>& skip_strides, const std::string& activation, Address slopes, int threads) {
         const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;

@@ -159,13 +159,14 @@ def winograd_weight_gradient_cpu(
     strides: tuple[int, int, int, int],
     threads: int,
 ) -> None: ...
+def pointwise_panels() -> tuple[int, int]: ...
 def pointwise_conv_cpu(
     x: int,
     weights: int,
     bias: int,
     skip: int,
     out: int,
-    shape: tuple[int, int, int, int, int, int, int, int],
+    shape: tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, int, int],
     skip_strides: tuple[int, ...],
     activation: str,
     slopes: int,

@@ -4,9 +4,9 @@ Where a function fills a tensor, the caller has allocated it. "Channels-last" me
 """
 
 from fastperc._native.convolutions import (
-    POINTWISE_PANEL,
     WINOGRAD_PANEL,
     pointwise_conv,
+    pointwise_panels,
     rgb_conv_head,
     rgb_conv_head_winograd,
     rgb_conv_stem_winograd,
@@ -45,7 +45,6 @@ from fastperc._native.passes import (
 __all__ = [
     "DTYPES",
     "PASS_ACTIVATIONS",
-    "POINTWISE_PANEL",
     "WINOGRAD_PANEL",
     "_C",
     "RowLayout",
@@ -59,6 +58,7 @@ __all__ = [
     "norm_gradient_sums",
     "pixel_step",
     "pointwise_conv",
+    "pointwise_panels",
     "relu_mask_bwd",
     "relu_mask_fwd",
     "relu_pool_bwd",

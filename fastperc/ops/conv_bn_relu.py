@@ -221,6 +221,9 @@ CONV_BN_RELU = register(
             Implementation("native", _winograd(4), _why_not_winograd, _why_slow_winograd_4x4, "winograd_4x4"),
             Implementation("native", _winograd(2), _why_not_winograd, _why_slow_winograd, "winograd"),
             Implementation("native", pointwise_conv.run, pointwise_conv.why_not, pointwise_conv.why_slow, "pointwise"),
+            Implementation(
+                "native", pointwise_conv.run, pointwise_conv.why_not_direct, pointwise_conv.why_slow_direct, "direct"
+            ),
             Implementation("native", _onednn, _why_not_onednn, label="onednn"),
             Implementation("native", _cudnn, _why_not_cudnn, label="cudnn"),
             Implementation("reference", _plain),
