@@ -22,14 +22,22 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A struct of the numbers, in their order.
+template <typename Struct, std::size_t size, std::size_t... i>
+Struct filled(const std::array<std::int64_t, size>& numbers, std::index_sequence<i...>) {
+  return {numbers[i]...};
+}
+template <typename Struct, std::size_t size>
+Struct filled(const std::array<std::int64_t, size>& numbers) {
+  return filled<Struct>(numbers, std::make_index_sequence<size>());
+}
+
 Norm norm_from_name(const std::string& name) {
   if (name == "l2") return Norm::l2;
   if (name == "l1") return Norm::l1;
   throw std::invalid_argument("fastperc: norm must be 'l2' or 'l1', got " + name);
 }
 
-RowShape row_shape(const std::array<std::int64_t, 5>& s) { return {s[0], s[1], s[2], s[3], s[4]}; }
-ImageShape image_shape(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 NormPointers norm_pointers(const std::array<Address, 3>& norm) {
   return {pointer<float>(norm[0]), pointer<float>(norm[1]), pointer<float>(norm[2])};
 }
@@ -49,39 +57,23 @@ RGBConvShape rgb_conv_shape(const std::array<std::int64_t, 9>& s, bool reflect) 
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], reflect};
 }
 
-ImageStrides image_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
-RowStrides row_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
-WeightStrides weight_strides(const std::array<std::int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
-FeatureStrides feature_strides(const std::array<std::int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
-WinogradShape winograd_shape(const std::array<std::int64_t, 9>& s) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
-}
-PointwiseShape pointwise_shape(const std::array<std::int64_t, 8>& s) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]};
-}
-DepthwiseShape depthwise_shape(const std::array<std::int64_t, 12>& s) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11]};
-}
-StemShape stem_shape(const std::array<std::int64_t, 13>& s) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12]};
-}
-
 // A convolution of other maps of the same shape, each time from x and skip to out.
 struct PreparedConv {
   std::function<void(const float* x, const float* skip, float* out, int threads)> run;
 };
 
 // Defines NAME_cpu, which runs the kernel, and prepare_NAME, which gives its PreparedConv. The shape is `size` numbers.
-template <std::size_t size, typename Shape, typename Kernel>
-void def_conv(py::module_& m, const std::string& name, Shape (*shape_of)(const std::array<std::int64_t, size>&),
-              Kernel kernel) {
+template <std::size_t size, typename Shape>
+void def_conv(py::module_& m, const std::string& name,
+              void (*kernel)(const float*, const float*, const float*, const float*, float*, const Shape&,
+                             const ImageStrides&, const Activation&, int)) {
   const auto prepare = [=](Address weights, Address bias, const std::array<std::int64_t, size>& numbers,
                            const std::array<std::int64_t, 4>& skip_strides, const std::string& activation,
                            Address slopes) {
     const Activation function{activation_from_name(activation), pointer<float>(slopes)};
     return PreparedConv{
-        [=, w = pointer<float>(weights), b = pointer<float>(bias), shape = shape_of(numbers),
-         strides = image_strides(skip_strides)](const float* x, const float* skip, float* out, int threads) {
+        [=, w = pointer<float>(weights), b = pointer<float>(bias), shape = filled<Shape>(numbers),
+         strides = filled<ImageStrides>(skip_strides)](const float* x, const float* skip, float* out, int threads) {
           kernel(x, w, b, skip, out, shape, strides, function, threads);
         }};
   };
@@ -137,8 +129,8 @@ PYBIND11_MODULE(_C, m) {
         const DType type = dtype_from_name(dtype);
         const Norm kind = norm_from_name(norm);
         py::gil_scoped_release release;
-        tv_loss_fwd_cpu(pointer<>(x), pointer<>(grad), pointer<>(loss), type, kind, row_shape(shape),
-                        row_strides(x_strides), row_strides(grad_strides), threads);
+        tv_loss_fwd_cpu(pointer<>(x), pointer<>(grad), pointer<>(loss), type, kind, filled<RowShape>(shape),
+                        filled<RowStrides>(x_strides), filled<RowStrides>(grad_strides), threads);
       },
       py::arg("x"), py::arg("grad"), py::arg("loss"), py::arg("dtype"), py::arg("norm"), py::arg("shape"),
       py::arg("x_strides"), py::arg("grad_strides"), py::arg("threads"));
@@ -165,7 +157,7 @@ PYBIND11_MODULE(_C, m) {
          std::int64_t images_with_winners, int threads) {
         const DType type = dtype_from_name(dtype);
         py::gil_scoped_release release;
-        relu_pool_fwd_cpu(pointer<>(x), pointer<>(pooled), pointer<>(winners), type, image_shape(shape),
+        relu_pool_fwd_cpu(pointer<>(x), pointer<>(pooled), pointer<>(winners), type, filled<ImageShape>(shape),
                           images_with_winners, threads);
       },
       py::arg("x"), py::arg("pooled"), py::arg("winners"), py::arg("dtype"), py::arg("shape"),
@@ -176,7 +168,7 @@ PYBIND11_MODULE(_C, m) {
          const std::array<std::int64_t, 4>& shape, int threads) {
         const DType type = dtype_from_name(dtype);
         py::gil_scoped_release release;
-        relu_pool_bwd_cpu(pointer<>(grad_pooled), pointer<>(winners), pointer<>(grad), type, image_shape(shape),
+        relu_pool_bwd_cpu(pointer<>(grad_pooled), pointer<>(winners), pointer<>(grad), type, filled<ImageShape>(shape),
                           threads);
       },
       py::arg("grad_pooled"), py::arg("winners"), py::arg("grad"), py::arg("dtype"), py::arg("shape"),
@@ -189,12 +181,12 @@ PYBIND11_MODULE(_C, m) {
       [](const std::array<Address, 9>& p, const std::array<std::array<std::int64_t, 3>, 4>& strides, bool after_relu,
          const std::string& dtype, const std::array<std::int64_t, 3>& shape, int threads) {
         const LpipsTensors tensors{{pointer<>(p[0]), pointer<>(p[1])},
-                                   {feature_strides(strides[0]), feature_strides(strides[1])},
+                                   {filled<FeatureStrides>(strides[0]), filled<FeatureStrides>(strides[1])},
                                    pointer<>(p[2]),
                                    pointer<>(p[3]),
                                    pointer<>(p[4]),
                                    {pointer<>(p[5]), pointer<>(p[6])},
-                                   {feature_strides(strides[2]), feature_strides(strides[3])},
+                                   {filled<FeatureStrides>(strides[2]), filled<FeatureStrides>(strides[3])},
                                    {pointer<>(p[7]), pointer<>(p[8])},
                                    after_relu};
         const DType type = dtype_from_name(dtype);
@@ -212,7 +204,7 @@ PYBIND11_MODULE(_C, m) {
         const DType type = dtype_from_name(dtype);
         py::gil_scoped_release release;
         image_io_cpu(pointer<>(image), pointer<>(out), image_dtype, type, images, {w[0], w[1], w[2], w[3], w[4], w[5]},
-                     image_strides(strides), scale, shift, threads);
+                     filled<ImageStrides>(strides), scale, shift, threads);
       },
       py::arg("image"), py::arg("out"), py::arg("image_dtype"), py::arg("dtype"), py::arg("images"), py::arg("window"),
       py::arg("strides"), py::arg("scale"), py::arg("shift"), py::arg("threads"));
@@ -225,7 +217,7 @@ PYBIND11_MODULE(_C, m) {
         const Output kind = output_from_name(output);
         py::gil_scoped_release release;
         rgb_conv_head_cpu(pointer<>(products), pointer<float>(bias), pointer<>(out), type, out_dtype, kind,
-                          {s[0], s[1], s[2], s[3], s[4], reflect}, image_strides(out_strides), threads);
+                          {s[0], s[1], s[2], s[3], s[4], reflect}, filled<ImageStrides>(out_strides), threads);
       },
       py::arg("products"), py::arg("bias"), py::arg("out"), py::arg("dtype"), py::arg("out_dtype"), py::arg("output"),
       py::arg("shape"), py::arg("reflect"), py::arg("out_strides"), py::arg("threads"));
@@ -247,7 +239,7 @@ PYBIND11_MODULE(_C, m) {
         const Output kind = output_from_name(output);
         py::gil_scoped_release release;
         rgb_conv_head_winograd_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<>(out),
-                                   out_dtype, kind, rgb_conv_shape(shape, reflect), image_strides(out_strides),
+                                   out_dtype, kind, rgb_conv_shape(shape, reflect), filled<ImageStrides>(out_strides),
                                    threads);
       },
       py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("out"), py::arg("out_dtype"), py::arg("output"),
@@ -258,7 +250,7 @@ PYBIND11_MODULE(_C, m) {
          int threads) {
         const DType type = dtype_from_name(dtype);
         py::gil_scoped_release release;
-        channel_statistics_cpu(pointer<>(x), pointer<double>(statistics), type, image_shape(shape), threads);
+        channel_statistics_cpu(pointer<>(x), pointer<double>(statistics), type, filled<ImageShape>(shape), threads);
       },
       py::arg("x"), py::arg("statistics"), py::arg("dtype"), py::arg("shape"), py::arg("threads"));
   m.def(
@@ -270,7 +262,7 @@ PYBIND11_MODULE(_C, m) {
         const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;
         scale_shift_cpu(pointer<>(x), pointer<float>(scale), pointer<float>(shift), pointer<>(skip), pointer<>(out),
-                        type, image_shape(shape), image_strides(skip_strides), function, threads);
+                        type, filled<ImageShape>(shape), filled<ImageStrides>(skip_strides), function, threads);
       },
       py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("skip"), py::arg("out"), py::arg("dtype"),
       py::arg("shape"), py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
@@ -319,7 +311,7 @@ PYBIND11_MODULE(_C, m) {
         const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;
         norm_gradient_sums_cpu(pointer<>(x), pointer<>(grad), norm_pointers(norm), pointer<double>(statistics),
-                               pointer<double>(sums), type, image_shape(shape), function,
+                               pointer<double>(sums), type, filled<ImageShape>(shape), function,
                                {pointer<>(y), pointer<>(masked)}, threads);
       },
       py::arg("x"), py::arg("grad"), py::arg("norm"), py::arg("statistics"), py::arg("sums"), py::arg("dtype"),
@@ -333,7 +325,7 @@ PYBIND11_MODULE(_C, m) {
         const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;
         norm_gradient_cpu(pointer<>(x), pointer<>(grad), norm_pointers(norm), pointer<float>(factors), pointer<>(out),
-                          type, image_shape(shape), function, threads);
+                          type, filled<ImageShape>(shape), function, threads);
       },
       py::arg("x"), py::arg("grad"), py::arg("norm"), py::arg("factors"), py::arg("out"), py::arg("dtype"),
       py::arg("shape"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
@@ -344,8 +336,8 @@ PYBIND11_MODULE(_C, m) {
       [](Address weight, Address transformed, std::int64_t in, std::int64_t out,
          const std::array<std::int64_t, 4>& strides, std::int64_t tile, int threads) {
         py::gil_scoped_release release;
-        winograd_weights_cpu(pointer<float>(weight), pointer<float>(transformed), in, out, weight_strides(strides),
-                             tile, threads);
+        winograd_weights_cpu(pointer<float>(weight), pointer<float>(transformed), in, out,
+                             filled<WeightStrides>(strides), tile, threads);
       },
       py::arg("weight"), py::arg("transformed"), py::arg("in_channels"), py::arg("out_channels"), py::arg("strides"),
       py::arg("tile"), py::arg("threads"));
@@ -356,7 +348,8 @@ PYBIND11_MODULE(_C, m) {
         const Activation function{activation_from_name(activation), pointer<float>(slopes)};
         py::gil_scoped_release release;
         winograd_conv_cpu(pointer<float>(x), pointer<float>(weights), pointer<float>(bias), pointer<float>(skip),
-                          pointer<float>(out), winograd_shape(shape), image_strides(skip_strides), function, threads);
+                          pointer<float>(out), filled<WinogradShape>(shape), filled<ImageStrides>(skip_strides),
+                          function, threads);
       },
       py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
       py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
@@ -366,7 +359,8 @@ PYBIND11_MODULE(_C, m) {
          const std::array<std::int64_t, 4>& strides, int threads) {
         py::gil_scoped_release release;
         winograd_weight_gradient_cpu(pointer<float>(x), pointer<float>(grad), pointer<float>(weight),
-                                     pointer<float>(bias), winograd_shape(shape), weight_strides(strides), threads);
+                                     pointer<float>(bias), filled<WinogradShape>(shape), filled<WeightStrides>(strides),
+                                     threads);
       },
       py::arg("x"), py::arg("grad"), py::arg("weight"), py::arg("bias"), py::arg("shape"), py::arg("strides"),
       py::arg("threads"));
@@ -379,13 +373,18 @@ PYBIND11_MODULE(_C, m) {
             conv.run(pointer<float>(x), pointer<float>(skip), pointer<float>(out), threads);
           },
           py::arg("x"), py::arg("skip"), py::arg("out"), py::arg("threads"));
-  def_conv<8>(m, "pointwise_conv", pointwise_shape, pointwise_conv_cpu);
-  def_conv<12>(m, "depthwise_conv", depthwise_shape, depthwise_conv_cpu);
-  def_conv<13>(m, "stem_conv", stem_shape, stem_conv_cpu);
+  def_conv<15>(m, "pointwise_conv", pointwise_conv_cpu);
+  def_conv<12>(m, "depthwise_conv", depthwise_conv_cpu);
+  def_conv<13>(m, "stem_conv", stem_conv_cpu);
+  m.def("pointwise_panels", [] {
+    const PointwisePanels panels = pointwise_panels();
+    return py::make_tuple(panels.lanes, panels.vectors);
+  });
 
 #ifdef FASTPERC_CUDA
   m.def(
-      "tv_loss_partials", [](const std::array<std::int64_t, 5>& shape) { return tv_loss_partials(row_shape(shape)); },
+      "tv_loss_partials",
+      [](const std::array<std::int64_t, 5>& shape) { return tv_loss_partials(filled<RowShape>(shape)); },
       py::arg("shape"));
   m.def(
       "tv_loss_fwd_cuda",
@@ -393,8 +392,8 @@ PYBIND11_MODULE(_C, m) {
          const std::array<std::int64_t, 5>& shape, const std::array<std::int64_t, 3>& x_strides,
          const std::array<std::int64_t, 3>& grad_strides, Address stream) {
         tv_loss_fwd_cuda(pointer<>(x), pointer<>(grad), pointer<>(loss), pointer<>(partials), dtype_from_name(dtype),
-                         norm_from_name(norm), row_shape(shape), row_strides(x_strides), row_strides(grad_strides),
-                         pointer<>(stream));
+                         norm_from_name(norm), filled<RowShape>(shape), filled<RowStrides>(x_strides),
+                         filled<RowStrides>(grad_strides), pointer<>(stream));
       },
       py::arg("x"), py::arg("grad"), py::arg("loss"), py::arg("partials"), py::arg("dtype"), py::arg("norm"),
       py::arg("shape"), py::arg("x_strides"), py::arg("grad_strides"), py::arg("stream"));

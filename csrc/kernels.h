@@ -113,9 +113,11 @@ void winograd_conv_cpu(const float* x, const float* weights, const float* bias, 
 void winograd_weight_gradient_cpu(const float* x, const float* grad, float* weight, float* bias,
                                   const WinogradShape& shape, const WeightStrides& strides, int threads);
 
-// out [N, H', W', O] = activation(x [N, H, W, I] · weights + bias [O] + skip), with packed weights (see
-// pointwise_conv.h). skip may be null; its channels have stride 1. bias, and slopes of the activation, are filled up to
-// a multiple of half a panel. x and out may be different channels of one map.
+// How the weights of the launcher that follows are packed, on this processor.
+PointwisePanels pointwise_panels();
+// out [N, H', W', O] = activation(x [N, H, W, I] convolved with packed weights (see pointwise_conv.h) + bias + skip).
+// skip may be null; its channels have stride 1. bias, and slopes of the activation, are filled up to a multiple of the
+// lanes. x and out may be different channels of one map.
 void pointwise_conv_cpu(const float* x, const float* weights, const float* bias, const float* skip, float* out,
                         const PointwiseShape& shape, const ImageStrides& skip_strides, const Activation& activation,
                         int threads);

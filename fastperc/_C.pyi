@@ -193,6 +193,7 @@ def winograd_weight_gradient_cpu(
     strides: tuple[int, int, int, int],
     threads: int,
 ) -> None: ...
+def pointwise_panels() -> tuple[int, int]: ...
 def pointwise_conv_cpu(
     x: int,
     weights: int,

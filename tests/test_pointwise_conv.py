@@ -1,4 +1,4 @@
-"""1×1 convolutions of frozen networks on a CPU, against float64."""
+"""Convolutions of frozen networks on a CPU as products of matrices, against float64: 1×1, and larger kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from frozen import ACTIVATION_NAMES, activations, features, filters
 
 from fastperc import backends, ops
-from fastperc.types import NO_EPILOGUE, RELU, Activation, Epilogue, Geometry, same_sides
+from fastperc.types import NO_EPILOGUE, RELU, Activation, Epilogue, Geometry, Padding, same_sides
 
 # batch, in, out, height, width, stride
 CASES = {
@@ -16,12 +16,27 @@ CASES = {
     "B2-I3-O5-H3-W7": (2, 3, 5, 3, 7, 1),
     "B1-I24-O144-H9-W11": (1, 24, 144, 9, 11, 1),
     "B1-I144-O24-H13-W5": (1, 144, 24, 13, 5, 1),
-    "B1-I401-O37-H7-W7-two-steps": (1, 401, 37, 7, 7, 1),
+    "B1-I401-O37-H7-W7": (1, 401, 37, 7, 7, 1),
+    "B1-I1037-O37-H7-W7-two-parts": (1, 1037, 37, 7, 7, 1),
     "B1-I960-O160-H7-W7": (1, 960, 160, 7, 7, 1),
-    "B1-I1024-O33-H5-W23-copied": (1, 1024, 33, 5, 23, 1),
+    "B1-I1024-O33-H5-W23": (1, 1024, 33, 5, 23, 1),
+    "B1-I48-O80-H6-W11-panel-of-three": (1, 48, 80, 6, 11, 1),
     "B1-I32-O96-H41-W29-many-pixels": (1, 32, 96, 41, 29, 1),
     "B2-I40-O50-H11-W8-stride2": (2, 40, 50, 11, 8, 2),
     "B1-I16-O1000-H1-W1": (1, 16, 1000, 1, 1, 1),
+}
+
+
+# batch, in, out, height, width, kernel, stride, sides (left, right, top, bottom), dilation
+LARGER = {
+    "3x3-stride2": (1, 128, 144, 14, 13, (3, 3), 2, (1, 1, 1, 1), 1),
+    "3x3-of-512": (1, 512, 64, 7, 7, (3, 3), 1, (1, 1, 1, 1), 1),
+    "3x3-batch-wide-border": (2, 5, 7, 4, 6, (3, 3), 1, (3, 3, 3, 3), 1),
+    "3x3-uneven-border": (2, 24, 33, 9, 7, (3, 3), 2, (0, 1, 2, 0), 1),
+    "3x3-two-parts-of-a-tap": (1, 1100, 17, 3, 5, (3, 3), 1, (1, 1, 1, 1), 1),
+    "5x2-dilated": (1, 40, 20, 12, 15, (5, 2), 1, (2, 0, 3, 4), 2),
+    "7x7-of-rgb": (1, 3, 64, 21, 18, (7, 7), 2, (3, 3, 3, 3), 1),
+    "4x4-without-border": (3, 16, 100, 8, 8, (4, 4), 2, (0, 0, 0, 0), 1),
 }
 
 
@@ -39,11 +54,22 @@ def arguments(case):
     return x, weight, bias, Geometry(stride), features(*shape, device="cpu", dtype=torch.float32)
 
 
+def larger_arguments(case):
+    n, c_in, c_out, height, width, kernel, stride, sides, dilation = LARGER[case]
+    x = features(n, c_in, height, width, device="cpu", dtype=torch.float32)
+    weight, bias = filters(c_out, c_in, *kernel, device="cpu", dtype=torch.float32)
+    geometry = Geometry(stride, Padding(sides), dilation)
+    skip = features(*geometry.output_shape(x, weight), device="cpu", dtype=torch.float32)
+    return x, weight, bias, geometry, skip
+
+
 def compare(x, weight, bias, geometry, epilogue):
     """The result of the kernel, after a comparison with float64."""
     call = x, weight, bias, geometry, epilogue
     ours = ops.conv_bn_relu(*call).clone()
-    y = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), geometry.stride)
+    bordered = torch.nn.functional.pad(x.double(), geometry.padding.sides)
+    options = {"stride": geometry.stride, "dilation": geometry.dilation}
+    y = torch.nn.functional.conv2d(bordered, weight.double(), bias.double(), **options)
     if epilogue.skip is not None:
         y = y + epilogue.skip.double()
     expected = activated(y, epilogue.activation)
@@ -76,7 +102,7 @@ def test_matches_float64(case, with_skip):
 
 
 @pytest.mark.parametrize("name", ACTIVATION_NAMES)
-@pytest.mark.parametrize("case", ["B1-I24-O144-H9-W11", "B2-I3-O5-H3-W7", "B1-I401-O37-H7-W7-two-steps"])
+@pytest.mark.parametrize("case", ["B1-I24-O144-H9-W11", "B2-I3-O5-H3-W7", "B1-I401-O37-H7-W7"])
 def test_every_activation(case, name):
     *call, skip = arguments(case)
     activation = activations(CASES[case][2])[name]
@@ -84,17 +110,49 @@ def test_every_activation(case, name):
     compare(*call, Epilogue(activation=activation, skip=skip))
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", [None, "relu", "prelu", "silu"])
+@pytest.mark.parametrize("case", LARGER)
+def test_larger_kernels_match_float64(case, name):
+    *call, skip = larger_arguments(case)
+    activation = name and activations(LARGER[case][2])[name]
+    with backends.use_implementation("conv_bn_relu", "direct"):
+        compare(*call, Epilogue(activation=activation))
+        compare(*call, Epilogue(activation=activation, skip=skip))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_number_of_threads_changes_no_bit(case):
     *call, skip = arguments(case)
+    same_with_any_threads(lambda: ops.conv_bn_relu(*call, Epilogue(activation=None, skip=skip)))
+
+
+@pytest.mark.parametrize("case", LARGER)
+def test_the_number_of_threads_changes_no_bit_of_larger_kernels(case):
+    *call, skip = larger_arguments(case)
+    with backends.use_implementation("conv_bn_relu", "direct"):
+        same_with_any_threads(lambda: ops.conv_bn_relu(*call, Epilogue(activation=None, skip=skip)))
+
+
+def same_with_any_threads(run):
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results.append(ops.conv_bn_relu(*call, Epilogue(activation=None, skip=skip)))
+            results.append(run())
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_larger_kernel_reads_and_writes_slices_of_one_map():
+    x, weight, bias, *_ = larger_arguments("3x3-of-512")
+    geometry = Geometry(1, same_sides(1))
+    with backends.use_implementation("conv_bn_relu", "direct"):
+        expected = compare(x, weight, bias, geometry, NO_EPILOGUE)
+        shared = torch.cat([x, expected * 0], 1).contiguous(memory_format=torch.channels_last)
+        ops.conv_bn_relu(shared[:, :512], weight, bias, geometry, NO_EPILOGUE._replace(out=shared[:, 512:]))
+    assert torch.equal(shared[:, 512:], expected) and torch.equal(shared[:, :512], x)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -151,4 +209,15 @@ def test_what_it_leaves_to_others():
         (x, weight, bias, Geometry(groups=2), Epilogue()),
     ):
         with pytest.raises(backends.CannotServe, match="pointwise: "):
+            backends.OPERATIONS["conv_bn_relu"](*call)
+    larger = features(64, 64, 3, 3, device="cpu", dtype=torch.float32)
+    for call in (
+        (x, weight, bias, geometry, Epilogue()),
+        (x.half(), larger, bias, Geometry(padding=same_sides(1)), Epilogue()),
+        (x, larger, bias, Geometry(padding=same_sides(1, "reflect")), Epilogue()),
+    ):
+        with (
+            backends.use_implementation("conv_bn_relu", "direct"),
+            pytest.raises(backends.CannotServe, match="direct: "),
+        ):
             backends.OPERATIONS["conv_bn_relu"](*call)

@@ -5,11 +5,11 @@ Where a function fills a tensor, the caller has allocated it. "Channels-last" me
 
 from fastperc._native.convolutions import (
     DEPTHWISE_PANEL,
-    POINTWISE_PANEL,
     STEM_PANEL,
     WINOGRAD_PANEL,
     depthwise_conv,
     pointwise_conv,
+    pointwise_panels,
     rgb_conv_head,
     rgb_conv_head_winograd,
     rgb_conv_stem_winograd,
@@ -59,7 +59,6 @@ __all__ = [
     "DEPTHWISE_PANEL",
     "DTYPES",
     "PASS_ACTIVATIONS",
-    "POINTWISE_PANEL",
     "STEM_PANEL",
     "WINOGRAD_PANEL",
     "_C",
@@ -82,6 +81,7 @@ __all__ = [
     "norm_state",
     "pixel_step",
     "pointwise_conv",
+    "pointwise_panels",
     "recorded_calls",
     "relu_mask_bwd",
     "relu_mask_fwd",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from fastperc._native.prepared import ConvConstants, convolve
 from fastperc.types import Activation, Epilogue, Geometry, Padding
 
 WINOGRAD_PANEL = 32  # winograd_panel in csrc/conv3x3.h
-POINTWISE_PANEL = 32  # pointwise_panel in csrc/pointwise_conv.h
 STEM_PANEL = 32  # stem_panel in csrc/stem_conv.h
 DEPTHWISE_PANEL = 16  # depthwise_panel in csrc/depthwise_conv.h
 
@@ -106,32 +106,43 @@ def _winograd_shape(
     return n, h, w, i, o, padding, tile, x_step, y_step
 
 
+@cache
+def pointwise_panels() -> tuple[int, int]:
+    """How the weights of :func:`pointwise_conv` are packed on this processor: floats in a register, and registers in a
+    panel."""
+    return _C.pointwise_panels()
+
+
 def pointwise_conv(
     x: Tensor,
     weights: Tensor,
     bias: Tensor,
-    stride: int,
-    skip: Tensor | None,
-    activation: Activation | None,
+    kernel: tuple[int, int],
+    geometry: Geometry,
+    epilogue: Epilogue,
     out: Tensor,
 ) -> None:
-    """Fills ``out`` with ``activation`` of a 1×1 convolution of ``x`` + ``bias`` + ``skip``. All are float32.
+    """Fills ``out`` with activation(the convolution of ``x`` + ``bias`` + skip). All are float32.
 
     Args:
         x: [N, I, H, W] whose pixels are evenly spaced, as :func:`pixel_step` has it.
         weights: packed as csrc/pointwise_conv.h says.
-        bias: [O], filled up with zeros to a multiple of half a panel; so are the slopes of the activation.
-        stride: of rows and columns.
-        skip: of the shape of ``out``, with channels of stride 1, or ``None``.
-        activation: one of ``PASS_ACTIVATIONS``, or ``None``.
+        bias: [O], filled up with zeros to a multiple of the floats in a register; so are the slopes of the activation.
+        kernel: its rows and columns.
+        geometry: of the convolution; its padding adds zeros, and there is one group.
+        epilogue: without a norm; the channels of its skip have stride 1, and its activation is ``None`` or one of
+            ``PASS_ACTIVATIONS``.
         out: [N, O, H', W'] whose pixels are evenly spaced. It may be other channels of the map that ``x`` is a slice
             of.
     """
-    kind, slopes = activation_arguments(activation, len(bias))
-    n, i, h, w = x.shape
+    kind, slopes = activation_arguments(epilogue.activation, len(bias))
+    skip = epilogue.skip
+    (n, i, h, w), (_, o, rows, columns) = x.shape, out.shape
+    left, _, top, _ = geometry.padding.sides
     x_step, out_step = pixel_step(x), pixel_step(out)
     assert x_step is not None and out_step is not None, "the pixels are not evenly spaced"
-    shape = n, h, w, i, out.shape[1], stride, x_step, out_step
+    maps = n, h, w, i, o, geometry.stride, x_step, out_step, rows, columns
+    shape = *maps, *kernel, left, top, geometry.dilation
     convolve("pointwise_conv", x, skip, out, ConvConstants(weights, bias, kind, slopes, shape))
 
 

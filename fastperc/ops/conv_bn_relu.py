@@ -223,6 +223,9 @@ CONV_BN_RELU = register(
             Implementation("native", pointwise_conv.run, pointwise_conv.why_not, pointwise_conv.why_slow, "pointwise"),
             Implementation("native", depthwise_conv.run, depthwise_conv.why_not, depthwise_conv.why_slow, "depthwise"),
             Implementation("native", stem_conv.run, stem_conv.why_not, stem_conv.why_slow, "stem"),
+            Implementation(
+                "native", pointwise_conv.run, pointwise_conv.why_not_direct, pointwise_conv.why_slow_direct, "direct"
+            ),
             Implementation("native", _onednn, _why_not_onednn, label="onednn"),
             Implementation("native", _cudnn, _why_not_cudnn, label="cudnn"),
             Implementation("reference", _plain),
