@@ -1,4 +1,4 @@
-// The Python bindings of the compiled module. Addresses are passed as integers. fastperc/_native.py is the only caller.
+// The Python bindings of the compiled module. Addresses are passed as integers. fastperc/_native is the only caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
