@@ -1,0 +1,225 @@
+"""``fastperc convert``: other people's checkpoints, by a second reading of the same networks in plain PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorflow_files import Lengstrom, bundle, single
+from torch import nn
+from torch7_files import Johnson, saved
+
+import fastperc
+from fastperc import InputError, archives, conversion
+
+SIZES = [(1, 48, 64), (2, 80, 44)]  # images, height, width: multiples of 4, where the originals keep the size
+CPU = torch.device("cpu")
+
+
+def padded_conv(x, conv, stride=1):
+    """A convolution behind a reflected border."""
+    p = conv.kernel_size[0] // 2
+    return nn.functional.conv2d(nn.functional.pad(x, (p,) * 4, mode="reflect"), conv.weight, conv.bias, stride)
+
+
+class PyTorchNet(nn.Module):
+    """The layers that three repositories share, in a row: convolutions and norms by index."""
+
+    def __init__(self, width=4, batch=False, transposed=False):
+        super().__init__()
+        w, norm = width, nn.BatchNorm2d if batch else lambda c: nn.InstanceNorm2d(c, affine=True)
+        channels = [(3, w, 9), (w, 2 * w, 3), (2 * w, 4 * w, 3), *[(4 * w, 4 * w, 3)] * 10]
+        channels += [(4 * w, 2 * w, 3), (2 * w, w, 3), (w, 3, 9)]
+        self.convs = nn.ModuleList(nn.Conv2d(*sizes) for sizes in channels)
+        self.norms = nn.ModuleList(norm(c_out) for _, c_out, _ in channels[:-1])
+        self.transposed = transposed
+        if transposed:
+            for i in (13, 14):
+                self.convs[i] = nn.ConvTranspose2d(*channels[i], 2, 1, 1)
+        with torch.no_grad():
+            self.convs[15].weight.mul_(20)  # pictures of many levels
+            for i, tensor in enumerate([*self.norms.parameters(), *self.norms.buffers()]):
+                if tensor.is_floating_point():
+                    tensor.copy_(0.5 + torch.rand(tensor.shape, generator=torch.Generator().manual_seed(i)))
+        self.eval()
+
+    def forward(self, x):
+        for i in range(3):
+            x = self.norms[i](padded_conv(x, self.convs[i], 1 if i == 0 else 2)).relu()
+        for i in range(3, 13, 2):
+            y = self.norms[i](padded_conv(x, self.convs[i])).relu()
+            x = x + self.norms[i + 1](padded_conv(y, self.convs[i + 1]))
+        for i in (13, 14):
+            if self.transposed:
+                x = self.convs[i](x)
+            else:
+                x = padded_conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), self.convs[i])
+            x = self.norms[i](x).relu()
+        return padded_conv(x, self.convs[15])
+
+    def state(self, conv_names, norm_names):
+        """The state_dict under other names, one for each convolution and norm."""
+        pairs = [*zip(conv_names, self.convs), *zip(norm_names, self.norms)]
+        return {f"{name}.{key}": tensor for name, part in pairs for key, tensor in part.state_dict().items()}
+
+
+BLOCKS = [(i, j) for i in range(5) for j in (1, 2)]
+EXAMPLE = [f"conv{i}.conv2d" for i in (1, 2, 3)], [f"res{i + 1}.conv{j}.conv2d" for i, j in BLOCKS]
+EXAMPLE_NORMS = ["in1", "in2", "in3", *(f"res{i + 1}.in{j}" for i, j in BLOCKS), "in4", "in5"]
+
+
+def example(path, age):
+    net = PyTorchNet()
+    tensors = net.state([*EXAMPLE[0], *EXAMPLE[1], *(f"deconv{i}.conv2d" for i in (1, 2, 3))], EXAMPLE_NORMS)
+    if age == "running statistics":
+        weights = [name for name in tensors if name.endswith("weight") and "in" in name.split(".")[-2][:2]]
+        for name in weights:
+            tensors[name.replace("weight", "running_mean")] = torch.rand(tensors[name].shape)
+            tensors[name.replace("weight", "running_var")] = torch.rand(tensors[name].shape)
+    if age == "module.":
+        tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    torch.save(tensors, path, _use_new_zipfile_serialization=age != "running statistics")
+    return lambda x: net(255 * x) / 255
+
+
+def gordicaleksa(path):
+    net = PyTorchNet()
+    ups = ["up1.conv2d.conv2d", "up2.conv2d.conv2d", "up3.conv2d"]
+    state = net.state([*EXAMPLE[0], *EXAMPLE[1], *ups], EXAMPLE_NORMS)
+    torch.save({"commit_hash": "abc", "content_weight": 1.0, "num_of_datapoints": 3, "state_dict": state}, path)
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    return lambda x: net((x - mean) / deviation) * deviation + mean
+
+
+def rrmina(path, batch):
+    net = PyTorchNet(batch=batch, transposed=True)
+    first = [f"ConvBlock.{i}" for i in (0, 2, 4)]
+    blocks = [f"ResidualBlock.{i}.conv{j}" for i, j in BLOCKS]
+    convs = [f"{name}.conv_layer" for name in [*first, *blocks]]
+    convs += ["DeconvBlock.0.conv_transpose", "DeconvBlock.2.conv_transpose", "DeconvBlock.4.conv_layer"]
+    norms = [f"{name}.norm_layer" for name in [*first, *blocks, "DeconvBlock.0", "DeconvBlock.2"]]
+    torch.save(net.state(convs, norms), path)
+    return lambda x: net(255 * x[:, [2, 1, 0]])[:, [2, 1, 0]] / 255
+
+
+REPRESENTED = {
+    "example": lambda path: example(path, "today"),
+    "example, old": lambda path: example(path, "running statistics"),
+    "example, in parallel": lambda path: example(path, "module."),
+    "gordicaleksa": gordicaleksa,
+    "rrmina": lambda path: rrmina(path, False),
+    "rrmina, batch norm": lambda path: rrmina(path, True),
+}
+
+
+def images(size):
+    n, height, width = size
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def same_picture(net, original):
+    with torch.no_grad():
+        for size in SIZES:
+            x = images(size)
+            expected = original(x)
+            assert expected.std() > 0.01
+            assert (net(x) - expected).abs().max() < 2e-4 * max(1, expected.abs().max()), size
+
+
+@pytest.mark.parametrize("name", REPRESENTED)
+def test_converts_to_a_checkpoint_with_the_same_picture(run, here, name):
+    original = REPRESENTED[name](here / "in.pth")
+    result = run("convert", "in.pth", "-o", "out/net.safetensors")
+    assert result.status == 0 and not result.err, result.err
+    assert "16 convolutions, 15 " in result.out and "weights in float32" in result.out
+    assert ("batch norms" if "batch" in name else "instance norms") in result.out
+    net = fastperc.load("out/net.safetensors")
+    assert isinstance(net, fastperc.TransformNet) and net.config["width"] == 4
+    same_picture(net, original)
+    assert run("stylize", "photo.png", "-o", "painted.png", "--model", "out/net.safetensors").status == 0
+
+
+def lengstrom_bundle(folder):
+    net = Lengstrom()
+    bundle(net.tensors(), folder / "wave.ckpt")
+    return folder / "wave.ckpt", net.picture
+
+
+def lengstrom_single(folder):
+    net = Lengstrom()
+    single(net.tensors(), folder / "wave.ckpt")
+    return folder / "wave.ckpt", net.picture
+
+
+def johnson(folder, **arguments):
+    net = Johnson(**arguments)
+    return saved(net.checkpoint(), folder / "candy.t7"), net.picture
+
+
+ARCHIVED = {
+    "jcjohnson": johnson,
+    "jcjohnson, batch norm": lambda folder: johnson(folder, norm="batch"),
+    "jcjohnson, reflect": lambda folder: johnson(folder, padding="reflect"),
+    "jcjohnson, zero": lambda folder: johnson(folder, padding="zero"),
+    "lengstrom": lengstrom_bundle,
+    "lengstrom, one file": lengstrom_single,
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVED)
+def test_reads_networks_that_ours_cannot_represent(refused, here, name):
+    path, original = ARCHIVED[name](here)
+    converted = conversion.read(path)
+    (line,) = conversion.described(converted)
+    assert name.partition(",")[0] in line and "16 convolutions" in line
+    same_picture(converted.net, original)
+    refused("convert", path, "-o", "out.safetensors", says=f"fastperc convert {path} -o out.pt2")
+
+
+@pytest.mark.parametrize("name", ["jcjohnson", "lengstrom"])
+def test_writes_an_archive_that_stylize_paints_with(run, here, name):
+    path, original = ARCHIVED[name](here)
+    result = run("convert", path.name, "-o", "out.pt2")
+    assert result.status == 0 and "wrote out.pt2: an archive of torch.export" in result.out, result
+    call = archives.load("out.pt2", CPU).call
+    with torch.no_grad():
+        for size in SIZES:
+            assert (call(images(size)) - original(images(size))).abs().max() < 2e-4
+        assert call(images((1, 45, 61))).shape == (1, 3, 45, 61)
+    pixels = images(SIZES[0])[0].mul(255).round().to(torch.uint8)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save("photo.png")
+    assert run("stylize", "photo.png", "-o", "painted.png", "--model", "out.pt2").status == 0
+    painted = torch.from_numpy(np.array(Image.open("painted.png"))).permute(2, 0, 1).double()
+    with torch.no_grad():
+        expected = (original(pixels[None] / 255)[0] * 255).clamp(0, 255).round()
+    assert (painted - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("given", ["wave.ckpt", "wave.ckpt.index", "wave.ckpt.data-00000-of-00001", "."])
+def test_a_bundle_is_found_by_any_of_its_names(here, given):
+    lengstrom_bundle(here)
+    assert conversion.read(here / given).kind.startswith("lengstrom")
+
+
+def test_the_numbers_of_a_torch_checkpoint_choose_the_preprocessing(here):
+    net = Johnson(padding="zero")
+    x = images(SIZES[0])
+    with torch.no_grad():
+        vgg = conversion.read(saved(net.checkpoint(), here / "a.t7")).net(x)
+        resnet = conversion.read(saved(net.checkpoint(preprocessing="resnet"), here / "b.t7")).net(x)
+        assert torch.equal(conversion.read(saved(net.module(), here / "c.t7")).net(x), vgg)
+    assert (vgg - resnet).abs().max() > 0.1
+    with pytest.raises(InputError, match="preprocessing 'other', which is not known"):
+        conversion.read(saved(net.checkpoint(preprocessing="other"), here / "d.t7"))
+
+
+def test_the_widths_that_were_published(here):
+    torch.save(
+        PyTorchNet(32).state([*EXAMPLE[0], *EXAMPLE[1], *(f"deconv{i}.conv2d" for i in (1, 2, 3))], EXAMPLE_NORMS),
+        here / "mosaic.pth",
+    )
+    (line,) = conversion.described(conversion.read(here / "mosaic.pth"))
+    assert line == (
+        "PyTorch's fast_neural_style example: 16 convolutions, 15 instance norms, 1,679,235 weights in float32"
+    )
