@@ -40,7 +40,7 @@ def block(entries, restart=16):
 
 
 def snappy(data):
-    """``data`` compressed: literals of 100 bytes at most, and copies where bytes repeat those that come four earlier."""
+    """``data`` compressed: literals of 100 bytes at most, and copies of what came four bytes earlier."""
     output, place = bytearray(varint(len(data))), 0
     while place < len(data):
         length = 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from style_nets import BLOCKS, DECONVS, EXAMPLE, EXAMPLE_NORMS, PyTorchNet
 from tensorflow_files import Lengstrom, bundle, single
-from torch import nn
 from torch7_files import Johnson, saved
 
 import fastperc
@@ -17,61 +17,9 @@ SIZES = [(1, 48, 64), (2, 80, 44)]  # images, height, width: multiples of 4, whe
 CPU = torch.device("cpu")
 
 
-def padded_conv(x, conv, stride=1):
-    """A convolution behind a reflected border."""
-    p = conv.kernel_size[0] // 2
-    return nn.functional.conv2d(nn.functional.pad(x, (p,) * 4, mode="reflect"), conv.weight, conv.bias, stride)
-
-
-class PyTorchNet(nn.Module):
-    """The layers that three repositories share, in a row: convolutions and norms by index."""
-
-    def __init__(self, width=4, batch=False, transposed=False):
-        super().__init__()
-        w, norm = width, nn.BatchNorm2d if batch else lambda c: nn.InstanceNorm2d(c, affine=True)
-        channels = [(3, w, 9), (w, 2 * w, 3), (2 * w, 4 * w, 3), *[(4 * w, 4 * w, 3)] * 10]
-        channels += [(4 * w, 2 * w, 3), (2 * w, w, 3), (w, 3, 9)]
-        self.convs = nn.ModuleList(nn.Conv2d(*sizes) for sizes in channels)
-        self.norms = nn.ModuleList(norm(c_out) for _, c_out, _ in channels[:-1])
-        self.transposed = transposed
-        if transposed:
-            for i in (13, 14):
-                self.convs[i] = nn.ConvTranspose2d(*channels[i], 2, 1, 1)
-        with torch.no_grad():
-            self.convs[15].weight.mul_(20)  # pictures of many levels
-            for i, tensor in enumerate([*self.norms.parameters(), *self.norms.buffers()]):
-                if tensor.is_floating_point():
-                    tensor.copy_(0.5 + torch.rand(tensor.shape, generator=torch.Generator().manual_seed(i)))
-        self.eval()
-
-    def forward(self, x):
-        for i in range(3):
-            x = self.norms[i](padded_conv(x, self.convs[i], 1 if i == 0 else 2)).relu()
-        for i in range(3, 13, 2):
-            y = self.norms[i](padded_conv(x, self.convs[i])).relu()
-            x = x + self.norms[i + 1](padded_conv(y, self.convs[i + 1]))
-        for i in (13, 14):
-            if self.transposed:
-                x = self.convs[i](x)
-            else:
-                x = padded_conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), self.convs[i])
-            x = self.norms[i](x).relu()
-        return padded_conv(x, self.convs[15])
-
-    def state(self, conv_names, norm_names):
-        """The state_dict under other names, one for each convolution and norm."""
-        pairs = [*zip(conv_names, self.convs), *zip(norm_names, self.norms)]
-        return {f"{name}.{key}": tensor for name, part in pairs for key, tensor in part.state_dict().items()}
-
-
-BLOCKS = [(i, j) for i in range(5) for j in (1, 2)]
-EXAMPLE = [f"conv{i}.conv2d" for i in (1, 2, 3)], [f"res{i + 1}.conv{j}.conv2d" for i, j in BLOCKS]
-EXAMPLE_NORMS = ["in1", "in2", "in3", *(f"res{i + 1}.in{j}" for i, j in BLOCKS), "in4", "in5"]
-
-
 def example(path, age):
     net = PyTorchNet()
-    tensors = net.state([*EXAMPLE[0], *EXAMPLE[1], *(f"deconv{i}.conv2d" for i in (1, 2, 3))], EXAMPLE_NORMS)
+    tensors = net.state([*EXAMPLE, *DECONVS], EXAMPLE_NORMS)
     if age == "running statistics":
         weights = [name for name in tensors if name.endswith("weight") and "in" in name.split(".")[-2][:2]]
         for name in weights:
@@ -86,7 +34,7 @@ def example(path, age):
 def gordicaleksa(path):
     net = PyTorchNet()
     ups = ["up1.conv2d.conv2d", "up2.conv2d.conv2d", "up3.conv2d"]
-    state = net.state([*EXAMPLE[0], *EXAMPLE[1], *ups], EXAMPLE_NORMS)
+    state = net.state([*EXAMPLE, *ups], EXAMPLE_NORMS)
     torch.save({"commit_hash": "abc", "content_weight": 1.0, "num_of_datapoints": 3, "state_dict": state}, path)
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     return lambda x: net((x - mean) / deviation) * deviation + mean
@@ -177,6 +125,7 @@ def test_reads_networks_that_ours_cannot_represent(refused, here, name):
     refused("convert", path, "-o", "out.safetensors", says=f"fastperc convert {path} -o out.pt2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["jcjohnson", "lengstrom"])
 def test_writes_an_archive_that_stylize_paints_with(run, here, name):
     path, original = ARCHIVED[name](here)
@@ -214,11 +163,8 @@ def test_the_numbers_of_a_torch_checkpoint_choose_the_preprocessing(here):
         conversion.read(saved(net.checkpoint(preprocessing="other"), here / "d.t7"))
 
 
-def test_the_widths_that_were_published(here):
-    torch.save(
-        PyTorchNet(32).state([*EXAMPLE[0], *EXAMPLE[1], *(f"deconv{i}.conv2d" for i in (1, 2, 3))], EXAMPLE_NORMS),
-        here / "mosaic.pth",
-    )
+def test_the_width_that_was_published(here):
+    torch.save(PyTorchNet(32).state([*EXAMPLE, *DECONVS], EXAMPLE_NORMS), here / "mosaic.pth")
     (line,) = conversion.described(conversion.read(here / "mosaic.pth"))
     assert line == (
         "PyTorch's fast_neural_style example: 16 convolutions, 15 instance norms, 1,679,235 weights in float32"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastperc.cli.networks import add_style_network, shipped, style_file
+from fastperc.cli.networks import add_style_network, shipped_file, style_file
 from fastperc.cli.options import path, sizes
 
 FIXED = 512  # pixels a side, of --size fixed
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc.errors import InputError
     from fastperc.files import check_overwrites, check_writable
 
-    source = shipped([arguments.network])[0] if arguments.network else style_file(arguments)
+    source = shipped_file(arguments.network) if arguments.network else style_file(arguments)
     out: Path = arguments.out
     if out.suffix.lower() not in exporting.SUFFIXES:
         raise InputError(f"{out}: the name must end in {' or '.join(exporting.SUFFIXES)}, which chooses the format")

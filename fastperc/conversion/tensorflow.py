@@ -75,6 +75,8 @@ def read(path: Path) -> dict[str, Tensor]:
         entries = [*_entries(path.read_bytes())]
         single = any(not key for key, _ in entries) and path.suffix != ".index"
         return _single(entries) if single else _bundle(path, entries)
+    except InputError:  # a file of the bundle that cannot be read
+        raise
     except (struct.error, ValueError, IndexError, KeyError, OverflowError, TypeError, UnicodeDecodeError):
         raise Refused("is damaged or cut short") from None
 

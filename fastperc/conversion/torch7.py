@@ -164,7 +164,7 @@ class _Reader:
         sizes, strides = self._unpack(f"{dimensions}q"), self._unpack(f"{dimensions}q")
         (offset,) = self._unpack("q")
         storage = self.object(depth + 1)
-        if not dimensions or storage is None:
+        if not dimensions or storage is None or 0 in sizes:
             return torch.empty(0, dtype=dtype)
         if not isinstance(storage, Tensor) or storage.dtype != dtype or min(sizes) < 1 or min(strides) < 0:
             raise ValueError

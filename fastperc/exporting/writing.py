@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ OPSET = 18  # of ONNX: the first that PyTorch's exporter writes without converti
 SUFFIXES = (".onnx", ".pt2")
 LEVELS, HALF_LEVELS = 1.0, 3.0  # of 255: how far a picture may be from PyTorch's in float32, and in float16
 MAX_SIDE = 1 << 15  # of an image whose size may vary
+LARGE = 1 << 18  # pixels of an image of which one is checked, not two
 CHECKED = ((1, 64, 48), (2, 97, 130), (1, MINIMUM_SIDE, 33))  # images, height, width
 NEEDED = "onnx", "onnxscript", "onnxruntime"
 HINT = "pip install 'fastperc[onnx]'"
@@ -198,9 +200,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _check(path: Path, call: Call, expected: nn.Module, images: Images) -> tuple[float, tuple[Any, ...]]:
+def _check(
+    path: Path, call: Call, expected: nn.Module, images: Images
+) -> tuple[float, tuple[tuple[int, int, int], ...]]:
     """The largest difference between ``call`` and ``expected``, in levels, over images of several sizes."""
-    sizes = tuple((count, *images.size) for count in (1, 2)) if images.size else CHECKED
+    sizes: tuple[tuple[int, int, int], ...] = CHECKED
+    if images.size:
+        counts = (1,) if math.prod(images.size) > LARGE else (1, 2)
+        sizes = tuple((count, *images.size) for count in counts)
     allowed, largest = HALF_LEVELS if images.half else LEVELS, 0.0
     for seed, size in enumerate(sizes):
         x = images.example(*size, seed=seed)
