@@ -239,6 +239,8 @@ EXAMPLE_LAYERS = {
     **{"deconv1.conv2d": "up.0.conv", "in4": "up.0.norm", "deconv2.conv2d": "up.1.conv", "in5": "up.1.norm"},
     **{"deconv3.conv2d": "head"},
 }
+# In 2017 the example had an instance norm of its own, with these names, and an epsilon of 1e-9.
+OLD_NAMES = {"scale": "weight", "shift": "bias"}
 # Before PyTorch 0.4 instance norms stored these and never used them.
 UNUSED_STATISTICS = re.compile(r"in\d\.(running_mean|running_var|num_batches_tracked)$")
 
@@ -251,13 +253,14 @@ def _from_example(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module,
     if first is None or first.dim() != 4 or not len(first):
         raise InputError(
             f"{path}: neither a network saved by fastperc nor a state_dict of PyTorch's fast_neural_style example "
-            f"(its first tensor is {next(iter(tensors), 'missing')}); for another network {IN_PYTHON}"
+            f"(its first tensor is {next(iter(tensors), 'missing')}); `fastperc convert` reads those of other projects; "
+            f"for another network {IN_PYTHON}"
         )
     renamed = {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         if not UNUSED_STATISTICS.search(name):
-            renamed[f"{EXAMPLE_LAYERS.get(layer, layer)}.{kind}"] = tensor
+            renamed[f"{EXAMPLE_LAYERS.get(layer, layer)}.{OLD_NAMES.get(kind, kind)}"] = tensor
     with torch.device("meta"):
         check_shapes(TransformNet("examples", width=first.shape[0]), renamed, path)
     return TransformNet("examples", width=first.shape[0]), renamed

@@ -25,9 +25,14 @@ def example(path, age):
         for name in weights:
             tensors[name.replace("weight", "running_mean")] = torch.rand(tensors[name].shape)
             tensors[name.replace("weight", "running_var")] = torch.rand(tensors[name].shape)
+    if age == "2017":
+        renamed = {name: name.replace("weight", "scale").replace("bias", "shift") for name in tensors if "in" in name}
+        tensors = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
     if age == "module.":
         tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    torch.save(tensors, path, _use_new_zipfile_serialization=age != "running statistics")
+    torch.save(tensors, path, _use_new_zipfile_serialization=age not in ("running statistics", "2017"))
+    for norm in net.norms:
+        norm.eps = 1e-9 if age == "2017" else norm.eps
     return lambda x: net(255 * x) / 255
 
 
@@ -54,6 +59,7 @@ def rrmina(path, batch):
 REPRESENTED = {
     "example": lambda path: example(path, "today"),
     "example, old": lambda path: example(path, "running statistics"),
+    "example, the first": lambda path: example(path, "2017"),
     "example, in parallel": lambda path: example(path, "module."),
     "gordicaleksa": gordicaleksa,
     "rrmina": lambda path: rrmina(path, False),

@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc import checkpoints, conversion, exporting
     from fastperc.errors import InputError
     from fastperc.files import check_overwrites, check_writable
+    from fastperc.progress import console
 
     source: Path = arguments.input
     out: Path = arguments.out
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"wrote {out}")
     else:
         properties = {"name": source.stem, "network": converted.kind}
-        written = exporting.write(converted.net, out, exporting.Images(), properties)
+        with console.status(f"exporting {source.stem}, and checking its pictures"):
+            written = exporting.write(converted.net, out, exporting.Images(), properties)
         print("\n".join(exporting.report(out, written)))
     return 0

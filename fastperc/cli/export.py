@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc import archives, checkpoints, exporting
     from fastperc.errors import InputError
     from fastperc.files import check_overwrites, check_writable
+    from fastperc.progress import console
 
     source = shipped_file(arguments.network) if arguments.network else style_file(arguments)
     out: Path = arguments.out
@@ -109,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         properties["license"] = license
     fixed = arguments.size and (arguments.size[1], arguments.size[0])
     images = exporting.Images(arguments.input, fixed, arguments.fp16)
-    written = exporting.write(net, out, images, properties)
+    with console.status(f"exporting {source.stem}, and checking its pictures"):
+        written = exporting.write(net, out, images, properties)
     print("\n".join(exporting.report(out, written)))
     return 0

@@ -39,6 +39,10 @@ FIRST = {  # the first tensor of each, which says how wide the network is
     "gordicaleksa": "up1.conv2d.conv2d.weight",
     "rrmina": "ConvBlock.0.conv_layer.weight",
 }
+OTHER_EPSILON = (
+    "of 2017, whose instance norms add an epsilon of 1e-9 to the variance; fastperc's add 1e-5, which shows in areas "
+    "without any texture at most"
+)
 CANNOT_TELL = (
     "taken as TransformerNetwork: a file of TransformerNetworkTanh holds the same names, and its picture would be wrong"
 )
@@ -57,7 +61,8 @@ def convert(path: Path, tensors: Mapping[str, Tensor]) -> Converted:
     if FIRST["rrmina"] in tensors:
         return _rrmina(path, tensors, first.dtype)
     if "stem.conv.weight" in tensors or "conv1.conv2d.weight" in tensors:
-        return Converted("PyTorch's fast_neural_style example", checkpoints.load(path), first.dtype)
+        note = OTHER_EPSILON if "in1.scale" in tensors else ""
+        return Converted("PyTorch's fast_neural_style example", checkpoints.load(path), first.dtype, note)
     raise InputError(
         f"{path}: a state_dict of none of the networks that fastperc converts: PyTorch's fast_neural_style example, "
         f"gordicaleksa's, rrmina's (its first tensor is {next(iter(tensors), 'missing')})"
