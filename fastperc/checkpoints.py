@@ -253,8 +253,8 @@ def _from_example(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module,
     if first is None or first.dim() != 4 or not len(first):
         raise InputError(
             f"{path}: neither a network saved by fastperc nor a state_dict of PyTorch's fast_neural_style example "
-            f"(its first tensor is {next(iter(tensors), 'missing')}); `fastperc convert` reads those of other projects; "
-            f"for another network {IN_PYTHON}"
+            f"(its first tensor is {next(iter(tensors), 'missing')}); `fastperc convert` reads those of other "
+            f"projects; for another network {IN_PYTHON}"
         )
     renamed = {}
     for name, tensor in tensors.items():

@@ -30,7 +30,7 @@ NIL, NUMBER, STRING, TABLE, TORCH, BOOLEAN = range(6)
 FUNCTIONS = (6, 7, 8)
 STARTS = tuple(struct.pack("<ii", kind, 1) for kind in (TABLE, TORCH))  # of a file
 ASCII_STARTS = tuple(f"{kind}\n1\n".encode() for kind in (TABLE, TORCH))
-MAX_DEPTH, MAX_DIMENSIONS, MAX_NAME = 100, 8, 200
+MAX_DEPTH, MAX_DIMENSIONS, MAX_NAME, MAX_OBJECTS = 100, 8, 200, 5_000_000
 CLASS = re.compile(r"torch\.(Cuda)?(\w*?)(Tensor|Storage)")
 DTYPES = {
     **{"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "Long": torch.int64},
@@ -100,12 +100,13 @@ class _Reader:
     """The content of a file and the place in it."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.place, self.objects = data, 0, dict[int, Any]()
+        self.data, self.place, self.count, self.objects = data, 0, 0, dict[int, Any]()
 
     def object(self, depth: int) -> Any:
         """The object at the place, which moves on behind it."""
-        if depth > MAX_DEPTH:
-            raise Refused("is nested too deeply")
+        self.count += 1
+        if depth > MAX_DEPTH or self.count > MAX_OBJECTS:
+            raise Refused("is nested too deeply" if depth > MAX_DEPTH else "holds too many values")
         (kind,) = self._unpack("i")
         if kind == NIL:
             return None
