@@ -56,7 +56,21 @@ def rrmina(path, batch):
     return lambda x: net(255 * x[:, [2, 1, 0]])[:, [2, 1, 0]] / 255
 
 
+def johnson(folder, **arguments):
+    net = Johnson(**arguments)
+    return saved(net.checkpoint(), folder / "candy.t7"), net.picture
+
+
+def johnson_as(path, **arguments):
+    net = Johnson(**arguments)
+    saved(net.checkpoint(), path)
+    return net.picture
+
+
 REPRESENTED = {
+    "jcjohnson": johnson_as,
+    "jcjohnson, batch norm": lambda path: johnson_as(path, norm="batch"),
+    "jcjohnson, zero": lambda path: johnson_as(path, padding="zero"),
     "example": lambda path: example(path, "today"),
     "example, old": lambda path: example(path, "running statistics"),
     "example, the first": lambda path: example(path, "2017"),
@@ -106,16 +120,8 @@ def lengstrom_single(folder):
     return folder / "wave.ckpt", net.picture
 
 
-def johnson(folder, **arguments):
-    net = Johnson(**arguments)
-    return saved(net.checkpoint(), folder / "candy.t7"), net.picture
-
-
 ARCHIVED = {
-    "jcjohnson": johnson,
-    "jcjohnson, batch norm": lambda folder: johnson(folder, norm="batch"),
     "jcjohnson, reflect": lambda folder: johnson(folder, padding="reflect"),
-    "jcjohnson, zero": lambda folder: johnson(folder, padding="zero"),
     "lengstrom": lengstrom_bundle,
     "lengstrom, one file": lengstrom_single,
 }
@@ -132,7 +138,7 @@ def test_reads_networks_that_ours_cannot_represent(refused, here, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["jcjohnson", "lengstrom"])
+@pytest.mark.parametrize("name", ["jcjohnson, reflect", "lengstrom"])
 def test_writes_an_archive_that_stylize_paints_with(run, here, name):
     path, original = ARCHIVED[name](here)
     result = run("convert", path.name, "-o", "out.pt2")

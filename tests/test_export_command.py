@@ -37,6 +37,7 @@ def strong(net):
 
 NETWORKS = {
     **{preset: lambda preset=preset: strong(TransformNet(preset, width=4)) for preset in PRESETS},
+    "caffe": lambda: strong(TransformNet("instance", width=4, output="caffe")),
     "he": lambda: strong(TransformNet("paper", "he", width=4)),
     "plain": lambda: strong(TransformNet("eccv16", False, width=4)),
     "reflect-batch": lambda: strong(TransformNet("examples", width=4, norm="batch", upsample="transposed")),
@@ -176,7 +177,7 @@ OPTIONS = ("", "--input uint8", "--fp16", "--fp16 --input uint8", "--size 61x40"
 EXPORTED = [
     *(("instance", options) for options in OPTIONS),
     *(("examples", "--fp16 --input uint8"), ("paper", "--input uint8"), ("reflect-batch", "")),
-    *(("x4", "--fp16 --input uint8"), ("x4", "--size 61x40")),
+    *(("x4", "--fp16 --input uint8"), ("x4", "--size 61x40"), ("caffe", "")),
 ]
 
 

@@ -23,10 +23,10 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "  the ONNX model zoo's fast_neural_style             .onnx, with pip install 'fastperc[onnx]'\n"
         "  jcjohnson/fast-neural-style                        .t7\n"
         "  lengstrom/fast-style-transfer                      .ckpt, .index with its .data, or their folder\n\n"
-        "The last two compute what fastperc's own networks cannot: write them as .pt2 or .onnx.\n\n"
+        "The last computes what fastperc's own networks cannot: write it as .pt2 or .onnx.\n\n"
         "examples:\n"
         "  fastperc convert mosaic.pth -o mosaic.safetensors\n"
-        "  fastperc convert candy.t7 -o candy.pt2 && fastperc stylize photo.jpg --model candy.pt2",
+        "  fastperc convert wave.ckpt -o wave.pt2 && fastperc stylize photo.jpg --model wave.pt2",
     )
     parser.add_argument("input", type=path, metavar="INPUT", help="the checkpoint")
     parser.add_argument(

@@ -13,13 +13,17 @@ from torch import nn
 from fastperc.conversion import torch7
 from fastperc.conversion.common import Colors, Converted, Multiplied, PictureNet, Refused, Residual, filled
 from fastperc.conversion.torch7 import Module
+from fastperc.models import TransformNet
+from fastperc.models.transform_net import BORDER
 
 CAFFE_MEAN = (103.939, 116.779, 123.68)  # of BGR in 0–255
 COLORS = {  # by the option preprocessing
     "vgg": Colors((255.0,) * 3, [-mean for mean in CAFFE_MEAN], bgr=True),
     "resnet": Colors([1 / s for s in (0.229, 0.224, 0.225)], (-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225)),
 }
-WHY_NOT = "adds the mean colour of its loss network's images to 150·tanh, where fastperc's networks add mid-grey"
+OTHER_COLORS = "takes images as ResNet does, and fastperc's networks do not"
+OTHER_LAYERS = "has other layers or another padding than TransformNet's presets paper, eccv16 and instance"
+NEAR = 1e-3  # between pictures of the same network by other layers
 MAX_MODULES = 1000
 
 
@@ -44,8 +48,60 @@ def convert(path: Path) -> Converted:
     layers = walk.layers(modules[1 if border else 0 :])
     if not layers:
         raise Refused("holds a network without layers")
-    net = PictureNet(nn.Sequential(*layers), COLORS[preprocessing], walk.multiple, border, walk.scale)
-    return Converted("jcjohnson's fast-neural-style network", net.eval(), torch.float32, "", WHY_NOT)
+    net = PictureNet(nn.Sequential(*layers), COLORS[preprocessing], walk.multiple, border, walk.scale).eval()
+    kind, own = "jcjohnson's fast-neural-style network", _transform_net(net) if preprocessing == "vgg" else None
+    if own is not None:
+        return Converted(f"{kind}, BGR turned into RGB", own, torch.float32)
+    return Converted(kind, net, torch.float32, "", OTHER_LAYERS if preprocessing == "vgg" else OTHER_COLORS)
+
+
+CONVOLUTIONS, NORMS = (nn.Conv2d, nn.ConvTranspose2d), (nn.BatchNorm2d, nn.InstanceNorm2d)
+
+
+def _parts(net: nn.Module) -> list[Any]:
+    """The convolutions and norms of a network in order."""
+    return [module for module in net.modules() if isinstance(module, (*CONVOLUTIONS, *NORMS))]
+
+
+def _transform_net(net: PictureNet) -> TransformNet | None:
+    """The ``TransformNet`` that paints the same pictures, if there is one.
+
+    Convolutions and norms must be the same one by one. What stands between them, such as skips and activations, is the
+    same if two random pictures are.
+    """
+    parts = _parts(net)
+    if len(parts) < 2 or not isinstance(parts[0], nn.Conv2d) or net.border not in (0, BORDER):
+        return None
+    norm = "batch" if isinstance(parts[1], nn.BatchNorm2d) else "instance"
+    padding = "reflect40" if net.border else "zero"
+    with torch.device("meta"):
+        own_parts = _parts(TransformNet("paper", width=parts[0].out_channels, norm=norm, padding=padding))
+    if [*map(_geometry_of, parts)] != [*map(_geometry_of, own_parts)]:
+        return None
+    own = TransformNet("paper", width=parts[0].out_channels, norm=norm, padding=padding, output="caffe").eval()
+    for part, own_part in zip(parts, _parts(own)):
+        own_part.load_state_dict(part.state_dict())
+    with torch.no_grad():
+        assert own.head.bias is not None
+        own.stem.conv.weight.copy_(own.stem.conv.weight.flip(1))
+        own.head.weight.copy_(own.head.weight.flip(0))
+        own.head.bias.copy_(own.head.bias.flip(0))
+        for height, width in ((48, 64), (36, 52)):
+            x = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(width))
+            try:
+                y = net(x)
+            except RuntimeError:  # layers that do not fit together
+                return None
+            if y.shape != x.shape or not (own(x) - y).abs().max() < NEAR:
+                return None
+    return own
+
+
+def _geometry_of(part: Any) -> tuple[Any, ...]:
+    if isinstance(part, NORMS):
+        return isinstance(part, nn.BatchNorm2d), part.num_features, part.eps
+    channels = part.in_channels, part.out_channels
+    return isinstance(part, nn.Conv2d), *channels, part.kernel_size, part.stride, part.padding, part.output_padding
 
 
 def _border(module: Module) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastperc import reference
 from fastperc.engine.plan import OWN, Plan, Step, plan_of
-from fastperc.models.common import cropped, reflect_pad_to_multiple
+from fastperc.models.common import cropped, reflect_pad_to_multiple, to_network_range
 from fastperc.presets import MINIMUM_SIDE
 
 INPUTS = ("float", "uint8")
@@ -81,15 +81,14 @@ class Convolutions(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.scale, self.border, self.multiple = plan.scale, plan.border, plan.multiple
-        self.output, self.input_range = plan.output, plan.input_range
+        self.output = plan.output
         self.steps = [step.name.replace(".", "_") for step in plan.steps]
         for name, step in zip(self.steps, plan.steps):
             self.add_module(name, Convolution(step))
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (self.scale * side for side in x.shape[-2:])
-        factor, offset = self.input_range
-        x = x * factor + offset
+        x = to_network_range(x, self.output)
         if self.multiple > 1:
             x = reflect_pad_to_multiple(x, self.multiple, self.border)
         before = x
