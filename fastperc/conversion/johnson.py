@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastperc.conversion import torch7
-from fastperc.conversion.common import Colors, Converted, Multiplied, PictureNet, Refused, Residual, filled
+from fastperc.conversion.common import Colors, Converted, Multiplied, PictureNet, Refused, Residual, filled, shown
 from fastperc.conversion.torch7 import Module
 
 CAFFE_MEAN = (103.939, 116.779, 123.68)  # of BGR in 0–255
@@ -37,7 +37,7 @@ def convert(path: Path) -> Converted:
         raise Refused("holds no network: neither an nn module nor a table with one as 'model'")
     preprocessing = options.get("preprocessing", "vgg") if isinstance(options, dict) else "vgg"
     if preprocessing not in COLORS:
-        raise Refused(f"was trained with the preprocessing {str(preprocessing)[:40]!r}, which is not known")
+        raise Refused(f"was trained with the preprocessing {shown(str(preprocessing))!r}, which is not known")
     walk = Walk()
     modules = walk.flat(content)
     border = _border(modules[0]) if modules else 0
@@ -45,7 +45,9 @@ def convert(path: Path) -> Converted:
     if not layers:
         raise Refused("holds a network without layers")
     net = PictureNet(nn.Sequential(*layers), COLORS[preprocessing], walk.multiple, border, walk.scale)
-    return Converted("jcjohnson's fast-neural-style network", net.eval(), torch.float32, "", WHY_NOT)
+    weights = [module.fields["weight"] for module in modules if isinstance(module.fields.get("weight"), torch.Tensor)]
+    dtype = weights[0].dtype if weights else torch.float32
+    return Converted("jcjohnson's fast-neural-style network", net.eval(), dtype, "", WHY_NOT)
 
 
 def _border(module: Module) -> int:
