@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from damage import LONGEST, SECONDS, SEED, damaged
+from style_nets import DECONVS, EXAMPLE, EXAMPLE_NORMS, PyTorchNet
 from tensorflow_files import Lengstrom, bundle, field, shape_message, single, snappy, table, varint
 from torch7_files import Johnson, Nn, Writer, saved
 
@@ -224,12 +225,14 @@ def test_folders(refused, here):
 # Any damage
 
 
-@pytest.mark.parametrize("kind", ["torch", "bundle", "single"])
+@pytest.mark.parametrize("kind", ["torch", "bundle", "single", "state_dict"])
 def test_damaged_files_are_refused_or_read(tmp_path, kind):
     """For some seconds, files with random damage. Nothing but an ``InputError`` comes of it, quickly."""
     path = tmp_path / "in"
     if kind == "torch":
         saved(Johnson(width=1).checkpoint(), path)
+    elif kind == "state_dict":
+        torch.save(PyTorchNet(1).state([*EXAMPLE, *DECONVS], EXAMPLE_NORMS), path)
     elif kind == "single":
         single(Lengstrom(1).tensors(), path)
     else:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import sys
+import time
 
 import pytest
 import torch
+from damage import LONGEST, SECONDS, SEED, damaged
 from style_nets import PyTorchNet
 
 import fastperc
@@ -171,6 +174,20 @@ def test_refuses_files_that_are_no_graph(tmp_path, refused, here):
     for content in (b"", b"\xff" * 99, b"hello"):
         (here / "net.onnx").write_bytes(content)
         refused("convert", "net.onnx", "-o", "out.safetensors", says="net.onnx: ")
+
+
+def test_damaged_files_are_refused_or_read(tmp_path):
+    """For some seconds, files with random damage. Nothing but an ``InputError`` comes of it, quickly."""
+    path = Graph(PyTorchNet(1), 9).save(tmp_path / "net.onnx")
+    content, generator, end = path.read_bytes(), random.Random(SEED), time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        path.write_bytes(damaged(content, generator))
+        start = time.monotonic()
+        try:
+            conversion.read(path)
+        except InputError as error:
+            assert "\n" not in str(error)
+        assert time.monotonic() - start < LONGEST
 
 
 def test_says_what_to_install(refused, here, monkeypatch):

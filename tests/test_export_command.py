@@ -78,6 +78,7 @@ def test_half_precision_leaves_the_network_as_it_was():
 # Archives
 
 
+@pytest.mark.slow
 def test_an_archive(run, here):
     net = strong(TransformNet("instance", width=2))
     fastperc.save(net, "net.safetensors", training={"style": "wave.jpg"})
@@ -211,6 +212,7 @@ def test_the_networks_that_ship(run, here):
         assert session(f"{name}.onnx").get_modelmeta().custom_metadata_map["license"] == "BSD-3-Clause"
 
 
+@pytest.mark.slow
 def test_folded_weights_and_instance_norms_in_the_graph(tmp_path):
     """A convolution's batch norm is in its weights; an instance norm is one operation."""
     onnx = needs_onnx()

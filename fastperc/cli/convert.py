@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     suffix = out.suffix.lower()
     if suffix not in (".safetensors", *exporting.SUFFIXES):
         raise InputError(f"{out}: the name must end in .safetensors, {' or '.join(exporting.SUFFIXES)}")
-    if suffix == ".onnx" and (reason := exporting.why_not_onnx()):
-        raise InputError(f"{out}: an .onnx file {reason}")
+    if suffix != ".safetensors":
+        exporting.check_format(out)
     check_overwrites([out], [source])
     converted = conversion.read(source)
     if suffix == ".safetensors" and converted.why_not:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable(out)
     print("\n".join(f"{source}: {line}" for line in conversion.described(converted)))
     if suffix == ".safetensors":
-        checkpoints.save(converted.net, out, training={"converted from": converted.kind})
+        checkpoints.save(converted.net, out, training={"converted from": converted.kind, "file": source.name})
         print(f"wrote {out}")
     else:
         properties = {"name": source.stem, "network": converted.kind}

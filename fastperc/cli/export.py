@@ -87,12 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc.files import check_overwrites, check_writable
     from fastperc.progress import console
 
-    source = shipped_file(arguments.network) if arguments.network else style_file(arguments)
     out: Path = arguments.out
-    if out.suffix.lower() not in exporting.SUFFIXES:
-        raise InputError(f"{out}: the name must end in {' or '.join(exporting.SUFFIXES)}, which chooses the format")
-    if out.suffix.lower() == ".onnx" and (reason := exporting.why_not_onnx()):
-        raise InputError(f"{out}: an .onnx file {reason}")
+    source = shipped_file(arguments.network) if arguments.network else style_file(arguments)
+    exporting.check_format(out)
     check_overwrites([out], [source])
     if (kind := archives.kind_of(source)) is not None:
         raise InputError(

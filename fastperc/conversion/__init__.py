@@ -64,8 +64,10 @@ def _try(net: PictureNet) -> None:
     size = 32 * net.multiple
     try:
         with torch.no_grad():
-            shape = net(torch.rand(1, 3, size, size)).shape
+            picture = net(torch.rand(1, 3, size, size))
     except Exception:  # PyTorch raises many kinds for layers that do not fit
-        shape = torch.Size()
-    if shape != (1, 3, net.scale * size, net.scale * size):
+        picture = torch.empty(0)
+    if picture.shape != (1, 3, net.scale * size, net.scale * size):
         raise Refused("holds a network whose layers do not fit together, or that does not go from image to image")
+    if not picture.isfinite().all():
+        raise Refused("holds a network whose picture of a random image has values that are not finite")

@@ -30,6 +30,11 @@ class Refused(Exception):
     """Why a file is not converted, in words that follow its name."""
 
 
+def shown(text: str | bytes) -> str:
+    """A text of a file as a message can show it. Texts that are no UTF-8 are bytes in ONNX."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text)[:60])
+
+
 def transform_net(path: Path, tensors: Mapping[str, Tensor], **config: Any) -> TransformNet:
     """A ``TransformNet`` with ``tensors``, in eval mode; ``config`` are its arguments.
 

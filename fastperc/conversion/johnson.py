@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastperc.conversion import torch7
-from fastperc.conversion.common import Colors, Converted, Multiplied, PictureNet, Refused, Residual, filled
+from fastperc.conversion.common import Colors, Converted, Multiplied, PictureNet, Refused, Residual, filled, shown
 from fastperc.conversion.torch7 import Module
 from fastperc.models import TransformNet
 from fastperc.models.transform_net import BORDER
@@ -41,7 +41,7 @@ def convert(path: Path) -> Converted:
         raise Refused("holds no network: neither an nn module nor a table with one as 'model'")
     preprocessing = options.get("preprocessing", "vgg") if isinstance(options, dict) else "vgg"
     if preprocessing not in COLORS:
-        raise Refused(f"was trained with the preprocessing {str(preprocessing)[:40]!r}, which is not known")
+        raise Refused(f"was trained with the preprocessing {shown(str(preprocessing))!r}, which is not known")
     walk = Walk()
     modules = walk.flat(content)
     border = _border(modules[0]) if modules else 0
@@ -49,10 +49,12 @@ def convert(path: Path) -> Converted:
     if not layers:
         raise Refused("holds a network without layers")
     net = PictureNet(nn.Sequential(*layers), COLORS[preprocessing], walk.multiple, border, walk.scale).eval()
+    weights = [module.fields["weight"] for module in modules if isinstance(module.fields.get("weight"), torch.Tensor)]
+    dtype = weights[0].dtype if weights else torch.float32
     kind, own = "jcjohnson's fast-neural-style network", _transform_net(net) if preprocessing == "vgg" else None
     if own is not None:
-        return Converted(f"{kind}, BGR turned into RGB", own, torch.float32)
-    return Converted(kind, net, torch.float32, "", OTHER_LAYERS if preprocessing == "vgg" else OTHER_COLORS)
+        return Converted(f"{kind}, BGR turned into RGB", own, dtype)
+    return Converted(kind, net, dtype, "", OTHER_LAYERS if preprocessing == "vgg" else OTHER_COLORS)
 
 
 CONVOLUTIONS, NORMS = (nn.Conv2d, nn.ConvTranspose2d), (nn.BatchNorm2d, nn.InstanceNorm2d)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastperc.conversion.common import MAX_BYTES, Converted, Refused, transform_net
+from fastperc.conversion.common import MAX_BYTES, Converted, Refused, shown, transform_net
 from fastperc.errors import InputError
 
 MEASURED = ("Shape", "Size")  # operations that see the size of an image only
@@ -37,8 +37,11 @@ def convert(path: Path) -> Converted:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception:  # protobuf's and onnx's own
         raise Refused("is no ONNX file, or damaged") from None
-    chain = Chain(graph)
-    chain.example()
+    try:
+        chain = Chain(graph)
+        chain.example()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise Refused("is damaged") from None
     tensors = {name: tensor.float() for name, tensor in chain.tensors.items()}
     net = transform_net(path, tensors, preset="examples", width=len(tensors["stem.conv.bias"]))
     kind = "PyTorch's fast_neural_style example as ONNX"
@@ -96,9 +99,8 @@ class Chain:
         others = [node.op_type for node in nodes if node.op_type not in (*kinds, beside)]
         if others or len(expected) != 1:
             actual = others[0] if others else f"{len(expected)} of them" if expected else "none"
-            raise Refused(
-                f"is not PyTorch's fast_neural_style example: it has {actual} where that has {' or '.join(kinds)}"
-            )
+            there = f"it has {shown(actual)} where that has {' or '.join(kinds)}"
+            raise Refused(f"is not PyTorch's fast_neural_style example: {there}")
         self.place = expected[0].output[0]
         return expected[0]
 

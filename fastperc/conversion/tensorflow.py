@@ -77,7 +77,7 @@ def read(path: Path) -> dict[str, Tensor]:
         return _single(entries) if single else _bundle(path, entries)
     except InputError:  # a file of the bundle that cannot be read
         raise
-    except (struct.error, ValueError, IndexError, KeyError, OverflowError, TypeError, UnicodeDecodeError):
+    except (struct.error, AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
         raise Refused("is damaged or cut short") from None
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastperc.conversion.common import MAX_BYTES, Refused
+from fastperc.conversion.common import MAX_BYTES, Refused, shown
 
 NIL, NUMBER, STRING, TABLE, TORCH, BOOLEAN = range(6)
 FUNCTIONS = (6, 7, 8)
@@ -59,7 +59,7 @@ class Module:
     def integer(self, field: str, default: int | None = None) -> int:
         """The small whole number in a field, as :meth:`number`."""
         value = self.number(field, default)
-        if value != round(value) or not -(1 << 16) < value < 1 << 16:
+        if not abs(value) < 1 << 16 or value != round(value):
             raise Refused(f"its {self.name} has {value} as {field}")
         return int(value)
 
@@ -145,12 +145,12 @@ class _Reader:
         if match := CLASS.fullmatch(name):
             dtype = DTYPES.get(match[2] or "Float" if match[1] else match[2])
             if dtype is None:
-                raise Refused(f"holds a {name}, which is not read")
+                raise Refused(f"holds a {shown(name)}, which is not read")
             read = self._tensor if match[3] == "Tensor" else self._storage
             value = self.objects[index] = read(dtype, depth)
             return value
         if not FIELDS.fullmatch(name):
-            raise Refused(f"holds a {name}, which is no part of a network")
+            raise Refused(f"holds a {shown(name)}, which is no part of a network")
         module = self.objects[index] = Module(name)
         fields = self.object(depth + 1)
         if not isinstance(fields, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -20,13 +21,14 @@ from fastperc import archives
 from fastperc._version import __version__
 from fastperc.errors import InputError
 from fastperc.exporting.network import Adapted, Images, exportable
-from fastperc.files import write_atomically
+from fastperc.files import PathLike, write_atomically
 from fastperc.presets import MINIMUM_SIDE
 
 OPSET = 18  # of ONNX: the first that PyTorch's exporter writes without converting
 SUFFIXES = (".onnx", ".pt2")
 LEVELS, HALF_LEVELS = 1.0, 3.0  # of 255: how far a picture may be from PyTorch's in float32, and in float16
 MAX_SIDE = 1 << 15  # of an image whose size may vary
+ANY = Images()  # float images of any size
 LARGE = 1 << 18  # pixels of an image of which one is checked, not two
 CHECKED = ((1, 64, 48), (2, 97, 130), (1, MINIMUM_SIDE, 33))  # images, height, width
 NEEDED = "onnx", "onnxscript", "onnxruntime"
@@ -64,32 +66,43 @@ def why_not_onnx() -> str | None:
     return f"needs {' and '.join(missing)}: {HINT}" if missing else None
 
 
-def write(net: nn.Module, path: Path, images: Images, properties: Mapping[str, str]) -> Written:
+def check_format(path: PathLike) -> Path:
+    """``path``, whose suffix names a format that can be written here.
+
+    Raises:
+        InputError: another suffix, or packages that ONNX needs are not installed.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{path}: the name must end in {' or '.join(SUFFIXES)}, which chooses the format")
+    if path.suffix.lower() == ".onnx" and (reason := why_not_onnx()):
+        raise InputError(f"{path}: an .onnx file {reason}")
+    return path
+
+
+def write(net: nn.Module, path: PathLike, images: Images = ANY, properties: Mapping[str, str] | None = None) -> Written:
     """Writes ``net`` to ``path``, atomically, after a check against PyTorch at several sizes.
 
     Args:
         net: from RGB in 0–1 [N, 3, H, W] to the same, a whole number of times as large.
         path: of the file; its suffix, ``.onnx`` or ``.pt2``, is the format.
         images: the images that the file's network takes.
-        properties: names and texts to store in the file.
+        properties: names and texts to store in the file, beside those of its input, its output and its dtype.
 
     Raises:
         InputError: another suffix, or packages that ONNX needs are not installed.
         RuntimeError: the file's network paints another picture than ``net``. Nothing is written.
         OSError: the system refuses to write the file.
     """
+    path = check_format(path)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(f"{path}: the name must end in {' or '.join(SUFFIXES)}, which chooses the format")
-    if suffix == ".onnx" and (reason := why_not_onnx()):
-        raise InputError(f"{path}: an .onnx file {reason}")
-    net = net.to("cpu").eval()
+    net = copy.deepcopy(net).to("cpu").eval()
     with torch.no_grad():
         scale = net(torch.rand(1, 3, 32, 32)).shape[-1] // 32
         described = images.described(), images.described(scale)
         properties = {
             "fastperc": __version__,
-            **properties,
+            **(properties or {}),
             "input": described[0],
             "output": described[1],
             "computes in": "float16, instance norms in float32" if images.half else "float32",
