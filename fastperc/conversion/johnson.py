@@ -39,9 +39,9 @@ def convert(path: Path) -> Converted:
         options, content = content.get("opt") or {}, content.get("model")
     if not isinstance(content, Module):
         raise Refused("holds no network: neither an nn module nor a table with one as 'model'")
-    preprocessing = options.get("preprocessing", "vgg") if isinstance(options, dict) else "vgg"
+    preprocessing = str(options.get("preprocessing", "vgg")) if isinstance(options, dict) else "vgg"
     if preprocessing not in COLORS:
-        raise Refused(f"was trained with the preprocessing {shown(str(preprocessing))!r}, which is not known")
+        raise Refused(f"was trained with the preprocessing {shown(preprocessing)!r}, which is not known")
     walk = Walk()
     modules = walk.flat(content)
     border = _border(modules[0]) if modules else 0
