@@ -172,7 +172,7 @@ def test_the_numbers_of_a_torch_checkpoint_choose_the_preprocessing(here):
         assert torch.equal(conversion.read(saved(net.module(), here / "c.t7")).net(x), vgg)
     assert (vgg - resnet).abs().max() > 0.1
     for other in ("other", {"a": 1}):
-        with pytest.raises(InputError, match="preprocessing '.*', which is not known"):
+        with pytest.raises(InputError, match=r"preprocessing .*, which is not known"):
             conversion.read(saved(net.checkpoint(preprocessing=other), here / "d.t7"))
 
 
