@@ -132,7 +132,7 @@ def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Modul
         net = _build(path, metadata, tensors)
     else:
         net, tensors = _from_example(path, tensors)
-    _load_weights(net, tensors, path)
+    load_weights(net, tensors, path)
     return net.eval().to(target)
 
 
@@ -158,9 +158,9 @@ def load_training(
         if value.shape == parameter.shape:  # a moment has the memory format of its parameter
             value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(index), {})[key] = value
-    _load_weights(net, tensors, path)
+    load_weights(net, tensors, path)
     if average is not None:
-        _load_weights(average, means, path)
+        load_weights(average, means, path)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
@@ -196,7 +196,7 @@ def _build(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
         if any(isinstance(number, (int, float)) and not 0 <= number <= MAX_NUMBER for number in numbers):
             raise ValueError(f"a number of {config} is not between 0 and {MAX_NUMBER}")
         with torch.device("meta"):  # takes no memory, whatever the numbers are
-            _check_shapes(NETWORKS[kind](**config), tensors, path)
+            check_shapes(NETWORKS[kind](**config), tensors, path)
         return NETWORKS[kind](**config)
     except InputError:
         raise
@@ -204,7 +204,8 @@ def _build(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor
         raise InputError(f"{path}: its config does not build a {kind} ({type(error).__name__}: {error})") from None
 
 
-def _check_shapes(net: nn.Module, tensors: Mapping[str, Tensor], path: PathLike) -> None:
+def check_shapes(net: nn.Module, tensors: Mapping[str, Tensor], path: PathLike) -> None:
+    """Raises an ``InputError`` unless ``tensors``, of the file ``path``, have the names and shapes of the network's."""
     expected = net.state_dict()
     missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or surplus:
@@ -217,8 +218,13 @@ def _check_shapes(net: nn.Module, tensors: Mapping[str, Tensor], path: PathLike)
             raise InputError(f"{path}: {name} is {tensor.dtype}, the network's is {expected[name].dtype}")
 
 
-def _load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: PathLike) -> None:
-    _check_shapes(net, tensors, path)
+def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: PathLike) -> None:
+    """Loads ``tensors``, of the file ``path``, into the network.
+
+    Raises:
+        InputError: other names or shapes than the network's, or values that are not finite.
+    """
+    check_shapes(net, tensors, path)
     if damaged_name := first_not_finite(tensors):
         raise InputError(f"{path}: {damaged_name} has values that are not finite")
     net.load_state_dict(dict(tensors))
@@ -233,6 +239,8 @@ EXAMPLE_LAYERS = {
     **{"deconv1.conv2d": "up.0.conv", "in4": "up.0.norm", "deconv2.conv2d": "up.1.conv", "in5": "up.1.norm"},
     **{"deconv3.conv2d": "head"},
 }
+# In 2017 the example had an instance norm of its own, with these names, and an epsilon of 1e-9.
+OLD_NAMES = {"scale": "weight", "shift": "bias"}
 # Before PyTorch 0.4 instance norms stored these and never used them.
 UNUSED_STATISTICS = re.compile(r"in\d\.(running_mean|running_var|num_batches_tracked)$")
 
@@ -245,13 +253,14 @@ def _from_example(path: Path, tensors: Mapping[str, Tensor]) -> tuple[nn.Module,
     if first is None or first.dim() != 4 or not len(first):
         raise InputError(
             f"{path}: neither a network saved by fastperc nor a state_dict of PyTorch's fast_neural_style example "
-            f"(its first tensor is {next(iter(tensors), 'missing')}); for another network {IN_PYTHON}"
+            f"(its first tensor is {next(iter(tensors), 'missing')}); `fastperc convert` reads those of other "
+            f"projects; for another network {IN_PYTHON}"
         )
     renamed = {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         if not UNUSED_STATISTICS.search(name):
-            renamed[f"{EXAMPLE_LAYERS.get(layer, layer)}.{kind}"] = tensor
+            renamed[f"{EXAMPLE_LAYERS.get(layer, layer)}.{OLD_NAMES.get(kind, kind)}"] = tensor
     with torch.device("meta"):
-        _check_shapes(TransformNet("examples", width=first.shape[0]), renamed, path)
+        check_shapes(TransformNet("examples", width=first.shape[0]), renamed, path)
     return TransformNet("examples", width=first.shape[0]), renamed

@@ -298,10 +298,21 @@ def rgb_conv_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, out
     out.copy_(to_levels(y) if out.dtype == torch.uint8 else y)
 
 
+CAFFE_MEAN = (123.68, 116.779, 103.939)  # of RGB in 0…255, over the images that Caffe's VGG was trained on
+
+
+def caffe_mean(x: Tensor) -> Tensor:
+    """``CAFFE_MEAN`` for pictures like ``x``, [3, 1, 1], made without a copy from the CPU."""
+    return torch.cat([x.new_full((1, 1, 1), level) for level in CAFFE_MEAN])
+
+
 def to_image_range(x: Tensor, output: str) -> Tensor:
-    """The last convolution's output to 0–1: the authors' 150·tanh about mid-grey, or 0…255; ``"plain"`` stays."""
+    """The last convolution's output to 0–1: the authors' 150·tanh about mid-grey or, for ``"caffe"``, about the mean
+    colour of Caffe's images; or 0…255; ``"plain"`` stays."""
     if output == "plain":
         return x
+    if output == "caffe":
+        return (150 * x.tanh() + caffe_mean(x)) / 255
     return 0.5 + 150 / 255 * x.tanh() if output == "tanh" else x / 255
 
 

@@ -74,11 +74,12 @@ def transposed(x: Tensor, w: Weights) -> Tensor:
 
 
 def transform_net(
-    x: Tensor, w: Weights, preset: str, residual: bool | str, training: bool, upsample: str, padding: str
+    x: Tensor, w: Weights, output: str, residual: bool | str, training: bool, upsample: str, padding: str
 ) -> Tensor:
     reflect, border = padding == "reflect", 40 if padding == "reflect40" else 0
     height, width = x.shape[2:]
-    x = 255 * x if preset == "examples" else 2 * x - 1
+    mean = torch.tensor([123.68, 116.779, 103.939], dtype=x.dtype).view(3, 1, 1)
+    x = {"linear": 255 * x, "tanh": 2 * x - 1, "caffe": 255 * x - mean}[output]
     x = reflected(x, border, border + -width % 4, border, border + -height % 4)
     for stride, pad in ((1, 4), (2, 1), (2, 1)):
         x = normalise(conv(x, w, stride, pad, reflect), w, training).clamp_min(0)
@@ -91,7 +92,8 @@ def transform_net(
             x = transposed(x, w)
         x = normalise(x, w, training).clamp_min(0)
     x = conv(x, w, 1, 4, reflect)[:, :, :height, :width]
-    return x / 255 if preset == "examples" else 0.5 + 150 * x.tanh() / 255
+    y = 150 * x.tanh()
+    return {"linear": x, "tanh": y + 127.5, "caffe": y + mean}[output] / 255
 
 
 def super_resolution_net(x: Tensor, w: Weights, scale: int, training: bool) -> Tensor:

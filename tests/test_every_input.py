@@ -7,8 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from pictures import picture
 from refusals import check_refused
+from style_nets import DECONVS, EXAMPLE, EXAMPLE_NORMS, PyTorchNet
+from torch7_files import Johnson, saved
 
 import fastperc
 
@@ -22,6 +25,9 @@ COMMANDS = {
     "stylize {} -o new.png --model model": "photo.png",
     "stylize photo.png -o new.png --model {}": "model",
     "bench --sizes 16 --device cpu --model {}": "model",
+    "export -o new.pt2 --model {}": "model",
+    "convert {} -o new.safetensors": "example.pth",
+    "convert -o new.pt2 {}": "candy.t7",
     f"optimize {{}} -o new.png --style painting.png --iterations 1 --vgg vgg {LAYERS}": "photo.png",
     f"optimize photo.png -o new.png --style {{}} --iterations 1 --vgg vgg {LAYERS}": "painting.png",
     f"optimize photo.png -o new.png --style painting.png --iterations 1 --vgg {{}} {LAYERS}": "vgg",
@@ -51,6 +57,8 @@ def project(vgg_file, model, sr_model, tmp_path_factory):
     picture(40, 30).save(folder / "painting.png")
     picture(70, 66).save(folder / "photos" / "a.jpg")
     fastperc.save(fastperc.TransformNet("paper", width=4), folder / "start")
+    torch.save(PyTorchNet().state([*EXAMPLE, *DECONVS], EXAMPLE_NORMS), folder / "example.pth")
+    saved(Johnson().checkpoint(), folder / "candy.t7")
     for source, name in ((vgg_file, "vgg"), (model, "model"), (sr_model, "sr")):
         shutil.copy(source, folder / name)
     return folder

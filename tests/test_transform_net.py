@@ -18,7 +18,7 @@ from fastperc.presets import PRESETS
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 def test_matches_the_oracle(variant, training):
-    preset, residual, _ = variant
+    _, residual, _ = variant
     net = build_variant(*variant).train(training)
     # The state before the forward: in training mode that updates the running statistics.
     before = copy.deepcopy(net)
@@ -31,7 +31,7 @@ def test_matches_the_oracle(variant, training):
     y.backward(upstream)
     x64 = x.double().requires_grad_()
     expected = oracle.transform_net(
-        x64, weights, preset, residual, training, net.config["upsample"], net.config["padding"]
+        x64, weights, net.output, residual, training, net.config["upsample"], net.config["padding"]
     )
     expected.backward(upstream.double())
 
@@ -126,7 +126,8 @@ def test_compiles_exports_copies_and_pickles():
 
 def test_config_rebuilds_the_network():
     net = TransformNet("eccv16", "he", 12, upsample="nearest")
-    assert TransformNet(**net.config).config == net.config
+    assert TransformNet(**net.config).config == net.config and "output" not in net.config
+    assert TransformNet(**TransformNet(output="caffe").config).output == "caffe"
     assert [p.shape for p in TransformNet(**net.config).parameters()] == [p.shape for p in net.parameters()]
 
 
@@ -148,6 +149,7 @@ def test_initialised_as_the_authors_did():
         (dict(norm="layer"), "layer"),
         (dict(padding="mirror"), "mirror"),
         (dict(upsample="bilinear"), "bilinear"),
+        (dict(output="plain"), "output must be one of tanh, linear, caffe, got 'plain'"),
         (dict(width=0), "width"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

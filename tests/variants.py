@@ -12,6 +12,8 @@ VARIANTS = [
     ("paper", True, dict(norm="instance", upsample="nearest")),
     ("instance", True, dict(padding="reflect", upsample="nearest")),
     ("eccv16", True, dict(padding="zero")),
+    ("eccv16", True, dict(output="caffe")),
+    ("instance", True, dict(output="caffe")),
     ("examples", True, dict(norm="batch", upsample="transposed", padding="reflect40")),
 ]
 

@@ -111,6 +111,18 @@ def shipped(names: Sequence[str]) -> list[Path]:
     return list(known.values()) if "all" in names else [known[name] for name in dict.fromkeys(names)]
 
 
+def shipped_file(name: str) -> Path:
+    """The file of the network ``name`` that ships, of any kind.
+
+    Raises:
+        InputError: no such name.
+    """
+    known = STYLES | SUPER_RESOLUTION
+    if name not in known:
+        raise InputError(f"no network {name!r} ships; use {', '.join(known)}, or --model FILE")
+    return known[name]
+
+
 def super_resolution_file(method: str, scale: int) -> Path:
     """The file of the network that ships for one of ``METHODS`` and a scale.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fastperc import backends, ops
+from fastperc import backends, ops, reference
 from fastperc.devices import computes_in
 from fastperc.models import SuperResolutionNet, TransformNet
 from fastperc.models.common import unwrapped
@@ -104,7 +104,7 @@ class Plan(NamedTuple):
     scale: int  # pixels of the picture for one of the image
     border: int  # reflected pixels on each side of the image
     multiple: int  # of which the frame's sides are multiples
-    output: str  # "tanh" or "linear": see fastperc.ops.rgb_conv_head
+    output: str  # "tanh", "linear" or "caffe": see fastperc.TransformNet
     dtype: torch.dtype  # of the computation
     asked_for: torch.dtype | None = None  # another dtype, which is slow on this device
 
@@ -275,14 +275,12 @@ def _forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor
         backends.at_layer(step.name)
         if step.end == "last":
             assert picture is not None
-            padding = Padding(part.padding, step.padding_mode)
-            ops.rgb_conv_head(x, step.weight, step.bias, padding, plan.output, picture)
+            make_picture(plan, step, part, x, picture)
             return picture
         if step.end == "first":
             source = part.source
             window = source._replace(top=source.top - plan.border, left=source.left - plan.border)
-            padding, epilogue = Padding(part.padding, step.padding_mode), Epilogue(step.norm, step.activation)
-            y = ops.rgb_conv_stem(x, step.weight, step.bias, window, plan.input_range, padding, epilogue, plan.dtype)
+            y = read_image(plan, step, part, x, window)
         else:
             skip = None
             if step.skip:
@@ -292,6 +290,28 @@ def _forward(plan: Plan, steps: Sequence[Step], doing: Sequence[Part], x: Tensor
         skipped = (x, part.source) if after is not None and after.skip else None
         x = y
     return x
+
+
+def read_image(plan: Plan, step: Step, part: Part, image: Tensor, window: Window) -> Tensor:
+    """The first step, of a ``window`` of the image, whose border may lie outside."""
+    padding, epilogue = Padding(part.padding, step.padding_mode), Epilogue(step.norm, step.activation)
+    if plan.output != "caffe":
+        return ops.rgb_conv_stem(image, step.weight, step.bias, window, plan.input_range, padding, epilogue, plan.dtype)
+    x = ops.image_io(image, window, plan.input_range, plan.dtype)  # another offset for each channel
+    x = x - reference.caffe_mean(x)
+    return ops.conv_bn_relu(x, step.weight, step.bias, Geometry(step.stride, padding), epilogue)
+
+
+def make_picture(plan: Plan, step: Step, part: Part, x: Tensor, picture: Tensor) -> None:
+    """The last step: fills ``picture``."""
+    padding = Padding(part.padding, step.padding_mode)
+    if plan.output != "caffe":
+        ops.rgb_conv_head(x, step.weight, step.bias, padding, plan.output, picture)
+        return
+    y = torch.empty(picture.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    ops.rgb_conv_head(x, step.weight, step.bias, padding, "plain", y)
+    y = reference.to_image_range(y, plan.output)
+    picture.copy_(reference.to_levels(y) if picture.dtype == torch.uint8 else y)
 
 
 def inner(step: Step, part: Part, x: Tensor, skip: Tensor | None) -> Tensor:

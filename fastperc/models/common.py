@@ -54,7 +54,10 @@ def unwrapped(net: Any) -> Any:
 
 
 def to_network_range(x: Tensor, output: str) -> Tensor:
-    """0–1 to what the first convolution sees: -1…1 before a network that ends in tanh, 0…255 before a linear one."""
+    """0–1 to what the first convolution sees: -1…1 before a network that ends in tanh, 0…255 before a linear one, and
+    0…255 less the mean colour of Caffe's images under ``"caffe"``."""
+    if output == "caffe":
+        return 255 * x - reference.caffe_mean(x)
     return 2 * x - 1 if output == "tanh" else 255 * x
 
 

@@ -19,6 +19,7 @@ from fastperc.models.common import (
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 from fastperc.presets import PRESETS
 
+OUTPUTS = ("tanh", "linear", "caffe")
 BORDER = 40  # pixels that "reflect40" adds to a side: 10 at a quarter of the size, and five blocks trim 2 each
 
 
@@ -38,6 +39,9 @@ class TransformNet(Network):
         norm: ``"batch"`` or ``"instance"``. Default: the preset's.
         padding: ``"zero"``, ``"reflect"`` (before every conv) or ``"reflect40"``. Default: the preset's.
         upsample: ``"transposed"`` or ``"nearest"``. Default: the preset's.
+        output: ``"tanh"`` (sees RGB in −1…1, gives 150·tanh about mid-grey), ``"linear"`` (0…255 both) or ``"caffe"``,
+            as the authors' own files have it: sees 0…255 less the mean colour of Caffe's images, gives 150·tanh about
+            that. Default: the preset's.
 
     Raises:
         ValueError: unknown preset or argument value; on forward, a shape that is not [N, 3, H ≥ 16, W ≥ 16].
@@ -52,20 +56,24 @@ class TransformNet(Network):
         norm: str | None = None,
         padding: str | None = None,
         upsample: str | None = None,
+        output: str | None = None,
     ) -> None:
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        given = dict(width=width, norm=norm, padding=padding, upsample=upsample)
+        given = dict(width=width, norm=norm, padding=padding, upsample=upsample, output=output)
         chosen = PRESETS[preset] | {key: value for key, value in given.items() if value is not None}
         if chosen["padding"] not in ("zero", "reflect", "reflect40"):
             raise ValueError(f"padding must be 'zero', 'reflect' or 'reflect40', got {chosen['padding']!r}")
+        if chosen["output"] not in OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {chosen['output']!r}")
         if chosen["width"] < 1:
             raise ValueError(f"width must be at least 1, got {chosen['width']}")
 
         # What rebuilds this network: TransformNet(**net.config).
         self.config: dict[str, Any] = dict(preset=preset, residual=residual, **chosen)
-        self.config.pop("output")
+        if chosen["output"] == PRESETS[preset]["output"]:  # as in files that name none
+            self.config.pop("output")
         self.output = chosen["output"]
         self.border = BORDER if chosen["padding"] == "reflect40" else 0
 
