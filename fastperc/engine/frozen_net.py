@@ -7,7 +7,7 @@ import inspect
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -98,12 +98,14 @@ class FrozenNet:
         if exporting():
             raise RuntimeError("a frozen network cannot be exported; export the network itself, in eval mode")
         arguments = self._bound(*args, **kwargs)
-        like = next((x for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.is_floating_point()), None)
-        self._last = tree_map_only(Tensor, lambda x: torch.zeros((), dtype=x.dtype).expand(x.shape), arguments)
-        arguments = tree_map(self._moved, arguments)
+        like = next((x for x in _tensors(arguments.values()) if x.is_floating_point()), None)
+        self._last = _mapped(lambda x: torch.empty_like(x, device="meta"), arguments)
+        arguments = _mapped(self._moved, arguments)
         with torch.autocast(self.device.type, enabled=False):
             result = self._run(arguments)
-        return result if like is None else tree_map(lambda y: _as(y, like), result)
+        if like is None:
+            return result
+        return _as(result, like) if isinstance(result, Tensor) else tree_map(lambda y: _as(y, like), result)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """A line for each layer: what runs it, and why. Runs the network on these arguments to find out.
@@ -116,7 +118,8 @@ class FrozenNet:
         given = self._bound(*args, **kwargs) if args or kwargs else self._last
         if given is None:
             raise ValueError("give explain the network's input, or call the frozen network first")
-        arguments = tree_map(self._moved, given)
+        zeros = _mapped(lambda x: torch.zeros_like(x, device=self.device) if x.is_meta else x, given)
+        arguments = _mapped(self._moved, zeros)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             choice, network = self._choice(arguments), self._network(arguments)
             program = choice.program or Program(network, network.groups)
@@ -147,10 +150,8 @@ class FrozenNet:
         bound.apply_defaults()
         return bound.arguments
 
-    def _moved(self, x: Any) -> Any:
+    def _moved(self, x: Tensor) -> Tensor:
         """``x`` where and how it is computed with."""
-        if not isinstance(x, Tensor):
-            return x
         dtype = self.dtype if x.is_floating_point() else x.dtype
         layout = torch.channels_last if x.dim() == 4 else torch.preserve_format
         return x.detach().to(self.device, dtype, memory_format=layout)
@@ -193,11 +194,11 @@ class FrozenNet:
         return self._kept(key, lambda: trace(self._original, fixed, given))
 
     def _exported(self, arguments: dict[str, Any]) -> Network:
-        def original(x: Any) -> Any:
-            return x.to(first.device, first.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        def original(x: Tensor) -> Tensor:
+            return x.to(first.device, first.dtype) if x.is_floating_point() else x
 
         first = next(self._original.parameters(), torch.empty(0))
-        return self._kept(_key(arguments), lambda: export(self._original, tree_map(original, arguments)))
+        return self._kept(_key(arguments), lambda: export(self._original, _mapped(original, arguments)))
 
     def _kept(self, key: Hashable, traced: Callable[[], fx.GraphModule]) -> Network:
         with self._lock:
@@ -233,7 +234,7 @@ class FrozenNet:
             return value
 
         slower: set[fx.Node] = set()
-        Program(network, fused)(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, arguments), watch)
+        Program(network, fused)(_mapped(torch.clone, arguments), watch)
         shapes |= {
             node: arguments[str(node.target)].shape
             for node in network.nodes
@@ -281,13 +282,29 @@ def _check_weights(net: nn.Module) -> None:
 def _key(arguments: Mapping[str, Any]) -> Hashable:
     """What a program depends on."""
     return tuple(
-        (name, tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, Tensor) else x, value).__repr__())
+        (name, value.shape, value.dtype)
+        if isinstance(value, Tensor)
+        else (name, repr(tree_map_only(Tensor, lambda x: (x.shape, x.dtype), value)))
         for name, value in arguments.items()
     )
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among ``values``, and inside them."""
+    for value in values:
+        yield from (x for x in ((value,) if isinstance(value, Tensor) else tree_leaves(value)) if isinstance(x, Tensor))
+
+
 def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+    return any(True for _ in _tensors([value]))
+
+
+def _mapped(function: Callable[[Tensor], Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``arguments`` with ``function`` of each tensor among and inside them."""
+    return {
+        name: function(value) if isinstance(value, Tensor) else tree_map_only(Tensor, function, value)
+        for name, value in arguments.items()
+    }
 
 
 def _as(y: Any, like: Tensor) -> Any:
