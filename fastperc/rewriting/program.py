@@ -17,16 +17,15 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import tree_leaves
 
-from fastperc import backends, reference
+from fastperc import backends
+from fastperc.rewriting.alone import Run, run_alone
 from fastperc.rewriting.calls import describe
 from fastperc.rewriting.functions import Constants
 from fastperc.rewriting.fuse import Group, groups_of
-from fastperc.rewriting.known import Add, Known, Same, Scale
 from fastperc.rewriting.layers import FrozenLayer
 from fastperc.rewriting.places import NOWHERE, Places
-from fastperc.rewriting.replay import Replay, Run
+from fastperc.rewriting.replay import Replay
 from fastperc.rewriting.trace import mutates
-from fastperc.types import Activation
 
 
 class Network:
@@ -56,6 +55,10 @@ class Network:
             module = copy.deepcopy(self.module.get_submodule(name)).to(device, dtype)
             self._modules[name] = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self._modules[name]
+
+    def alone(self, node: fx.Node) -> Run:
+        """What computes a call by itself."""
+        return run_alone(node, self.calls.get(node), self.number, self.submodule, self.mutates)
 
     def constant(self, node: fx.Node) -> Any:
         """The value of a node that depends on no input."""
@@ -173,46 +176,12 @@ class Program:
                 return places.part(values, base, view)
 
             return concatenate
-        return run_alone(node, self.network)
-
-
-def run_alone(node: fx.Node, network: Network) -> Run:
-    """What computes a call by itself; it changes none of its inputs if the call is known."""
-    number, call = network.number, network.calls.get(node)
-    function = None if call is None else _function(call.known, "fresh" in node.meta)
-    if call is not None and function is not None:
-        first, *others = (number[one] for one in call.inputs)
-        if not others:
-            return lambda values: function(values[first])
-        (second,) = others
-        return lambda values: function(values[first], values[second])
-    if node.op == "call_module":
-        target: Any = network.submodule(str(node.target))
-    elif node.op == "call_method":
-        name = _method(node, network)
-        target = lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)  # noqa: E731
-    else:
-        target = node.target
-    if len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs:
-        only = number[node.args[0]]
-        return lambda values: target(values[only])
-
-    def run(values: list[Any]) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: values[number[one]])
-        return target(*args, **kwargs)
-
-    return run
-
-
-def _method(node: fx.Node, network: Network) -> str:
-    """The method that ``node`` calls: for ``view``, which channels-last memory may not allow, ``reshape``."""
-    is_shape = all(isinstance(size, (int, fx.Node, tuple, list)) for size in node.args[1:]) and not node.kwargs
-    return "reshape" if node.target == "view" and is_shape and not network.mutates else str(node.target)
+        return self.network.alone(node)
 
 
 def run_group(group: Group, network: Network) -> Run:
     """What computes a group call by call."""
-    steps = [(network.number[node], run_alone(node, network)) for node in group.nodes]
+    steps = [(network.number[node], network.alone(node)) for node in group.nodes]
     read = {one for node in group.nodes for one in node.all_input_nodes} - {*group.nodes, *group.inputs}
     constants = [(network.number[node], network.constant(node)) for node in read]
 
@@ -225,16 +194,3 @@ def run_group(group: Group, network: Network) -> Run:
         return values[steps[-1][0]]
 
     return run
-
-
-def _function(known: Known, in_place: bool) -> Callable[..., Any] | None:
-    """A known call, for one in place with a new result; ``None`` where its own module or function serves."""
-    if isinstance(known, Same):
-        return lambda x: x
-    if not in_place:
-        return None
-    if isinstance(known, Activation):
-        return lambda x: reference.activate(x, known)
-    if isinstance(known, Add):
-        return lambda x, y: x + known.factor * y
-    return (lambda x: x * known.factor) if isinstance(known, Scale) else None

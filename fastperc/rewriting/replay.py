@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastperc import _native, backends
-
-Run = Callable[[list[Any]], Any]  # from the values, the value of a step
+from fastperc.rewriting.alone import Run
 
 
 class Replay:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from fastperc import ops, reference
 from fastperc.ops.common import channels_last
+from fastperc.rewriting.alone import Run, run_alone
 from fastperc.rewriting.calls import describe
 from fastperc.rewriting.fuse import groups_of
 from fastperc.rewriting.known import Add, Call, Norm, Same, Scale
@@ -31,7 +32,6 @@ IN_PLACE: dict[str, Callable[[Tensor, Activation], Tensor]] = {
     "relu": lambda x, _: x.relu_(),
     "leaky_relu": lambda x, activation: F.leaky_relu_(x, 0.01 if activation.slope is None else activation.slope),
 }
-Run = Callable[[list[Any]], Any]  # from the values by number, the value of a step
 
 
 @dataclass
@@ -179,40 +179,8 @@ class Plan:
             read = operator.attrgetter(str(node.target))  # from the network: its parameters may be replaced
             home = self.net if _has(self.net, str(node.target)) else self.module
             return lambda values: read(home)
-        if (fresh := self._fresh(node)) is not None:
-            return fresh
-        target = self._target(node)
-
-        def run(values: list[Any]) -> Any:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: values[number[one]])
-            return target(*args, **kwargs)
-
-        return run
-
-    def _target(self, node: fx.Node) -> Callable[..., Any]:
-        if node.op == "call_module":
-            return self._module_of(node)
-        if node.op == "call_function":
-            return node.target  # type: ignore[return-value]
-        name = str(node.target)
-        shape = all(isinstance(size, (int, fx.Node, tuple, list)) for size in node.args[1:]) and not node.kwargs
-        if name == "view" and shape and not self.mutates:
-            name = "reshape"  # channels-last memory may not allow a view
-        return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
-
-    def _fresh(self, node: fx.Node) -> Run | None:
-        """What computes a call in place with a new result; ``None`` of other calls."""
         call = describe(node, self.module) if "fresh" in node.meta else None
-        if call is None:
-            return None
-        known, (first, *others) = call.known, (self.number[one] for one in call.inputs)
-        if isinstance(known, Activation):
-            return lambda values: reference.activate(values[first], known)
-        if isinstance(known, Add):
-            return lambda values: torch.add(values[first], values[others[0]], alpha=known.factor)
-        if isinstance(known, Scale):
-            return lambda values: values[first] * known.factor
-        return None
+        return run_alone(node, call, number, self.net.get_submodule, self.mutates)
 
 
 def _is_input(node: fx.Node) -> bool:
