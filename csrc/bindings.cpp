@@ -2,35 +2,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <functional>
-
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
 
+#include "bindings.h"
 #include "kernels.h"
 
 namespace py = pybind11;
 using namespace fastperc;
 
 namespace {
-
-using Address = std::uintptr_t;
-
-template <typename T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// A struct of the numbers, in their order.
-template <typename Struct, std::size_t size, std::size_t... i>
-Struct filled(const std::array<std::int64_t, size>& numbers, std::index_sequence<i...>) {
-  return {numbers[i]...};
-}
-template <typename Struct, std::size_t size>
-Struct filled(const std::array<std::int64_t, size>& numbers) {
-  return filled<Struct>(numbers, std::make_index_sequence<size>());
-}
 
 Norm norm_from_name(const std::string& name) {
   if (name == "l2") return Norm::l2;
@@ -55,40 +37,6 @@ Output output_from_name(const std::string& name) {
 }
 RGBConvShape rgb_conv_shape(const std::array<std::int64_t, 9>& s, bool reflect) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], reflect};
-}
-
-// A convolution of other maps of the same shape, each time from x and skip to out.
-struct PreparedConv {
-  std::function<void(const float* x, const float* skip, float* out, int threads)> run;
-};
-
-// Defines NAME_cpu, which runs the kernel, and prepare_NAME, which gives its PreparedConv. The shape is `size` numbers.
-template <std::size_t size, typename Shape>
-void def_conv(py::module_& m, const std::string& name,
-              void (*kernel)(const float*, const float*, const float*, const float*, float*, const Shape&,
-                             const ImageStrides&, const Activation&, int)) {
-  const auto prepare = [=](Address weights, Address bias, const std::array<std::int64_t, size>& numbers,
-                           const std::array<std::int64_t, 4>& skip_strides, const std::string& activation,
-                           Address slopes) {
-    const Activation function{activation_from_name(activation), pointer<float>(slopes)};
-    return PreparedConv{
-        [=, w = pointer<float>(weights), b = pointer<float>(bias), shape = filled<Shape>(numbers),
-         strides = filled<ImageStrides>(skip_strides)](const float* x, const float* skip, float* out, int threads) {
-          kernel(x, w, b, skip, out, shape, strides, function, threads);
-        }};
-  };
-  m.def(("prepare_" + name).c_str(), prepare, py::arg("weights"), py::arg("bias"), py::arg("shape"),
-        py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"));
-  m.def((name + "_cpu").c_str(),
-        [=](Address x, Address weights, Address bias, Address skip, Address out,
-            const std::array<std::int64_t, size>& numbers, const std::array<std::int64_t, 4>& skip_strides,
-            const std::string& activation, Address slopes, int threads) {
-          const PreparedConv conv = prepare(weights, bias, numbers, skip_strides, activation, slopes);
-          py::gil_scoped_release release;
-          conv.run(pointer<float>(x), pointer<float>(skip), pointer<float>(out), threads);
-        },
-        py::arg("x"), py::arg("weights"), py::arg("bias"), py::arg("skip"), py::arg("out"), py::arg("shape"),
-        py::arg("skip_strides"), py::arg("activation"), py::arg("slopes"), py::arg("threads"));
 }
 
 }  // namespace
@@ -365,17 +313,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x"), py::arg("grad"), py::arg("weight"), py::arg("bias"), py::arg("shape"), py::arg("strides"),
       py::arg("threads"));
 
-  py::class_<PreparedConv>(m, "PreparedConv")
-      .def(
-          "__call__",
-          [](const PreparedConv& conv, Address x, Address skip, Address out, int threads) {
-            py::gil_scoped_release release;
-            conv.run(pointer<float>(x), pointer<float>(skip), pointer<float>(out), threads);
-          },
-          py::arg("x"), py::arg("skip"), py::arg("out"), py::arg("threads"));
-  def_conv<15>(m, "pointwise_conv", pointwise_conv_cpu);
-  def_conv<12>(m, "depthwise_conv", depthwise_conv_cpu);
-  def_conv<13>(m, "stem_conv", stem_conv_cpu);
+  def_prepared_convs(m);
   m.def("pointwise_panels", [] {
     const PointwisePanels panels = pointwise_panels();
     return py::make_tuple(panels.lanes, panels.vectors);

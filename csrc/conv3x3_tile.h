@@ -6,6 +6,11 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <utility>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "conv3x3.h"
 #include "norm_relu.h"
@@ -86,27 +91,74 @@ inline float* scratch(std::int64_t floats) {
   return reinterpret_cast<float*>((address + bytes - 1) / bytes * bytes);
 }
 
-// Calls f(task) for every task. Each thread begins with a share of adjacent tasks, the same in each call, so that it
-// reads what it has written in the call before: that is still in its cache. Then it helps with the others' shares.
-template <typename F>
-void take_turns(std::int64_t tasks, [[maybe_unused]] int threads, F&& f) {
-  struct alignas(line * sizeof(float)) Share {
-    std::atomic<std::int64_t> next;
-  };
-  constexpr std::int64_t most = 256;
-  const std::int64_t shares = std::min<std::int64_t>({tasks, threads, most});
-  if (shares <= 1) {
-    for (std::int64_t task = 0; task < tasks; ++task) f(task);
-    return;
-  }
-  Share taken[most];
-  for (std::int64_t share = 0; share < shares; ++share) taken[share].next = share * tasks / shares;
-#pragma omp parallel for schedule(static, 1) num_threads(shares)
-  for (std::int64_t thread = 0; thread < shares; ++thread) {
-    for (std::int64_t i = 0; i < shares; ++i) {
-      const std::int64_t share = (thread + i) % shares, end = (share + 1) * tasks / shares;
-      for (std::int64_t task; (task = taken[share].next++) < end;) f(task);
+// Threads that make the same calls of take_turns, one after the other. Each begins with a share of adjacent tasks, the
+// same in each call, so that it reads what it has written in the call before: that is still in its cache. Then it helps
+// with the others' shares.
+class Team {
+ public:
+  // Calls f() on at most `threads` threads, as a team.
+  template <typename F>
+  static void run(std::int64_t threads, F&& f) {
+    Team team;
+    team.shares = std::clamp<std::int64_t>(threads, 1, most);
+    for (auto& turn : team.taken) std::for_each(turn, turn + team.shares, [](Share& share) { share.tasks = 0; });
+#pragma omp parallel num_threads(team.shares)
+    {
+      Member member{team};
+#ifdef _OPENMP
+      member.number = omp_get_thread_num();
+#endif
+      Member* const before = std::exchange(current(), &member);
+      f();
+      current() = before;
     }
+  }
+
+  // Whether this thread is of a team.
+  static bool works() { return current(); }
+
+  // Calls f(task) for every task on the threads of this thread's team. All of them call this, and return afterwards.
+  template <typename F>
+  static void take_turns(std::int64_t tasks, F&& f) {
+    Member& member = *current();
+    Share *now = member.team.taken[member.turn % 2], *later = member.team.taken[++member.turn % 2];
+    const std::int64_t shares = member.team.shares;
+    for (std::int64_t i = 0; i < shares; ++i) {
+      const std::int64_t share = (member.number + i) % shares;
+      const std::int64_t first = share * tasks / shares, end = (share + 1) * tasks / shares;
+      for (std::int64_t task; (task = first + now[share].tasks++) < end;) f(task);
+    }
+    if (member.number == 0) std::for_each(later, later + shares, [](Share& share) { share.tasks = 0; });
+#pragma omp barrier
+  }
+
+ private:
+  static constexpr std::int64_t most = 256;
+  struct alignas(line * sizeof(float)) Share {
+    std::atomic<std::int64_t> tasks;  // taken from it
+  };
+  struct Member {
+    Team& team;
+    std::int64_t number = 0, turn = 0;
+  };
+  static Member*& current() {
+    static thread_local Member* member = nullptr;
+    return member;
+  }
+
+  std::int64_t shares;
+  Share taken[2][most];  // in this turn, and in the next
+};
+
+// Calls f(task) for every task, on at most `threads` threads: those of the team, if this thread is of one.
+template <typename F>
+void take_turns(std::int64_t tasks, int threads, F&& f) {
+  if (threads > 1 && Team::works()) {
+    Team::take_turns(tasks, f);
+  } else if (threads > 1 && tasks > 1) {
+    Team::run(std::min<std::int64_t>(tasks, threads), [&] { Team::take_turns(tasks, f); });
+  } else {
+    for (std::int64_t task = 0; task < tasks; ++task) f(task);
   }
 }
 

@@ -234,6 +234,10 @@ def stem_conv_cpu(
 class PreparedConv:
     def __call__(self, x: int, skip: int, out: int, threads: int) -> None: ...
 
+class ConvSeries:
+    def __init__(self, layers: list[tuple[PreparedConv, tuple[int, int, int]]], offsets: list[int]) -> None: ...
+    def __call__(self, maps: list[int], memory: int, threads: int) -> None: ...
+
 def prepare_pointwise_conv(
     weights: int,
     bias: int,

@@ -45,7 +45,7 @@ def replays(frozen):
 
 
 def prepared(frozen):
-    return [run._prepared is not None for run in replays(frozen)]
+    return [run.prepared is not None for run in replays(frozen)]
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_inputs_of_other_strides_run_unprepared():
     part = torch.cat([dense, dense], 1).contiguous(memory_format=torch.channels_last)[:, 16:]
     with torch.no_grad():
         assert torch.equal(run([dense]), expected) and torch.equal(run([dense]), expected)
-        assert run._prepared is not None and run._prepared([part]) is None
+        assert run.prepared is not None and run._replayed(run.prepared, [part]) is None
         assert torch.equal(run([part]), expected) and torch.equal(run([dense]), expected)
 
 

@@ -53,7 +53,7 @@ from fastperc._native.passes import (
     row_layout,
     tv_loss_fwd,
 )
-from fastperc._native.prepared import ConvCall, PreparedConv, recorded_calls
+from fastperc._native.prepared import ConvCall, PreparedConv, PreparedSeries, SeriesLayer, recorded_calls
 
 __all__ = [
     "DEPTHWISE_PANEL",
@@ -66,7 +66,9 @@ __all__ = [
     "NormParameters",
     "NormState",
     "PreparedConv",
+    "PreparedSeries",
     "RowLayout",
+    "SeriesLayer",
     "Sides",
     "build_info",
     "channel_mean_m2",

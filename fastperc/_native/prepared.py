@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -48,6 +48,39 @@ class PreparedConv:
         """Fills ``out``. All tensors have the shapes and strides of the call that was prepared."""
         skip_address = 0 if skip is None else skip.data_ptr()
         self._run(x.data_ptr(), skip_address, out.data_ptr(), torch.get_num_threads())
+
+
+class SeriesLayer(NamedTuple):
+    """A convolution of a series, and the numbers of the maps that it reads and writes."""
+
+    conv: PreparedConv
+    x: int
+    skip: int | None
+    out: int
+
+
+class PreparedSeries:
+    """Convolutions that run one after the other in one call, each from maps that are given or that others wrote before.
+
+    Where the maps between them may not fit the caches, they are computed in strips of rows, and do not exist as
+    a whole (see csrc/conv_series.cpp). The results are those of the single calls.
+    """
+
+    MOST = 3  # layers that may run at the same time: the first one's maps are still read when the last one's is written
+
+    def __init__(self, layers: Sequence[SeriesLayer], offsets: Sequence[int]) -> None:
+        """
+        Args:
+            layers: in order.
+            offsets: in floats, in the memory of a call, of the maps that are not the caller's: the last numbers.
+        """
+        self._layers = [layer.conv for layer in layers]
+        calls = [(conv._run, (x, -1 if skip is None else skip, out)) for conv, x, skip, out in layers]
+        self._run = _C.ConvSeries(calls, list(offsets))
+
+    def __call__(self, maps: Sequence[Tensor], memory: Tensor) -> None:
+        """Runs all layers. ``maps`` are the caller's, in the shapes and strides that were prepared."""
+        self._run([one.data_ptr() for one in maps], memory.data_ptr(), torch.get_num_threads())
 
 
 class _Record(threading.local):

@@ -7,7 +7,7 @@ nothing is copied; that is planned for one set of shapes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from fastperc.rewriting.fuse import Group, groups_of
 from fastperc.rewriting.layers import FrozenLayer
 from fastperc.rewriting.places import NOWHERE, Places
 from fastperc.rewriting.replay import Replay
+from fastperc.rewriting.series import Layer, Series, in_series
 from fastperc.rewriting.trace import mutates
 
 
@@ -109,26 +110,47 @@ class Program:
                 read.append((name, node, self._run_of(node, node in fused), self._read_by(node, node in fused)))
         self.steps = self._with_last_reads(read)
         self._replays = [self._replay_of(step, step.node in fused) for step in self.steps]
+        self._finished = 0  # runs of the replays
+        self._series: list[Callable[[list[Any]], None]] | None = None
 
     def __call__(self, arguments: Mapping[str, Any], watch: Callable[[Step, list[Any]], Any] | None = None) -> Any:
         """The network's output for ``arguments`` by name; ``watch`` computes a step's value instead of the step."""
-        if watch is None and backends.chooses_freely():
-            return self._run(arguments, self._replays)
-        return self._run(arguments, [step.run if watch is None else partial(watch, step) for step in self.steps])
+        if watch is not None or not backends.chooses_freely():
+            runs = [step.run if watch is None else partial(watch, step) for step in self.steps]
+            return self._run(arguments, self._single(runs))
+        if self._series is None and self._finished > 1:  # all that can be prepared is
+            self._series = self._in_series()
+        result = self._run(arguments, self._series or self._single(self._replays))
+        self._finished += 1
+        return result
 
-    def _run(self, arguments: Mapping[str, Any], runs: Sequence[Run]) -> Any:
+    def _run(self, arguments: Mapping[str, Any], runs: Iterable[Callable[[list[Any]], None]]) -> Any:
         values = self._values.copy()
         if self.network.exported:  # which flattens arguments and results
             arguments = dict(zip((name for _, name in self._inputs), tree_leaves(arguments)))
         for number, name in self._inputs:
             values[number] = arguments.get(name)
-        for step, run in zip(self.steps, runs):
-            backends.at_layer(step.name)
-            values[step.value] = run(values)
-            for number in step.last_reads:
-                values[number] = None
+        for run in runs:
+            run(values)
         result = fx.node.map_arg(self._result, lambda node: values[self.network.number[node]])
         return self.network.module.graph.process_outputs(result)
+
+    def _single(self, runs: Sequence[Run]) -> list[Callable[[list[Any]], None]]:
+        """The steps one by one."""
+        return [partial(_step, step, run) for step, run in zip(self.steps, runs)]
+
+    def _in_series(self) -> list[Callable[[list[Any]], None]]:
+        """The steps, prepared layers in a row as one."""
+        singles = self._single(self._replays)
+        layers = [Layer(run, step.value, step.last_reads) for step, run in zip(self.steps, self._replays)]
+        runs: list[Callable[[list[Any]], None]] = []
+        for group in in_series(layers):
+            if len(group) == 1:
+                runs.append(singles[group[0]])
+            else:
+                last_reads = tuple(number for i in group for number in layers[i].last_reads)
+                runs.append(partial(_steps, Series([layers[i] for i in group]), last_reads))
+        return runs
 
     def _with_last_reads(self, read: list[tuple[str, fx.Node, Run, list[int]]]) -> list[Step]:
         network = self.network
@@ -177,6 +199,19 @@ class Program:
 
             return concatenate
         return self.network.alone(node)
+
+
+def _step(step: Step, run: Run, values: list[Any]) -> None:
+    backends.at_layer(step.name)
+    values[step.value] = run(values)
+    for number in step.last_reads:
+        values[number] = None
+
+
+def _steps(series: Series, last_reads: tuple[int, ...], values: list[Any]) -> None:
+    series(values)
+    for number in last_reads:
+        values[number] = None
 
 
 def run_group(group: Group, network: Network) -> Run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastperc import _native, backends
 from fastperc.rewriting.alone import Run
+
+
+class Prepared(NamedTuple):
+    """A layer as a call of a C++ kernel, for maps of these strides."""
+
+    run: _native.PreparedConv
+    x_strides: tuple[int, ...]
+    skip_strides: tuple[int, ...] | None
+    shape: torch.Size  # of the output, which is float32
+    strides: tuple[int, ...]
+
+    def new_output(self) -> Tensor:
+        """Memory for the output."""
+        return torch.empty_strided(self.shape, self.strides, dtype=torch.float32)
 
 
 class Replay:
@@ -21,14 +35,14 @@ class Replay:
             run: the layer, which returns new memory.
             x, skip: the numbers of the layer's inputs among the values; no skip, if the layer has none.
         """
-        self._layer, self._x, self._skip = run, x, skip
+        self._layer, self.x, self.skip = run, x, skip
         self._choices = backends.Choices()
         self._runs = 0
-        self._prepared: Run | None = None
+        self.prepared: Prepared | None = None
 
     def __call__(self, values: list[Any]) -> Any:
         """The layer's output."""
-        if self._prepared is not None and (y := self._prepared(values)) is not None:
+        if self.prepared is not None and (y := self._replayed(self.prepared, values)) is not None:
             return y
         with backends.remembering(self._choices):
             self._runs += 1
@@ -39,26 +53,20 @@ class Replay:
         with _native.recorded_calls() as calls, _Operators() as operators:
             y = self._layer(values)
         if len(calls) == 1 and operators.only_allocate and calls[0].out is y:
-            x, skip = values[self._x], None if self._skip is None else values[self._skip]
-            if calls[0].x is x and calls[0].skip is skip:
-                self._prepared = self._with(calls[0])
+            (call,), x, skip = calls, values[self.x], None if self.skip is None else values[self.skip]
+            if call.x is x and call.skip is skip:
+                skip_strides = None if skip is None else skip.stride()
+                self.prepared = Prepared(call.prepared(), x.stride(), skip_strides, y.shape, y.stride())
         return y
 
-    def _with(self, call: _native.ConvCall) -> Run:
-        """What runs the layer by ``call``; it returns ``None`` for inputs of other strides."""
-        run, x, skip = call.prepared(), self._x, self._skip
-        shape, strides, dtype = call.out.shape, call.out.stride(), call.out.dtype
-        x_strides, skip_strides = call.x.stride(), None if call.skip is None else call.skip.stride()
-
-        def prepared(values: list[Any]) -> Tensor | None:
-            skipped = None if skip is None else values[skip]
-            if values[x].stride() != x_strides or (skipped is not None and skipped.stride() != skip_strides):
-                return None
-            out = torch.empty_strided(shape, strides, dtype=dtype)
-            run(values[x], skipped, out)
-            return out
-
-        return prepared
+    def _replayed(self, prepared: Prepared, values: list[Any]) -> Tensor | None:
+        """The layer's output by the prepared call; ``None`` for inputs of other strides."""
+        x, skip = values[self.x], None if self.skip is None else values[self.skip]
+        if x.stride() != prepared.x_strides or (skip is not None and skip.stride() != prepared.skip_strides):
+            return None
+        out = prepared.new_output()
+        prepared.run(x, skip, out)
+        return out
 
 
 class _Operators(TorchDispatchMode):
