@@ -6,9 +6,11 @@
 //   (t+2)² products with the transformed weights U = G g Gᵀ          M = V · U   [(t+2)², O]
 //   t×t pixels of the output                                         y = Aᵀ M A  [t, t, O]
 //
-// A thread takes a block of tiles at a time, whose V stays in its L2 cache, and computes one panel of output channels
-// after the other. So each panel of U is read once for a block. Bias, skip and activation are applied when the pixels
-// of a tile are stored. The number of threads does not change any sum or its order.
+// A task is a block of tiles, whose V stays in the L2 cache, and a range of panels of output channels, which are
+// computed one after the other. So each panel of U is read once for a block. With many tiles the threads share the
+// tiles; with few they share the panels too, so that each weight is read once, and transform the same tiles. Bias, skip
+// and activation are applied when the pixels of a tile are stored. The number of threads does not change any sum or its
+// order.
 #include "conv3x3.h"
 
 #include <algorithm>
@@ -23,7 +25,10 @@ using namespace winograd;
 
 constexpr std::int64_t group = 8;               // tiles of a block that lie together in V and in M
 constexpr std::int64_t block_floats = 3 << 16;  // the size of V of a block
-constexpr std::int64_t fewest_tiles = 16;       // of a block; with fewer, U is read too often
+constexpr std::int64_t fewest_tiles = 16;       // that a block may have, even if V is larger then
+constexpr std::int64_t quad = 4;                // tiles that are multiplied at once at least
+
+constexpr std::int64_t over(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 struct Convolution {
   const float *x, *weights, *bias, *skip;  // transformed weights; bias [O] and skip [N, H', W', O] may be null
@@ -83,9 +88,10 @@ FASTPERC_INLINE void store_tile(const Convolution& conv, std::int64_t index, con
   }
 }
 
-// Computes the block of `count` tiles from `first` on.
+// Computes the block of `count` tiles from `first` on, for the output channels [channel, last).
 template <int lanes, int rows, int vectors, int tile>
-FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t first, std::int64_t count, float* transformed) {
+FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t first, std::int64_t count, std::int64_t channel,
+                              std::int64_t last, float* transformed) {
   constexpr std::int64_t points = (tile + 2) * (tile + 2);
   const WinogradShape& s = conv.shape;
   const std::int64_t chunk_step = conv.chunk_step(), point_step = conv.point_step();
@@ -96,17 +102,17 @@ FASTPERC_INLINE void convolve(const Convolution& conv, std::int64_t first, std::
   for (std::int64_t t = 0; t < count; ++t) {
     transform_tile<lanes, tile>(conv.x, s, first + t, 0, s.in, transform_of(t), group * chunk, chunk_step);
   }
-  for (std::int64_t t = count; t % 4; ++t) {
+  for (std::int64_t t = count; t % quad; ++t) {
     for (std::int64_t i = 0; i < points * s.in / chunk; ++i) std::fill_n(transform_of(t) + i * group * chunk, chunk, 0);
   }
-  for (std::int64_t o = 0; o < s.out; o += panel) {
+  for (std::int64_t o = channel; o < last; o += panel) {
     for (std::int64_t i = 0; i < points; ++i) {
       const float* weights = conv.weights + (o * points + i * panel) * s.in;
       for (std::int64_t t = 0; t < count; t += group) {
         multiply_rows<lanes, rows, vectors, panel, false, true>(
             transform_of(t) + i * group * chunk, {chunk, 1, chunk, chunk_step}, weights,
-            products + t / group * conv.product_step() + i * point_step, s.in, std::min(group, (count - t + 3) / 4 * 4),
-            weights + panel * s.in + t / group * s.in * line);
+            products + t / group * conv.product_step() + i * point_step, s.in,
+            std::min(group, over(count - t, quad) * quad), weights + panel * s.in + t / group * s.in * line);
       }
     }
     for (std::int64_t t = 0; t < count; ++t) {
@@ -168,24 +174,54 @@ FASTPERC_INLINE void transform_weights(const float* weight, const WeightStrides&
   }
 }
 
-#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                                     \
-  attributes int floats_in_register() { return lanes; }                                                        \
-  attributes void convolve_block(const Convolution& conv, std::int64_t first, std::int64_t count, float* to) { \
-    if (conv.shape.tile == 2) {                                                                                \
-      convolve<lanes, rows, vectors, 2>(conv, first, count, to);                                               \
-    } else {                                                                                                   \
-      convolve<lanes, rows, vectors, 4>(conv, first, count, to);                                               \
-    }                                                                                                          \
-  }                                                                                                            \
-  attributes void weights_panel(const float* weight, const WeightStrides& strides, std::int64_t in, float* to, \
-                                std::int64_t tile) {                                                           \
-    if (tile == 2) {                                                                                           \
-      transform_weights<lanes, 2>(weight, strides, in, to);                                                    \
-    } else {                                                                                                   \
-      transform_weights<lanes, 4>(weight, strides, in, to);                                                    \
-    }                                                                                                          \
+#define FASTPERC_VERSION(attributes, lanes, rows, vectors)                                                             \
+  attributes int floats_in_register() { return lanes; }                                                                \
+  attributes void convolve_task(const Convolution& conv, std::int64_t first, std::int64_t count, std::int64_t channel, \
+                                std::int64_t last, float* memory) {                                                    \
+    if (conv.shape.tile == 2) {                                                                                        \
+      convolve<lanes, rows, vectors, 2>(conv, first, count, channel, last, memory);                                    \
+    } else {                                                                                                           \
+      convolve<lanes, rows, vectors, 4>(conv, first, count, channel, last, memory);                                    \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  attributes void weights_panel(const float* weight, const WeightStrides& strides, std::int64_t in, float* to,         \
+                                std::int64_t tile) {                                                                   \
+    if (tile == 2) {                                                                                                   \
+      transform_weights<lanes, 2>(weight, strides, in, to);                                                            \
+    } else {                                                                                                           \
+      transform_weights<lanes, 4>(weight, strides, in, to);                                                            \
+    }                                                                                                                  \
   }
 FASTPERC_VERSIONS(FASTPERC_VERSION)
+
+// How the threads share a convolution: `ranges` of panels times `blocks` of quads of tiles.
+struct Split {
+  std::int64_t ranges, blocks;
+};
+
+// The fastest split by a rough count of cycles: of products, of reading U, of the transforms, of starting a task, and
+// of the other threads waiting for the last task.
+Split split(const WinogradShape& s, std::int64_t lanes, std::int64_t threads) {
+  constexpr double a_product = 0.6, a_float = 0.4, a_transform = 4, a_task = 1000, waiting = 0.05;
+  const std::int64_t points = (s.tile + 2) * (s.tile + 2), quads = over(s.tiles(), quad), panels = s.out / panel;
+  const std::int64_t most = std::max(block_floats / (points * s.in), fewest_tiles) / quad;  // quads of a block
+  Split best{1, 1};
+  double least = 0;
+  for (std::int64_t ranges = 1; ranges == 1 || (ranges <= threads && ranges <= panels); ranges *= 2) {
+    const std::int64_t fewest_blocks = 4 * quads <= 5 * most ? 1 : over(quads, most);  // one may be a little larger
+    const std::int64_t fewest_turns = over(fewest_blocks * ranges, threads);
+    for (std::int64_t turns = fewest_turns; turns < fewest_turns + 4; ++turns) {
+      const std::int64_t blocks = std::min(over(threads * turns, ranges), quads);
+      const double tiles = over(quads, blocks) * quad, channels = over(panels, ranges) * panel;
+      const double products = a_product * tiles * s.in * channels / lanes;  // for each of the points
+      const double transforms = a_transform * tiles * (s.in + channels) / lanes;
+      const double task = points * (products + a_float * s.in * channels + transforms) + a_task;
+      const double cycles = over(ranges * blocks, threads) * task + waiting * points * products;
+      if (least == 0 || cycles < least) best = {ranges, blocks}, least = cycles;
+    }
+  }
+  return best;
+}
 
 }  // namespace
 
@@ -204,15 +240,16 @@ void winograd_conv_cpu(const float* x, const float* weights, const float* bias, 
                        int threads) {
   const std::int64_t tiles = shape.tiles();
   if (tiles == 0) return;
-  const std::int64_t points = (shape.tile + 2) * (shape.tile + 2);
-  const std::int64_t most = std::max(block_floats / (points * shape.in), fewest_tiles);
-  const std::int64_t turns = (tiles + threads * most - 1) / (threads * most);  // blocks for each thread
-  const std::int64_t share = std::max((tiles + threads * turns - 1) / (threads * turns), fewest_tiles);
-  const std::int64_t per_block = (share + group - 1) / group * group;
-  const Convolution conv{x, weights, bias, skip, out, shape, skip_strides, activation, per_block};
-  take_turns((tiles + per_block - 1) / per_block, threads, [&](std::int64_t block) {
-    const std::int64_t first = block * per_block;
-    convolve_block(conv, first, std::min(per_block, tiles - first), scratch(conv.floats()));
+  const Split parts = split(shape, floats_in_register(), threads);
+  const std::int64_t quads = over(tiles, quad), panels = shape.out / panel;
+  const std::int64_t most = over(over(quads, parts.blocks) * quad, group) * group;  // tiles of a block
+  const Convolution conv{x, weights, bias, skip, out, shape, skip_strides, activation, most};
+  take_turns(parts.blocks * parts.ranges, threads, [&](std::int64_t task) {
+    const std::int64_t block = task % parts.blocks, range = task / parts.blocks;
+    const std::int64_t first = block * quads / parts.blocks * quad;
+    const std::int64_t last = std::min((block + 1) * quads / parts.blocks * quad, tiles);
+    convolve_task(conv, first, last - first, range * panels / parts.ranges * panel,
+                  (range + 1) * panels / parts.ranges * panel, scratch(conv.floats()));
   });
 }
 

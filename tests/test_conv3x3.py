@@ -136,6 +136,29 @@ def test_threads_do_not_change_a_bit():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
+# By how the threads share them: one block of tiles; panels only; blocks and panels, with unequal shares of both.
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 32, 32, 3, 4), (1, 128, 160, 7, 7), (1, 64, 256, 14, 14), (2, 96, 224, 17, 15)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+def test_threads_share_panels_and_do_not_change_a_bit(shape, tile):
+    n, i, o, h, w = shape
+    x, (weight, bias), skip = maps(n, i, h, w), parameters(i, o), maps(n, o, h, w)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(winograd(x, weight, bias, 1, epilogue=Epilogue(activation=None, skip=skip), tile=tile))
+    finally:
+        torch.set_num_threads(threads)
+    truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=1) + skip
+    assert error(results[0], truth) < (LAYER_ERROR_4X4 if tile == 4 else 1e-6)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["x", "weight", "bias"])
 def test_what_is_not_finite_reaches_what_it_would(where, value):
