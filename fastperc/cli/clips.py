@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from fastperc.video.painters import FramePainter
 
 
-def seconds(text: str) -> float:
+LONGEST = 10_000_000  # seconds
+
+
+def seconds(text: str) -> Fraction:
     """A time: ``90``, ``1:30`` or ``0:01:30.5``, in seconds.
 
     Raises:
@@ -25,15 +29,15 @@ def seconds(text: str) -> float:
     """
     parts = text.split(":")
     try:
-        values = [float(part) for part in parts]
+        values = [Fraction(part) for part in parts if "/" not in part]
     except ValueError:
         values = []
-    if not 1 <= len(values) <= 3 or not all(0 <= value < 1e7 for value in values):
+    if not 1 <= len(values) <= 3 or len(values) < len(parts) or not all(0 <= value < LONGEST for value in values):
         raise argparse.ArgumentTypeError(f"{text} is not a time like 90, 1:30 or 0:01:30.5")
-    return sum(value * 60**power for power, value in enumerate(reversed(values)))
+    return sum((value * 60**power for power, value in enumerate(reversed(values))), Fraction(0))
 
 
-def positive_seconds(text: str) -> float:
+def positive_seconds(text: str) -> Fraction:
     """A time above 0, as :func:`seconds`."""
     value = seconds(text)
     if value == 0:
@@ -101,7 +105,7 @@ def run_photos_and_clips(
     from fastperc.video.jobs import ClipOptions, run_clips
 
     options = ClipOptions(
-        Span(arguments.start or 0.0, arguments.duration),
+        Span(arguments.start or 0, arguments.duration),
         getattr(arguments, "size", None),
         arguments.smooth or 0.0,
         Encoding(arguments.codec, arguments.crf),

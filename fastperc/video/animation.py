@@ -33,7 +33,7 @@ class Animation:
     time_base = Fraction(1, 1000)
 
     def __init__(self, path: PathLike, span: Span = WHOLE, long_side: int | None = None) -> None:
-        self.path, self.span, self.long_side = check_readable(path), span, long_side
+        self.path, self.span, self.long_side = check_readable(path), span.exact(), long_side
         try:
             self._image = Image.open(self.path)
         except Image.DecompressionBombError:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+MICROSECONDS = 1_000_000  # in a second
+
 
 class Frame(NamedTuple):
     """A frame of a clip."""
@@ -22,8 +24,13 @@ class Frame(NamedTuple):
 class Span(NamedTuple):
     """The part of a clip that is painted, in seconds."""
 
-    start: float = 0.0
-    duration: float | None = None  # None: to the end
+    start: float | Fraction = 0
+    duration: float | Fraction | None = None  # None: to the end
+
+    def exact(self) -> Span:
+        """The same in microseconds, so that 0.3 is three tenths and not a little less."""
+        duration = None if self.duration is None else Fraction(self.duration).limit_denominator(MICROSECONDS)
+        return Span(Fraction(self.start).limit_denominator(MICROSECONDS), duration)
 
     def holds(self, time: float | Fraction) -> bool:
         """Whether a frame that is shown ``time`` seconds after ``start`` belongs to the part."""

@@ -15,28 +15,23 @@ import torch
 from fastperc.errors import InputError
 from fastperc.files import PathLike, check_readable
 from fastperc.progress import say
-from fastperc.video.clip import WHOLE, Frame, Span
-from fastperc.video.formats import import_av
+from fastperc.video.clip import MICROSECONDS, WHOLE, Frame, Span
+from fastperc.video.formats import codec_threads, import_av
 from fastperc.video.hdr import TRANSFERS, ToneMap
+from fastperc.video.pixels import Converter, matrix_of
 from fastperc.video.rotation import UPRIGHT, Orientation, orientation_of
 
 PLAYLISTS = frozenset({"hls", "concat", "dash", "imf", "sdp"})  # formats of files that name other files
 HD_HEIGHT = 720  # from here up, a film that does not say it has the colours of BT.709
-CODES = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020"}  # FFmpeg's AVCOL_SPC_*
 LONGEST_WAIT = 10  # seconds of the film after the end of a span in which late packets of sound are looked for
 
 
 class Colors(NamedTuple):
-    """How a film stores colours: what encoders call them."""
+    """How a film stores colours."""
 
-    matrix: str  # a member of PyAV's Colorspace
+    matrix: str  # see :mod:`fastperc.video.pixels`
     primaries: int  # FFmpeg's numbers
     transfer: int
-
-
-def colorspace(reformatter: Any, matrix: str) -> Any:
-    """The member called ``matrix`` of PyAV's Colorspace. BT2020 is that of BT.709 before PyAV 17, which lacks it."""
-    return getattr(reformatter.Colorspace, matrix, reformatter.Colorspace.ITU709)
 
 
 class Film:
@@ -56,7 +51,7 @@ class Film:
 
     def __init__(self, path: PathLike, span: Span = WHOLE, long_side: int | None = None) -> None:
         self._av = import_av()
-        self.path, self.span = check_readable(path), span
+        self.path, self.span = check_readable(path), span.exact()
         self.container = self._opened()
         try:
             self._prepare(long_side)
@@ -81,15 +76,16 @@ class Film:
         self.video = self._video_stream()
         streams = self.container.streams
         self.copied = [stream for stream in (*streams.audio, *streams.subtitles) if stream.codec_context is not None]
-        self.video.thread_type = "AUTO"
+        self.video.thread_type, self.video.thread_count = "AUTO", codec_threads()
         self.time_base = Fraction(self.video.time_base)
         self.rate = Fraction(self.video.average_rate or self.video.guessed_rate or 25)
-        self._origin = Fraction(self.container.start_time or 0, 1_000_000) + Fraction(self.span.start)
-        self._reformatter = self._av.video.reformatter.VideoReformatter()
-        self._decoded, self._last_pts, self._end = 0, -(1 << 62), Fraction(0)
+        self._origin = Fraction(self.container.start_time or 0, MICROSECONDS) + Fraction(self.span.start)
+        self._converter = Converter()
+        self._decoded, self._last_pts = 0, -(1 << 62)
+        self._end = self._reached = Fraction(0)  # of the video, and of all streams: seconds of the span
         if self.span.start:
             try:
-                self.container.seek(math.floor(self._origin * 1_000_000))
+                self.container.seek(math.floor(self._origin * MICROSECONDS))
             except self._av.error.FFmpegError:  # the film ends before
                 self.container.seek(0)
         items, early, first = self._items(), [], None
@@ -130,9 +126,9 @@ class Film:
         self.aspect = 1 / aspect if self.orientation.transposed else aspect  # width by height of a pixel
         unspecified = "ITU709" if height >= HD_HEIGHT else "ITU601"
         self.tone_map = ToneMap(frame.color_trc) if frame.color_trc in TRANSFERS else None
-        self._source_matrix = CODES.get(frame.colorspace, "BT2020" if self.tone_map else unspecified)
+        self._matrix = matrix_of(frame.colorspace) or ("BT2020" if self.tone_map else unspecified)
         primaries, transfer = (2 if code in (0, 3) else code for code in (frame.color_primaries, frame.color_trc))
-        self.colors = Colors(self._source_matrix, primaries, transfer)  # 2: unspecified; 0 and 3 are reserved
+        self.colors = Colors(self._matrix, primaries, transfer)  # 2: unspecified; 0 and 3 are reserved
         if self.tone_map:
             say(f"{self.path}: is HDR ({TRANSFERS[frame.color_trc]}); the picture is made and written in SDR")
             self.colors = Colors("ITU709", 1, 1)
@@ -144,18 +140,13 @@ class Film:
         self.total = self._count()
 
     def _duration(self) -> Fraction | None:
-        """Seconds from the film's start to the end of its video, as the file says."""
+        """Seconds from the film's start to the end of its video, or of the whole film, as the file says."""
         if self.video.duration:
             return self.video.duration * self.time_base + self._start_of_video()
-        words = self.video.metadata.get("DURATION", "").split(":")  # of Matroska
-        try:
-            hours, minutes, seconds = map(Fraction, words)
-            return 3600 * hours + 60 * minutes + seconds
-        except ValueError:
-            return Fraction(self.container.duration, 1_000_000) if self.container.duration else None
+        return Fraction(self.container.duration, MICROSECONDS) if self.container.duration else None
 
     def _start_of_video(self) -> Fraction:
-        start = Fraction(self.container.start_time or 0, 1_000_000)
+        start = Fraction(self.container.start_time or 0, MICROSECONDS)
         return (self.video.start_time or 0) * self.time_base - start
 
     def _count(self) -> int:
@@ -183,20 +174,8 @@ class Film:
 
     def _levels(self, frame: Any) -> np.ndarray:
         """The upright frame as uint8 [H, W, 3], contiguous."""
-        reformatter = self._av.video.reformatter
-        interpolation = reformatter.Interpolation.BICUBIC
-        if hasattr(reformatter.Interpolation, "FULL_CHR_H_INT"):  # from PyAV 15 on
-            interpolation |= reformatter.Interpolation.FULL_CHR_H_INT | reformatter.Interpolation.ACCURATE_RND
-        width, height = self._stored
-        rgb = self._reformatter.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="rgb48le" if self.tone_map else "rgb24",
-            src_colorspace=colorspace(reformatter, self._source_matrix),
-            interpolation=interpolation,
-        )
-        pixels = rgb.to_ndarray()
+        name = "rgb48le" if self.tone_map else "rgb24"
+        pixels = self._converter.to_rgb(frame, self._stored, self._matrix, name)
         if self.tone_map:
             pixels = self.tone_map(pixels)
         return np.ascontiguousarray(UPRIGHT[self.orientation](pixels))
@@ -217,6 +196,7 @@ class Film:
                             return
                 elif packet.dts is not None:
                     time = self._shift(packet)
+                    self._reached = max(self._reached, time)
                     late = self.span.duration is not None and time >= self.span.duration
                     if not late and (not self.span.start or time >= 0):
                         yield packet
@@ -258,10 +238,13 @@ class Film:
         duration = self._duration()
         if duration is None or not self._decoded:
             return
-        end, planned = self._end + Fraction(self.span.start), duration
+        start, reached = Fraction(self.span.start), self._end
+        if "mp4" not in self.container.format.name:  # other formats give the length of all streams together
+            reached = max(self._end, self._reached)
+        end, planned = start + reached, duration
         if self.span.duration is not None:
-            planned = min(duration, Fraction(self.span.start) + Fraction(self.span.duration))
-        tolerance = max(planned / 50, 2 / self.rate)
+            planned = min(duration, start + Fraction(self.span.duration))
+        tolerance = max(planned / 50, min(planned / 4, Fraction(1, 2)))
         if end < planned - tolerance:
             raise InputError(
                 f"{self.path}: cut short: it ends after {float(end):.2f} s of {float(duration):.2f}; "

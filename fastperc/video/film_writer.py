@@ -11,12 +11,14 @@ import numpy as np
 from fastperc.errors import InputError
 from fastperc.progress import say
 from fastperc.video.clip import Clip, Frame
-from fastperc.video.film import Colors, Film, colorspace
-from fastperc.video.formats import ANY_CODEC, CONTAINERS, import_av
+from fastperc.video.film import Colors, Film
+from fastperc.video.formats import ANY_CODEC, CONTAINERS, codec_threads, import_av
+from fastperc.video.pixels import MATRICES, Converter
 
 ALIASES = {"h264": "libx264", "h265": "libx265", "hevc": "libx265", "vp9": "libvpx-vp9", "vp8": "libvpx"}
 CRF = {"libx264": 18, "libx265": 20, "libvpx": 10, "libvpx-vp9": 30, "libaom-av1": 28, "libsvtav1": 30}  # defaults
 OPTIONS = {  # of encoders, besides crf
+    "libx264": {"preset": "superfast"},  # the processor has to paint; slower ones make files a sixth smaller
     "libx265": {"x265-params": "log-level=error"},
     "libvpx-vp9": {"deadline": "good", "cpu-used": "4", "row-mt": "1"},
     "libvpx": {"deadline": "good", "cpu-used": "4"},
@@ -25,7 +27,6 @@ ANY_SIDES = frozenset({"libvpx", "libvpx-vp9", "libaom-av1"})  # encoders that t
 FORMATS = ("yuv420p", "yuv422p10le", "yuv444p", "rgb24", "gbrp")  # of pixels, those preferred first
 OF_THE_FILE = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "duration"})  # metadata
 SDR = Colors("ITU709", 1, 1)
-MATRIX_CODES = {"ITU709": 1, "FCC": 4, "ITU601": 6, "SMPTE240M": 7, "BT2020": 9}
 
 
 class Encoding(NamedTuple):
@@ -58,7 +59,7 @@ class FilmWriter:
         self._colors = clip.colors if isinstance(clip, Film) else SDR
         self._copies: dict[int, Any] = {}
         self._durations: dict[int, int] = {}  # of the frames in the encoder, by time stamp
-        self._reformatter = self._av.video.reformatter.VideoReformatter()
+        self._converter = Converter()
         name = CONTAINERS[target.suffix.lower()]
         options = {"movflags": "+faststart"} if name in ("mp4", "mov") else {}
         self.container = self._guarded(
@@ -98,13 +99,13 @@ class FilmWriter:
                 f"column or row twice: {name} needs even sides"
             )
         context = stream.codec_context
-        context.time_base = self._time_base
+        context.time_base, context.thread_count = self._time_base, codec_threads()
         context.bit_rate = 0 if name in CRF else context.bit_rate
         if isinstance(clip, Film):
             context.sample_aspect_ratio = clip.aspect
         self._pixels = stream.pix_fmt
         if not self._pixels.startswith(("rgb", "gbr")):
-            context.colorspace, context.color_range = MATRIX_CODES[self._colors.matrix], 1
+            context.colorspace, context.color_range = MATRICES[self._colors.matrix], 1
             context.color_primaries, context.color_trc = self._colors.primaries, self._colors.transfer
         if name == "libx265" and self.container.format.name in ("mp4", "mov"):
             context.codec_tag = "hvc1"  # the only one that Apple's players take
@@ -158,17 +159,7 @@ class FilmWriter:
         right, bottom = self._padding
         if right or bottom:
             levels = np.pad(levels, ((0, bottom), (0, right), (0, 0)), mode="edge")
-        picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(levels), format="rgb24")
-        reformatter = self._av.video.reformatter
-        if not self._pixels.startswith("rgb"):
-            picture = self._reformatter.reformat(
-                picture,
-                format=self._pixels,
-                interpolation=reformatter.Interpolation.BICUBIC,
-                dst_colorspace=colorspace(reformatter, self._colors.matrix),
-                src_color_range=reformatter.ColorRange.JPEG,
-                dst_color_range=reformatter.ColorRange.MPEG,
-            )
+        picture = self._converter.from_rgb(levels, self._colors.matrix, self._pixels)
         picture.pts, picture.time_base = frame.pts, self._time_base
         if hasattr(picture, "duration"):
             picture.duration = frame.duration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastperc.photos.jobs import Formats
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 ANY_CODEC = ".mkv"  # holds what the other formats cannot
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG", ".png": "PNG"}  # suffixes, and Pillow's names
+FEW_CORES = 4
 TRANSPORT_STREAM = ".ts"  # in a folder it may as well be a program
 
 
@@ -33,6 +35,11 @@ def import_av() -> Any:
         raise InputError("films need PyAV; run `pip install 'fastperc[video]'`") from None
     av.logging.set_level(None)  # FFmpeg's errors are raised, and say what its log says
     return av
+
+
+def codec_threads() -> int:
+    """The threads of a decoder or an encoder, 0 for as many as it likes. On few cores, painting needs them all."""
+    return 1 if (os.cpu_count() or 1) <= FEW_CORES else 0
 
 
 def is_film(path: PathLike) -> bool:

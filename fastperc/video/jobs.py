@@ -23,7 +23,7 @@ from fastperc.video.film import Film
 from fastperc.video.film_writer import Encoding, FilmWriter
 from fastperc.video.formats import CONTAINERS, is_film
 from fastperc.video.painters import FramePainter, painted
-from fastperc.video.threads import Behind, ahead
+from fastperc.video.threads import Behind, ahead, giving_way
 
 DEPTH = 4  # frames that wait between two threads
 
@@ -92,7 +92,7 @@ def clip_writer(target: Path, clip: Clip, size: tuple[int, int], encoding: Encod
     with write_atomically(target) as temporary:
         writer: Writer
         if target.suffix.lower() in CONTAINERS:
-            writer = FilmWriter(temporary, target, clip, size, encoding)
+            writer = giving_way(lambda: FilmWriter(temporary, target, clip, size, encoding))
         else:
             writer = AnimationWriter(temporary, target, clip, size)
         try:
@@ -118,7 +118,7 @@ def paint_clip(source: Path, target: Path | None, painter: FramePainter, options
     """
     options = options or ClipOptions()
     with ExitStack() as stack:
-        clip = stack.enter_context(closing(open_clip(source, options.span, options.long_side)))
+        clip = stack.enter_context(closing(giving_way(lambda: open_clip(source, options.span, options.long_side))))
         size = _size_of_pictures(clip, painter.scale)
         writers: list[Writer] = []
         if target is not None:

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from queue import Empty, Full, Queue
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+NICE = 19  # how much less urgent reading and writing is than painting
 POLL = 0.05  # seconds between two looks at whether the other side has ended
+
+
+def give_way() -> None:
+    """Lets painting go before this thread and those that it starts. Only Linux has priorities of single threads."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+def giving_way(call: Callable[[], Result]) -> Result:
+    """What ``call`` returns, run in a thread that gives way, as do the threads that FFmpeg starts in it."""
+
+    def run() -> Result:
+        give_way()
+        return call()
+
+    with ThreadPoolExecutor(1, "fastperc-open") as pool:
+        return pool.submit(run).result()
 
 
 class Failed:
@@ -39,6 +63,7 @@ def ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
         return False
 
     def run() -> None:
+        give_way()
         try:
             for item in items:
                 if not put(item):
@@ -104,6 +129,7 @@ class Behind(Generic[Item]):
             raise self._error
 
     def _run(self) -> None:
+        give_way()
         while not self._stop.is_set():
             try:
                 item = self._queue.get(timeout=POLL)
