@@ -125,12 +125,13 @@ class Film:
         aspect = self.video.sample_aspect_ratio or Fraction(1)
         self.aspect = 1 / aspect if self.orientation.transposed else aspect  # width by height of a pixel
         unspecified = "ITU709" if height >= HD_HEIGHT else "ITU601"
-        self.tone_map = ToneMap(frame.color_trc) if frame.color_trc in TRANSFERS else None
+        context = self.video.codec_context
+        self.tone_map = ToneMap(context.color_trc) if context.color_trc in TRANSFERS else None
         self._matrix = matrix_of(frame.colorspace) or ("BT2020" if self.tone_map else unspecified)
-        primaries, transfer = (2 if code in (0, 3) else code for code in (frame.color_primaries, frame.color_trc))
+        primaries, transfer = (2 if code in (0, 3) else code for code in (context.color_primaries, context.color_trc))
         self.colors = Colors(self._matrix, primaries, transfer)  # 2: unspecified; 0 and 3 are reserved
         if self.tone_map:
-            say(f"{self.path}: is HDR ({TRANSFERS[frame.color_trc]}); the picture is made and written in SDR")
+            say(f"{self.path}: is HDR ({TRANSFERS[context.color_trc]}); the picture is made and written in SDR")
             self.colors = Colors("ITU709", 1, 1)
         if frame.interlaced_frame:
             say(

@@ -135,7 +135,7 @@ class FilmWriter:
                 say(f"{self.target}: left out subtitles ({codec}), which this format does not hold{hint}")
                 continue
             stream.metadata.update(source.metadata)
-            stream.disposition = source.disposition
+            stream.disposition = source.disposition.value
             self._copies[source.index] = stream
         metadata = {key: value for key, value in film.container.metadata.items() if key.lower() not in OF_THE_FILE}
         self.container.metadata.update(metadata)

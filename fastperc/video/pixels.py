@@ -39,7 +39,7 @@ class Converter:
         kinds = self._module.Interpolation
         # Between pixels of one size it is the chroma, of which there is less, that is interpolated.
         kind = kinds.BILINEAR if size == (frame.width, frame.height) else kinds.BICUBIC
-        if hasattr(kinds, "FULL_CHR_H_INT"):  # older versions take the nearest chroma
+        if hasattr(kinds, "FULL_CHR_H_INT"):  # PyAV 17.0 lacks it and takes the nearest chroma
             kind |= kinds.FULL_CHR_H_INT | kinds.ACCURATE_RND
         rgb = self._reformat(
             frame, width=size[0], height=size[1], format=name, src_colorspace=self._matrix(matrix), interpolation=kind
@@ -67,8 +67,7 @@ class Converter:
         )
 
     def _matrix(self, name: str) -> Any:
-        # PyAV lacks BT2020 before version 17. Then frames are read and written by BT.709 alike, which cancels out.
-        return getattr(self._module.Colorspace, name, self._module.Colorspace.ITU709)
+        return self._module.Colorspace[name]
 
     def _reformat(self, frame: Any, **options: Any) -> Any:
         try:
