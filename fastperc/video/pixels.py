@@ -39,7 +39,7 @@ class Converter:
         kinds = self._module.Interpolation
         # Between pixels of one size it is the chroma, of which there is less, that is interpolated.
         kind = kinds.BILINEAR if size == (frame.width, frame.height) else kinds.BICUBIC
-        if hasattr(kinds, "FULL_CHR_H_INT"):  # PyAV 17.0 lacks it and takes the nearest chroma
+        if hasattr(kinds, "FULL_CHR_H_INT"):  # PyAV 17.0 lacks it; there the nearest chroma is taken
             kind |= kinds.FULL_CHR_H_INT | kinds.ACCURATE_RND
         rgb = self._reformat(
             frame, width=size[0], height=size[1], format=name, src_colorspace=self._matrix(matrix), interpolation=kind
@@ -67,7 +67,8 @@ class Converter:
         )
 
     def _matrix(self, name: str) -> Any:
-        return self._module.Colorspace[name]
+        # PyAV 17.0 lacks BT2020. Then frames are read and written by BT.709 alike, which cancels out.
+        return getattr(self._module.Colorspace, name, self._module.Colorspace.ITU709)
 
     def _reformat(self, frame: Any, **options: Any) -> Any:
         try:
