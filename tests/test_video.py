@@ -164,15 +164,20 @@ def test_hdr_becomes_sdr(here, stylize):
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p10le"
         context = stream.codec_context
         context.colorspace, context.color_primaries, context.color_trc, context.color_range = 9, 9, 18, 1
-        for code in (64, 502, 940):
+        green = (431, 431, 409)  # R, G and B of 0.25, 0.5 and 0.25
+        for codes in ((64, 512, 512), (502, 512, 512), (940, 512, 512), green):
             frame = av.VideoFrame(WIDTH, HEIGHT, "yuv420p10le")
-            for plane, value in zip(frame.planes, (code, 512, 512)):
+            for plane, value in zip(frame.planes, codes):
                 plane.update(np.full(plane.buffer_size // 2, value, np.uint16).tobytes())
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     assert "is HDR (HLG)" in stylize("hlg.mkv", "-o", "out.mp4", "--strength", 0)
-    black, gray, white = (float(frame.levels.float().mean()) for frame in Film("hlg.mkv").frames())
+    colours = [frame.levels.float().mean((0, 1)) for frame in Film("hlg.mkv").frames()]
+    black, gray, white = (float(colour.mean()) for colour in colours[:3])
     assert black < 2 and 120 < gray < 155 and 245 < white <= 255
+    assert all(colour.max() - colour.min() < 2 for colour in colours[:3])
+    red, green, blue = colours[3].tolist()
+    assert 120 < green < 155 and max(red, blue) < 80  # red lies outside of BT.709
     with av.open("out.mp4") as out:
         assert out.streams.video[0].codec_context.color_trc == 1
 

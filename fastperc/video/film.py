@@ -175,7 +175,7 @@ class Film:
 
     def _levels(self, frame: Any) -> np.ndarray:
         """The upright frame as uint8 [H, W, 3], contiguous."""
-        name = "rgb48le" if self.tone_map else "rgb24"
+        name = "gbrp16le" if self.tone_map else "rgb24"  # FFmpeg 8 gets rgb48le wrong where it interpolates chroma
         pixels = self._converter.to_rgb(frame, self._stored, self._matrix, name)
         if self.tone_map:
             pixels = self.tone_map(pixels)
