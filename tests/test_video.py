@@ -146,6 +146,27 @@ def test_subtitles_and_words_are_copied(here, stylize):
     assert "left out subtitles" in stylize("subtitled.mkv", "-o", "out.mp4")
 
 
+ENCODERS = {
+    "libx265": ".mp4",
+    "libsvtav1": ".mkv",
+    "ffv1": ".mkv",
+    "mpeg4": ".mp4",
+    "prores_ks": ".mov",
+    "vp9": ".webm",
+}
+
+
+@pytest.mark.parametrize("codec", ENCODERS)
+def test_other_encoders(here, stylize, codec):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    make_film(here / "clip.mp4", sound=None)
+    said = stylize("clip.mp4", "-o", f"out{ENCODERS[codec]}", "--codec", codec, "--strength", 0)
+    assert len(said.splitlines()) == 1, "an encoder prints"
+    assert np.allclose(times_of(f"out{ENCODERS[codec]}"), times_of("clip.mp4"), atol=1e-3)
+    assert np.abs(pictures_of(f"out{ENCODERS[codec]}")[5] - pictures_of("clip.mp4")[5]).mean() < 8
+
+
 def test_sound_that_the_format_cannot_hold_is_refused(film, refused, model):
     says = "out.webm: this format does not hold the sound (aac); use .mkv"
     refused("stylize", film, "-o", "out.webm", "--model", model, says=says)

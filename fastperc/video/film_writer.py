@@ -23,6 +23,7 @@ OPTIONS = {  # of encoders, besides crf
     "libvpx-vp9": {"deadline": "good", "cpu-used": "4", "row-mt": "1"},
     "libvpx": {"deadline": "good", "cpu-used": "4"},
 }
+BITS_A_PIXEL = 0.5  # of encoders that aim at a bit rate, because they know no constant quality
 ANY_SIDES = frozenset({"libvpx", "libvpx-vp9", "libaom-av1"})  # encoders that take odd sides with halved chroma
 FORMATS = ("yuv420p", "yuv422p10le", "yuv444p", "rgb24", "gbrp")  # of pixels, those preferred first
 OF_THE_FILE = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "duration"})  # metadata
@@ -100,7 +101,7 @@ class FilmWriter:
             )
         context = stream.codec_context
         context.time_base, context.thread_count = self._time_base, codec_threads()
-        context.bit_rate = 0 if name in CRF else context.bit_rate
+        context.bit_rate = 0 if name in CRF else round(BITS_A_PIXEL * stream.width * stream.height * clip.rate)
         if isinstance(clip, Film):
             context.sample_aspect_ratio = clip.aspect
         self._pixels = stream.pix_fmt

@@ -33,6 +33,7 @@ def import_av() -> Any:
         import av.logging
     except ImportError:
         raise InputError("films need PyAV; run `pip install 'fastperc[video]'`") from None
+    os.environ.setdefault("SVT_LOG", "1")  # libsvtav1 prints by itself; errors alone
     av.logging.set_level(None)  # FFmpeg's errors are raised, and say what its log says
     return av
 
