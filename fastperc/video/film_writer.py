@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ OPTIONS = {  # of encoders, besides crf
     "libvpx-vp9": {"deadline": "good", "cpu-used": "4", "row-mt": "1"},
     "libvpx": {"deadline": "good", "cpu-used": "4"},
 }
+OF_THE_SYSTEM = frozenset({errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS})
 BITS_A_PIXEL = 0.5  # of encoders that aim at a bit rate, because they know no constant quality
 ANY_SIDES = frozenset({"libvpx", "libvpx-vp9", "libaom-av1"})  # encoders that take odd sides with halved chroma
 FORMATS = ("yuv420p", "yuv422p10le", "yuv444p", "rgb24", "gbrp")  # of pixels, those preferred first
@@ -88,7 +90,7 @@ class FilmWriter:
         try:
             stream = self.container.add_stream(name, rate=clip.rate, options=options)
         except ValueError:
-            raise InputError(f"{self.target}: this format does not hold {name}; use {ANY_CODEC}") from None
+            raise InputError(f"{self.target}: this format does not hold {name}{self._hint()}") from None
         known = [video_format.name for video_format in codec.video_formats or ()]
         stream.pix_fmt = next((name for name in FORMATS if name in known), known[0] if known else FORMATS[0])
         halved = stream.pix_fmt.startswith(("yuv420", "yuv422")) and name not in ANY_SIDES
@@ -112,6 +114,9 @@ class FilmWriter:
             context.codec_tag = "hvc1"  # the only one that Apple's players take
         self._stream, self._step = stream, max(round(1 / (clip.rate * self._time_base)), 1)
 
+    def _hint(self) -> str:
+        return "" if self.target.suffix.lower() == ANY_CODEC else f"; use {ANY_CODEC}"
+
     def _codec(self, name: str) -> Any:
         codec = self._av.codec
         try:
@@ -130,10 +135,9 @@ class FilmWriter:
                 codec = source.codec_context.name
                 if source.type == "audio":
                     raise InputError(
-                        f"{self.target}: this format does not hold the sound ({codec}); use {ANY_CODEC}"
+                        f"{self.target}: this format does not hold the sound ({codec}){self._hint()}"
                     ) from None
-                hint = "" if self.target.suffix.lower() == ANY_CODEC else f"; try {ANY_CODEC}"
-                say(f"{self.target}: left out subtitles ({codec}), which this format does not hold{hint}")
+                say(f"{self.target}: left out subtitles ({codec}), which this format does not hold{self._hint()}")
                 continue
             stream.metadata.update(source.metadata)
             stream.disposition = source.disposition.value
@@ -194,6 +198,6 @@ class FilmWriter:
         try:
             return call(*arguments, **options)
         except self._av.error.FFmpegError as error:
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:  # encoders give other numbers
                 raise OSError(error.errno, error.strerror, str(self.target)) from None
             raise InputError(f"{self.target}: the encoder or the format refuses this clip ({error.strerror})") from None
