@@ -93,6 +93,12 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def expect(self, total: int) -> None:
+        """Counts to ``total`` from now on."""
+        if total != self.total:
+            self.total = total
+            self._bar.update(self._task, total=total)
+
     def advance(self, note: str = "", seconds_left: float | None = None) -> None:
         """Adds one to the count and shows ``note`` beside it.
 

@@ -163,13 +163,13 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=path,
         metavar="INPUT",
-        help="photos, or folders of photos; earlier results of other INPUTs are skipped",
+        help="photos and clips, or folders of them; earlier results of other INPUTs are skipped",
     )
     parser.add_argument(
         "-o",
         "--out",
         type=output,
-        help="a file for one photo, a folder for several; a name that ends in / is a folder; default: beside INPUT",
+        help="a file for one input, a folder for several; a name that ends in / is a folder; default: beside INPUT",
     )
 
 

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fastperc.cli.clips import add_clips, run_photos_and_clips
 from fastperc.cli.networks import ARCHIVES, METHODS, load_painter, super_resolution_file
 from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_match, add_tile, path
-from fastperc.errors import BAD_INPUT, InputError
+from fastperc.errors import InputError
 from fastperc.presets import SCALES
 
 
@@ -16,14 +17,16 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
         "upscale",
-        help="enlarge photos",
-        description="Enlarges photos four or eight times with a network that ships with fastperc, or with your own.",
+        help="enlarge photos and clips",
+        description="Enlarges photos and clips four or eight times with a network that ships with fastperc, or with\n"
+        "your own.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  fastperc sr upscale photo.jpg                                writes photo-x4.jpg\n"
         "  fastperc sr upscale thumbnails/ -o large/ --scale 8\n"
         "  fastperc sr upscale photo.jpg -o large.png --method feature  sharper, but with lower PSNR\n"
-        "  fastperc sr upscale photo.jpg --model runs/mine/model.safetensors\n\n" + SEVERAL_INPUTS,
+        "  fastperc sr upscale photo.jpg --model runs/mine/model.safetensors\n"
+        "  fastperc sr upscale clip.mp4 -o out.mp4                      with its sound\n\n" + SEVERAL_INPUTS,
     )
     add_files(parser)
     parser.add_argument(
@@ -43,6 +46,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     add_match(parser)
     add_tile(parser, "enlarge")
     add_device(parser)
+    add_clips(parser)
     parser.set_defaults(run=run)
 
 
@@ -51,10 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc.devices import find_device
     from fastperc.files import check_overwrites
     from fastperc.photos.formats import check_size
-    from fastperc.photos.jobs import plan_jobs, run_jobs
+    from fastperc.photos.jobs import plan_jobs
     from fastperc.photos.photo import Photo, read_first_frame
     from fastperc.photos.upscale import upscale
     from fastperc.progress import Watch
+    from fastperc.video.formats import ClipFormats
+    from fastperc.video.painters import EnlargeFrames
 
     source = arguments.model or super_resolution_file(arguments.method, arguments.scale or 4)
     painter = load_painter(source, arguments.scale, find_device(arguments.device))
@@ -67,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
-    jobs = plan_jobs(arguments.inputs, arguments.out, f"x{painter.scale}", [f"x{scale}" for scale in SCALES])
+    labels = [f"x{scale}" for scale in SCALES]
+    jobs = plan_jobs(arguments.inputs, arguments.out, f"x{painter.scale}", labels, ClipFormats())
     targets = dict(jobs)
     check_overwrites(targets.values(), [source])
-    return BAD_INPUT if run_jobs(jobs, "enlarging", paint) else 0
+    frames = EnlargeFrames(painter, arguments.match, arguments.tile)
+    return run_photos_and_clips(arguments, jobs, "enlarging", paint, frames)

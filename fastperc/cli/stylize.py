@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fastperc.cli.clips import add_clips, run_photos_and_clips
 from fastperc.cli.networks import add_style_network, load_style_painter, style_file
 from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_tile, fraction, positive
-from fastperc.errors import BAD_INPUT
 from fastperc.weights import STYLES
 
 
@@ -16,15 +16,16 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
         "stylize",
-        help="paint photos in a style",
-        description="Paints photos in a style that ships with fastperc, or in your own.",
+        help="paint photos and clips in a style",
+        description="Paints photos and clips in a style that ships with fastperc, or in your own.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  fastperc stylize photo.jpg                              writes photo-great_wave.jpg\n"
         "  fastperc stylize photo.jpg -o out.png --style starry_night --size 1024\n"
         "  fastperc stylize holiday/ -o painted/ --strength 0.7 --keep-colors\n"
         "  fastperc stylize photo.jpg -o out.jpg --model runs/mine/model.safetensors\n"
-        "  fastperc stylize photo.jpg -o out.jpg --model exported.pt2\n\n" + SEVERAL_INPUTS,
+        "  fastperc stylize photo.jpg -o out.jpg --model exported.pt2\n"
+        "  fastperc stylize clip.mp4 -o out.mp4 --smooth 0.5       with its sound\n\n" + SEVERAL_INPUTS,
     )
     add_files(parser)
     add_style_network(parser, archives=True)
@@ -32,7 +33,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "--size",
         type=positive,
         metavar="N",
-        help="resize photos so that the longer side has N pixels; default: no resizing",
+        help="resize photos and clips so that the longer side has N pixels; default: no resizing",
     )
     parser.add_argument(
         "--strength",
@@ -46,6 +47,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     )
     add_tile(parser, "paint")
     add_device(parser)
+    add_clips(parser)
     parser.set_defaults(run=run)
 
 
@@ -54,13 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc.devices import find_device
     from fastperc.files import check_overwrites
     from fastperc.photos.formats import check_size
-    from fastperc.photos.jobs import plan_jobs, run_jobs
+    from fastperc.photos.jobs import plan_jobs
     from fastperc.photos.photo import Photo
     from fastperc.photos.stylize import read_photo, stylize
     from fastperc.progress import Watch
+    from fastperc.video.formats import ClipFormats
+    from fastperc.video.painters import StyleFrames
 
     source = style_file(arguments)
-    jobs = plan_jobs(arguments.inputs, arguments.out, source.stem, STYLES)
+    jobs = plan_jobs(arguments.inputs, arguments.out, source.stem, STYLES, ClipFormats())
     targets = dict(jobs)
     check_overwrites(targets.values(), [source])
     painter = load_style_painter(source, find_device(arguments.device))
@@ -70,4 +74,5 @@ def run(arguments: argparse.Namespace) -> int:
         check_size(targets[path], *photo.rgb.size)
         return stylize(painter, photo, arguments.strength, arguments.keep_colors, arguments.tile, watch)
 
-    return BAD_INPUT if run_jobs(jobs, "stylizing", paint) else 0
+    frames = StyleFrames(painter, arguments.strength, arguments.keep_colors, arguments.tile)
+    return run_photos_and_clips(arguments, jobs, "stylizing", paint, frames)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,10 +46,18 @@ def listed(paths: Sequence[Path], noun: str) -> str:
     return f"{len(paths)} {noun}{'s' * (len(paths) > 1)} ({names})"
 
 
-def search(folder: PathLike) -> FolderImages:
+def search(
+    folder: PathLike,
+    readable: Collection[str] = READABLE_SUFFIXES,
+    unreadable: Collection[str] = UNREADABLE_SUFFIXES,
+) -> FolderImages:
     """Searches ``folder`` for images, at any depth.
 
     Leaves out hidden files and folders. Follows links, but visits each folder once.
+
+    Args:
+        folder: where to search.
+        readable, unreadable: the suffixes of files that can be read, and of files that cannot but are named.
 
     Raises:
         InputError: the folder does not exist, or cannot be listed.
@@ -74,20 +82,23 @@ def search(folder: PathLike) -> FolderImages:
         files += (Path(directory, name) for name in names if not name.startswith("."))
     if closed and closed[0][0] == folder:
         raise InputError(f"{folder}: cannot be read ({closed[0][1]})")
-    images, unreadable = (
-        sorted(path for path in files if path.suffix.lower() in suffixes)
-        for suffixes in (READABLE_SUFFIXES, UNREADABLE_SUFFIXES)
+    images, left_out = (
+        sorted(path for path in files if path.suffix.lower() in suffixes) for suffixes in (readable, unreadable)
     )
-    return FolderImages(images, unreadable, sorted(closed))
+    return FolderImages(images, left_out, sorted(closed))
 
 
-def search_and_say(folder: PathLike) -> FolderImages:
+def search_and_say(
+    folder: PathLike,
+    readable: Collection[str] = READABLE_SUFFIXES,
+    unreadable: Collection[str] = UNREADABLE_SUFFIXES,
+) -> FolderImages:
     """Searches ``folder`` for images as :func:`search` does, and prints lines about what is left out.
 
     Raises:
         InputError: the folder does not exist, cannot be listed or holds no image that can be read.
     """
-    found = search(folder)
+    found = search(folder, readable, unreadable)
     lines = list(found.lines())
     if not found.images:
         raise InputError(f"{folder}: no images in this folder{''.join(f'; {line}' for line in lines)}")

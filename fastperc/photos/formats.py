@@ -64,8 +64,17 @@ OTHER_SUFFIXES = frozenset({".ai", ".emf", ".eps", ".exr", ".hdp", ".jxr", ".svg
 UNREADABLE_SUFFIXES = (PLUGINS.keys() | RAW_SUFFIXES | OTHER_SUFFIXES) - READABLE_SUFFIXES
 
 
+# Suffixes of films, which fastperc.video reads by PyAV.
+FILM_SUFFIXES = frozenset(
+    {".3g2", ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv"}
+    | {".vob", ".webm", ".wmv"}
+)
+
+
 def advice(suffix: str) -> str:
-    """What to do about an image with one of ``UNREADABLE_SUFFIXES``."""
+    """What to do about a file with one of ``UNREADABLE_SUFFIXES``, or about a film where PyAV is not installed."""
+    if suffix in FILM_SUFFIXES:
+        return "run `pip install 'fastperc[video]'`"
     if suffix in PLUGINS:
         return f"run `pip install 'fastperc[{PLUGINS[suffix]}]'`"
     if suffix in RAW_SUFFIXES:

@@ -23,17 +23,25 @@ def match_colors(picture: Image.Image, photo: Image.Image, visible: Image.Image 
     """
     if visible is not None and visible.getextrema() == (0, 0):
         return picture
+    return mapped(picture, matching_levels(picture, photo, visible))
+
+
+def matching_levels(picture: Image.Image, photo: Image.Image, visible: Image.Image | None = None) -> np.ndarray:
+    """The new level of each level of each channel, int [3, 256], by which :func:`match_colors` changes ``picture``.
+
+    The arguments are those of :func:`match_colors`; some pixels must be visible.
+    """
     counts, target_counts = _histogram(picture, visible), _histogram(photo, visible)
     small = picture.resize(photo.size, Image.Resampling.BOX)
 
     def error(table: np.ndarray) -> float:
         """An estimate of the squared error of the picture that ``table`` gives."""
-        matched = _mapped(picture, table).resize(photo.size, Image.Resampling.BOX)
+        matched = mapped(picture, table).resize(photo.size, Image.Resampling.BOX)
         change = _mean_square(counts, table - LEVELS) - _mean_square(_difference(matched, small, visible), LEVELS)
         return _mean_square(_difference(matched, photo, visible), LEVELS) + UNSEEN * change
 
     tables = _shifts_of_means(counts, target_counts), _maps_of_ranks(counts, target_counts)
-    return _mapped(picture, min(tables, key=error))
+    return min(tables, key=error)
 
 
 def match_histograms(image: Image.Image, target: Image.Image) -> Image.Image:
@@ -42,7 +50,7 @@ def match_histograms(image: Image.Image, target: Image.Image) -> Image.Image:
     Maps each level to the target's level of the same rank, with linear interpolation. Both images are 8-bit RGB, of any
     size.
     """
-    return _mapped(image, _maps_of_ranks(_histogram(image), _histogram(target)))
+    return mapped(image, _maps_of_ranks(_histogram(image), _histogram(target)))
 
 
 def _shifts_of_means(counts: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -68,8 +76,8 @@ def _ranks(counts: np.ndarray) -> np.ndarray:
     return (counts.cumsum() - counts / 2) / counts.sum()
 
 
-def _mapped(image: Image.Image, tables: np.ndarray) -> Image.Image:
-    """``image`` with new levels: ``tables`` [3, 256]."""
+def mapped(image: Image.Image, tables: np.ndarray) -> Image.Image:
+    """``image``, 8-bit RGB, with new levels: ``tables``, int [3, 256]."""
     return image.point(tables.ravel().tolist())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from fastperc import reference
 from fastperc.errors import InputError
@@ -36,14 +37,26 @@ def stylize(
         FloatingPointError: the network's output holds a NaN.
         InputError: not enough memory.
     """
-    levels = photo.levels()
+    painting = stylize_levels(painter, photo.levels(), strength, keep_colors, tile, watch)
+    return Photo(Image.fromarray(painting.numpy()), photo.alpha, photo.metadata)
+
+
+def stylize_levels(
+    painter: Painter,
+    levels: Tensor,
+    strength: float = 1.0,
+    keep_colors: bool = False,
+    tile: int | str = "auto",
+    watch: Watch = unwatched,
+) -> Tensor:
+    """The painting of ``levels``, both uint8 [H, W, 3]. Arguments and errors are those of :func:`stylize`."""
     painting = torch.empty_like(levels)
     for rows, columns, y in paint_tiles(painter, levels, tile, watch):
         x = levels[rows, columns].permute(2, 0, 1)[None].to(y.device).float() / 255
         if keep_colors:
             y = x + (reference.luma(y) - reference.luma(x))
         painting[rows, columns] = reference.to_levels(torch.lerp(x, y, strength))[0].permute(1, 2, 0)
-    return Photo(Image.fromarray(painting.numpy()), photo.alpha, photo.metadata)
+    return painting
 
 
 def read_photo(path: Path, size: int | None = None) -> Photo:

@@ -45,20 +45,38 @@ def upscale(
     if width * height > MAX_PIXELS:
         raise InputError(f"{width}×{height} is larger than {MAX_PIXELS:,} pixels")
     visible = photo.visible()
-    levels = np.asarray(visible)
-    gray = bool((levels == levels[..., :1]).all())
-    pad_right, pad_bottom = (max(MINIMUM_SIDE - side, 0) for side in visible.size)  # up to the network's minimum
-    image = torch.from_numpy(np.pad(levels, ((0, pad_bottom), (0, pad_right), (0, 0)), mode="edge"))
-
-    large = torch.empty(image.shape[0] * painter.scale, image.shape[1] * painter.scale, 3, dtype=torch.uint8)
-    for rows, columns, part in paint_tiles(painter, image, tile, watch):
-        part = reference.luma(part).expand(-1, 3, -1, -1) if gray else part
-        large[rows, columns] = reference.to_levels(part)[0].permute(1, 2, 0)
-    picture = Image.fromarray(large[:height, :width].numpy())
-    if match and not isinstance(painter, TiledSRCNN):
+    picture = enlarged(painter, visible, tile, watch)
+    if match and takes_colors(painter):
         picture = match_colors(picture, visible, photo.alpha)
     alpha = photo.alpha and photo.alpha.resize((width, height), Image.Resampling.BICUBIC)
     return Photo(picture, alpha, photo.metadata)
+
+
+def takes_colors(painter: Painter) -> bool:
+    """Whether the colours of ``painter``'s pictures are matched to the photo's; those of an SRCNN are the photo's."""
+    return not isinstance(painter, TiledSRCNN)
+
+
+def enlarged(painter: Painter, image: Image.Image, tile: int | str = "auto", watch: Watch = unwatched) -> Image.Image:
+    """``image`` enlarged by ``painter.scale``, both 8-bit RGB, with the network's own colours; gray stays gray.
+
+    The arguments are those of :func:`upscale`.
+
+    Raises:
+        FloatingPointError: the network's output holds a NaN.
+        InputError: the picture would be too large for memory.
+    """
+    levels = np.asarray(image)
+    gray = bool((levels == levels[..., :1]).all())
+    pad_right, pad_bottom = (max(MINIMUM_SIDE - side, 0) for side in image.size)  # up to the network's minimum
+    padded = torch.from_numpy(np.pad(levels, ((0, pad_bottom), (0, pad_right), (0, 0)), mode="edge"))
+
+    large = torch.empty(padded.shape[0] * painter.scale, padded.shape[1] * painter.scale, 3, dtype=torch.uint8)
+    for rows, columns, part in paint_tiles(painter, padded, tile, watch):
+        part = reference.luma(part).expand(-1, 3, -1, -1) if gray else part
+        large[rows, columns] = reference.to_levels(part)[0].permute(1, 2, 0)
+    width, height = (side * painter.scale for side in image.size)
+    return Image.fromarray(large[:height, :width].numpy())
 
 
 def make_painter(net: nn.Module) -> Painter:
