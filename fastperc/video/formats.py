@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from fastperc.errors import InputError
-from fastperc.files import PathLike
+from fastperc.files import PathLike, check_readable
 from fastperc.photos.formats import FILM_SUFFIXES, READABLE_SUFFIXES, SUFFIXES, UNREADABLE_SUFFIXES
 from fastperc.photos.jobs import Formats
 
@@ -53,7 +53,7 @@ def is_animation(path: PathLike) -> bool:
     if Path(path).suffix.lower() not in ANIMATIONS:
         return False
     try:
-        with Image.open(path) as image:
+        with Image.open(check_readable(path)) as image:  # a pipe would block
             return image.format in ANIMATIONS.values() and bool(getattr(image, "is_animated", False))
     except Exception:  # damaged, or not there: reading it says so
         return False
