@@ -28,7 +28,7 @@ CASES = {
     "B2-I8-O8-H9-W8-uneven-reflect": (2, 8, 8, 9, 8, 3, 1, UNEVEN, "reflect", "plain"),
     "B1-I16-O16-H7-W9-kernel5": (1, 16, 16, 7, 9, 5, 1, (2, 2, 2, 2), "zeros", "relu"),
     "B1-I16-O4-H1-W9-kernel1": (1, 16, 4, 1, 9, 1, 1, NONE, "zeros", "norm relu"),
-    "B1-I32-O32-H8-W15-few-pixels": (1, 32, 32, 8, 15, 3, 1, ONES, "zeros", "relu"),
+    "B1-I32-O32-H5-W9-few-pixels": (1, 32, 32, 5, 9, 3, 1, ONES, "zeros", "relu"),
 }
 WINOGRAD_CASES = {
     "B1-I32-O64-H12-W13-plain": (1, 32, 64, 12, 13, 3, 1, ONES, "zeros", "plain"),
@@ -78,7 +78,20 @@ def implementation_of(case):
 @pytest.mark.parametrize("case", WINOGRAD_CASES)
 def test_float32_uses_winograd_on_a_cpu(case):
     assert implementation_of(case) == ("winograd" if case.endswith("thin") else "winograd_4x4")
-    assert implementation_of("B1-I32-O32-H8-W15-few-pixels") == "direct"
+    assert implementation_of("B1-I32-O32-H5-W9-few-pixels") == "direct"
+
+
+@BY_WINOGRAD
+@pytest.mark.parametrize(
+    ("channels", "size", "expected"),
+    [(64, 56, "winograd_4x4"), (128, 28, "winograd_4x4"), (256, 14, "winograd_4x4"), (512, 7, "winograd")],
+)
+def test_which_tiles_serve_the_layers_of_a_resnet(channels, size, expected):
+    x = features(1, channels, size, size, device="cpu", dtype=torch.float32)
+    parameters = filters(channels, channels, 3, 3, device="cpu", dtype=torch.float32)
+    with backends.recorded() as choices:
+        ops.conv_bn_relu(x, *parameters, Geometry(padding=Padding(ONES)))
+    assert choices[0].implementation == expected
 
 
 @BY_WINOGRAD

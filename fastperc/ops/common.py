@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastperc import _native, reference
 from fastperc.devices import computes_in
-from fastperc.types import Activation, Epilogue, Padding
+from fastperc.types import Activation, Epilogue, Geometry, Padding
 
 T = TypeVar("T")
 COMMON_SOURCES = ("fastperc/ops/common.py",)  # that every operation runs on
@@ -59,6 +59,18 @@ def why_not_cpp(x: Tensor) -> str | None:
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return f"no C++ kernel for {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
     return _native.why_not(x)
+
+
+def why_not_fused(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
+    """Why a C++ kernel in float32 that adds a skip of the output's shape cannot serve this call of ``conv_bn_relu``, or
+    ``None``."""
+    if epilogue.norm is not None:
+        return "an instance norm follows"
+    skip = epilogue.skip
+    tensors = [x, weight, bias, *(t for t in (skip, epilogue.out) if t is not None)]
+    if any(t.dtype != torch.float32 for t in tensors):
+        return "the kernel computes in float32"
+    return None if skip is None or skip.shape == geometry.output_shape(x, weight) else "the skip has another shape"
 
 
 def storage_dtype(x: Tensor) -> torch.dtype:
@@ -129,6 +141,40 @@ def channels_adjacent(skip: Tensor | None) -> Tensor | None:
 def empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Uninitialised memory of ``shape``, channels-last, with the dtype and device of ``x``."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def filled(x: Tensor, multiple: int) -> Tensor:
+    """``x`` [O, ...], filled up with zeros to a multiple of ``multiple`` channels."""
+    return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, -len(x) % multiple)).contiguous()
+
+
+def run_fused(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    multiple: int,
+    kernel: Callable[[Epilogue, Tensor], None],
+) -> Tensor:
+    """The output [N, O, H', W'] of a convolution of ``x`` by ``weight`` whose C++ kernel computes ``epilogue`` too.
+
+    Args:
+        multiple: of this many channels are the slopes of an activation; they are filled up with zeros.
+        kernel: gets the epilogue as it computes it, and fills the output, its second argument. An activation that no
+            C++ kernel computes is computed in place afterwards.
+    """
+    out, activation = epilogue.out, epilogue.activation
+    if out is None or _native.pixel_step(out) is None:
+        out = empty_like(x, geometry.output_shape(x, weight))
+    is_fused = activation is None or activation.name in _native.PASS_ACTIVATIONS
+    passed = activation if is_fused else None
+    if passed is not None and passed.slopes is not None:
+        slopes, channels = passed.slopes, len(weight)
+        key = ("slopes", channels, multiple)
+        wide = packed(key, lambda: filled(slopes.detach().float().expand(channels), multiple), slopes)
+        passed = Activation(passed.name, slopes=wide)
+    kernel(Epilogue(None, passed, channels_adjacent(epilogue.skip), out), out)
+    return copied_to(out if is_fused else activate_(out, activation), epilogue.out)
 
 
 def siblings(tensors: Sequence[Tensor | None]) -> list[Any]:

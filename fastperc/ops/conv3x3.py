@@ -60,10 +60,10 @@ def why_not_winograd(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> s
     return None
 
 
-def why_slow_winograd(pixels: int) -> str | None:
-    """Why PyTorch's library is expected to be faster for an output of ``pixels``, or ``None``."""
-    if pixels < FEWEST_PIXELS:
-        return f"fewer than {FEWEST_PIXELS} pixels"
+def why_slow_winograd(pixels: int, fewest: int = FEWEST_PIXELS) -> str | None:
+    """Why another kernel is expected to be faster for an output of ``pixels``, or ``None``: ``fewest`` are enough."""
+    if pixels < fewest:
+        return f"fewer than {fewest} pixels"
     return f"fewer than {FEWEST_LANES} floats in a register" if _native.winograd_lanes() < FEWEST_LANES else None
 
 

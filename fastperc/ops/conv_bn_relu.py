@@ -30,8 +30,8 @@ from fastperc.ops.conv3x3 import CONV3X3, WIDEST_PADDING, why_not_winograd, why_
 from fastperc.ops.instance_norm import INSTANCE_NORM, native_instance_norm, triton_finish
 from fastperc.types import Epilogue, Geometry, Padding, Sides, same_sides
 
-CACHED_BYTES = 2 << 20  # transformed weights that stay in a core's cache
-FLOPS_A_BYTE = 16  # that the CPU multiplies while it reads a byte of transformed weights, which are read once
+FLOPS_A_BYTE = 4  # that tiles of 4×4 must save for each byte of transformed weights that they read more
+FEWEST_PIXELS = 48  # of the output; with fewer, a kernel that reads the weights as they are is faster
 
 
 def conv_bn_relu(
@@ -126,7 +126,7 @@ def _why_not_winograd(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometr
 
 def _why_slow_winograd(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
     images, _, height, width = geometry.output_shape(x, weight)
-    return why_slow_winograd(images * height * width)
+    return why_slow_winograd(images * height * width, FEWEST_PIXELS)
 
 
 def _why_slow_winograd_4x4(
@@ -136,12 +136,15 @@ def _why_slow_winograd_4x4(
     if reason := _why_slow_winograd(x, weight, bias, geometry, epilogue):
         return reason
     images, _, height, width = geometry.output_shape(x, weight)
-    products = {tile: images * -(-height // tile) * -(-width // tile) * (tile + 2) ** 2 for tile in (2, 4)}
+
+    def products_of(tile: int) -> int:  # for each filter; the kernel multiplies four tiles at once
+        tiles = images * -(-height // tile) * -(-width // tile)
+        return -(-tiles // 4) * 4 * (tile + 2) ** 2
+
+    products = {tile: products_of(tile) for tile in (2, 4)}
     if products[4] > 0.9 * products[2]:
         return "tiles of 4×4 waste too much at the border"
     # For each filter: two operations a product, and 36 transformed weights of four bytes instead of 16.
-    if 4 * 36 * weight.shape[0] * weight.shape[1] <= CACHED_BYTES:
-        return None
     is_small = 2 * (products[2] - products[4]) < FLOPS_A_BYTE * 4 * (36 - 16)
     return "reading more transformed weights takes longer than the products saved" if is_small else None
 

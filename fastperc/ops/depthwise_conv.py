@@ -5,23 +5,20 @@ They are an implementation of ``ops.conv_bn_relu``; csrc/depthwise_conv.cpp says
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import _native, reference
 from fastperc.ops.common import (
-    activate_,
-    channels_adjacent,
     channels_last,
-    copied_to,
-    empty_like,
     evenly_spaced,
+    filled,
     packed,
+    run_fused,
     why_not_cpp,
     why_not_frozen,
+    why_not_fused,
 )
-from fastperc.types import Activation, Epilogue, Geometry, Padding
+from fastperc.types import Epilogue, Geometry, Padding
 
 SOURCES = (
     "fastperc/ops/depthwise_conv.py",
@@ -45,13 +42,7 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogu
         return "the kernel is not 3, 5 or 7 pixels wide and high, or it is dilated, or the stride is more than 2"
     if max(geometry.padding.sides) > kernel[0] or min(geometry.padding.sides) < 0:
         return "the border is wider than the kernel, or the map is cropped"
-    if epilogue.norm is not None:
-        return "an instance norm follows"
-    tensors = [x, weight, bias, *(t for t in (epilogue.skip, epilogue.out) if t is not None)]
-    if any(t.dtype != torch.float32 for t in tensors):
-        return "the kernel computes in float32"
-    skip = epilogue.skip
-    return None if skip is None or skip.shape == geometry.output_shape(x, weight) else "the skip has another shape"
+    return why_not_fused(x, weight, bias, geometry, epilogue)
 
 
 def why_slow(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
@@ -64,27 +55,18 @@ def why_slow(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilog
 
 def run(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
     """``conv_bn_relu`` of a call that :func:`why_not` accepts."""
+    panel = _native.DEPTHWISE_PANEL
 
     def pack() -> tuple[Tensor, Tensor]:
-        taps = _filled(weight.detach().flatten(1))  # [C, k · k]
-        return taps.view(-1, _native.DEPTHWISE_PANEL, taps.shape[1]).mT.contiguous(), _filled(bias.detach())
+        taps = filled(weight.detach().flatten(1), panel)  # [C, k · k]
+        return taps.view(-1, panel, taps.shape[1]).mT.contiguous(), filled(bias.detach(), panel)
 
     weights, filled_bias = packed("depthwise", pack, weight, bias)
     if geometry.padding.mode != "zeros":
         x, geometry = channels_last(reference.pad(x, geometry.padding)), geometry._replace(padding=Padding())
-    x, out, activation, skip = evenly_spaced(x), epilogue.out, epilogue.activation, epilogue.skip
-    if out is None or _native.pixel_step(out) is None:
-        out = empty_like(x, geometry.output_shape(x, weight))
-    fused = activation is None or activation.name in _native.PASS_ACTIVATIONS
-    passed = activation if fused else None
-    if passed is not None and passed.slopes is not None:
-        slopes, channels = passed.slopes, len(bias)
-        wide = packed(("depthwise", channels), lambda: _filled(slopes.detach().float().expand(channels)), slopes)
-        passed = Activation(passed.name, slopes=wide)
-    _native.depthwise_conv(x, weights, filled_bias, geometry, channels_adjacent(skip), passed, out)
-    return copied_to(out if fused else activate_(out, activation), epilogue.out)
+    x = evenly_spaced(x)
 
+    def fill(fused: Epilogue, out: Tensor) -> None:
+        _native.depthwise_conv(x, weights, filled_bias, geometry, fused.skip, fused.activation, out)
 
-def _filled(x: Tensor) -> Tensor:
-    """``x`` [C, ...], filled up with zeros to a multiple of a panel."""
-    return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, -len(x) % _native.DEPTHWISE_PANEL)).contiguous()
+    return run_fused(x, weight, geometry, epilogue, panel, fill)

@@ -7,21 +7,19 @@ says how they compute.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import _native
 from fastperc.ops.common import (
-    activate_,
-    channels_adjacent,
-    copied_to,
-    empty_like,
     evenly_spaced,
+    filled,
     packed,
+    run_fused,
     why_not_cpp,
     why_not_frozen,
+    why_not_fused,
 )
-from fastperc.types import Activation, Epilogue, Geometry
+from fastperc.types import Epilogue, Geometry
 
 SOURCES = (
     "fastperc/ops/pointwise_conv.py",
@@ -56,15 +54,9 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilog
         return reason
     if geometry.groups != 1:
         return "there are groups"
-    if epilogue.norm is not None:
-        return "an instance norm follows"
-    tensors = [x, weight, bias, *(t for t in (epilogue.skip, epilogue.out) if t is not None)]
-    if any(t.dtype != torch.float32 for t in tensors):
-        return "the kernel computes in float32"
     if weight.numel() == 0:
         return "there are no channels"
-    skip = epilogue.skip
-    return None if skip is None or skip.shape == geometry.output_shape(x, weight) else "the skip has another shape"
+    return why_not_fused(x, weight, bias, geometry, epilogue)
 
 
 def why_slow(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
@@ -96,33 +88,26 @@ def _why_slow_processor() -> str | None:
 
 def run(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
     """``conv_bn_relu`` of a call that :func:`why_not` or :func:`why_not_direct` accepts."""
-    weights, filled_bias = packed("pointwise", lambda: (_panels(weight.detach()), _filled(bias.detach())), weight, bias)
-    x, out, activation = evenly_spaced(x), epilogue.out, epilogue.activation
-    if out is None or _native.pixel_step(out) is None:
-        out = empty_like(x, geometry.output_shape(x, weight))
-    fused = activation is None or activation.name in _native.PASS_ACTIVATIONS
-    computed = activation if fused else None
-    if activation is not None and activation.slopes is not None:
-        slopes, channels = activation.slopes, len(bias)
-        wide = packed(("pointwise", channels), lambda: _filled(slopes.detach().float().expand(channels)), slopes)
-        computed = Activation(activation.name, slopes=wide)
-    kernel = weight.shape[2], weight.shape[3]
-    inner_epilogue = Epilogue(None, computed, channels_adjacent(epilogue.skip))
-    _native.pointwise_conv(x, weights, filled_bias, kernel, geometry, inner_epilogue, out)
-    return copied_to(out if fused else activate_(out, activation), epilogue.out)
+    lanes, _ = _native.pointwise_panels()
+
+    def pack() -> tuple[Tensor, Tensor]:
+        return _panels(weight.detach()), filled(bias.detach(), lanes)
+
+    weights, filled_bias = packed("pointwise", pack, weight, bias)
+    x, kernel = evenly_spaced(x), (weight.shape[2], weight.shape[3])
+
+    def fill(fused: Epilogue, out: Tensor) -> None:
+        _native.pointwise_conv(x, weights, filled_bias, kernel, geometry, fused, out)
+
+    return run_fused(x, weight, geometry, epilogue, lanes, fill)
 
 
 def _panels(weight: Tensor) -> Tensor:
     """``weight`` [O, I, k, k] packed as csrc/pointwise_conv.h says."""
-    matrix = _filled(weight.permute(0, 2, 3, 1).flatten(1)).t()
     lanes, most = _native.pointwise_panels()
+    matrix = filled(weight.permute(0, 2, 3, 1).flatten(1), lanes).t()
     left, widths = matrix.shape[1] // lanes, []
     while left:
         widths.append(most - 1 if left == most + 1 and most > 2 else min(left, most))
         left -= widths[-1]
     return torch.cat([panel.reshape(-1) for panel in matrix.split([lanes * width for width in widths], dim=1)])
-
-
-def _filled(x: Tensor) -> Tensor:
-    """``x`` [O, ...], filled up with zeros to a multiple of the floats in a register."""
-    return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, -len(x) % _native.pointwise_panels()[0])).contiguous()

@@ -8,22 +8,20 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import _native, reference
 from fastperc.ops.common import (
-    activate_,
-    channels_adjacent,
     channels_last,
-    copied_to,
-    empty_like,
     evenly_spaced,
+    filled,
     packed,
+    run_fused,
     why_not_cpp,
     why_not_frozen,
+    why_not_fused,
 )
-from fastperc.types import Activation, Epilogue, Geometry, Padding
+from fastperc.types import Epilogue, Geometry, Padding
 
 SOURCES = (
     "fastperc/ops/stem_conv.py",
@@ -48,15 +46,9 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogu
         return f"the convolution is not from at most {MOST_CHANNELS} channels, or it is dilated"
     if kernel[0] != kernel[1] or kernel[0] > WIDEST_KERNEL or min(geometry.padding.sides) < 0:
         return f"the kernel is not square, or more than {WIDEST_KERNEL} pixels wide, or the map is cropped"
-    if epilogue.norm is not None:
-        return "an instance norm follows"
-    tensors = [x, weight, bias, *(t for t in (epilogue.skip, epilogue.out) if t is not None)]
-    if any(t.dtype != torch.float32 for t in tensors):
-        return "the kernel computes in float32"
     if weight.numel() == 0:
         return "there are no channels"
-    skip = epilogue.skip
-    return None if skip is None or skip.shape == geometry.output_shape(x, weight) else "the skip has another shape"
+    return why_not_fused(x, weight, bias, geometry, epilogue)
 
 
 def why_slow(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
@@ -71,27 +63,16 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: E
     """``conv_bn_relu`` of a call that :func:`why_not` accepts."""
 
     def pack() -> tuple[Tensor, Tensor]:
-        matrix = _filled(weight.detach().permute(0, 2, 3, 1).flatten(1)).t()  # [k · k · I, O]
+        matrix = filled(weight.detach().permute(0, 2, 3, 1).flatten(1), HALF_PANEL).t()  # [k · k · I, O]
         panels = [panel.reshape(-1) for panel in matrix.split(_native.STEM_PANEL, dim=1)]
-        return torch.cat(panels), _filled(bias.detach())
+        return torch.cat(panels), filled(bias.detach(), HALF_PANEL)
 
     weights, filled_bias = packed("stem", pack, weight, bias)
     if geometry.padding.mode != "zeros":
         x, geometry = channels_last(reference.pad(x, geometry.padding)), geometry._replace(padding=Padding())
-    x, out, activation, skip = evenly_spaced(x), epilogue.out, epilogue.activation, epilogue.skip
-    if out is None or _native.pixel_step(out) is None:
-        out = empty_like(x, geometry.output_shape(x, weight))
-    fused = activation is None or activation.name in _native.PASS_ACTIVATIONS
-    passed = activation if fused else None
-    if passed is not None and passed.slopes is not None:
-        slopes, channels = passed.slopes, len(bias)
-        wide = packed(("stem", channels), lambda: _filled(slopes.detach().float().expand(channels)), slopes)
-        passed = Activation(passed.name, slopes=wide)
-    call = Epilogue(None, passed, channels_adjacent(skip), out)
-    _native.stem_conv(x, weights, filled_bias, weight.shape[2], geometry, call)
-    return copied_to(out if fused else activate_(out, activation), epilogue.out)
+    x = evenly_spaced(x)
 
+    def fill(fused: Epilogue, out: Tensor) -> None:
+        _native.stem_conv(x, weights, filled_bias, weight.shape[2], geometry, fused)
 
-def _filled(x: Tensor) -> Tensor:
-    """``x`` [O, ...], filled up with zeros to a multiple of half a panel."""
-    return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, -len(x) % HALF_PANEL)).contiguous()
+    return run_fused(x, weight, geometry, epilogue, HALF_PANEL, fill)
