@@ -50,7 +50,7 @@ def is_film(path: PathLike) -> bool:
 
 def is_animation(path: PathLike) -> bool:
     """Whether ``path`` is a GIF, WebP or PNG with more than one frame."""
-    if Path(path).suffix.lower() not in ANIMATIONS or not os.path.isfile(path):  # opening a pipe would block
+    if Path(path).suffix.lower() not in ANIMATIONS:
         return False
     try:
         with Image.open(check_readable(path)) as image:  # a pipe would block
