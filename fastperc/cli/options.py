@@ -9,6 +9,8 @@ import argparse
 from contextlib import suppress
 from pathlib import Path
 
+from fastperc.errors import InputError
+from fastperc.hub import SCHEME, Address
 from fastperc.presets import MINIMUM_SIDE
 
 # Parts of the commands' epilogs.
@@ -25,6 +27,16 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return Path(text)
+
+
+def network_file(text: str) -> Path | Address:
+    """A path, or the address of a file on the Hugging Face Hub, which begins with ``hf://``."""
+    if not text.startswith(SCHEME):
+        return path(text)
+    try:
+        return Address.parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def output(text: str) -> str:
