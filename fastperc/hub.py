@@ -76,13 +76,14 @@ def import_library() -> Any:
     """
     try:
         import huggingface_hub
+        from huggingface_hub.utils import disable_progress_bars, logging
     except ImportError:
         raise InputError("hf:// and `fastperc push` need huggingface_hub; run `pip install 'fastperc[hub]'`") from None
     from fastperc.progress import console
 
-    huggingface_hub.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     if not console.is_terminal:
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     return huggingface_hub
 
 
@@ -90,52 +91,63 @@ def import_library() -> Any:
 def in_words(what: str) -> Iterator[None]:
     """Turns the exceptions of huggingface_hub in the block into an InputError of one line about ``what``.
 
-    Of errors of the connection only the kind is named: their text can hold the token.
+    Errors of the disk stay as they are.
     """
-    from huggingface_hub import errors
-
     try:
         yield
     except InputError:
         raise
-    except errors.GatedRepoError:
-        raise InputError(f"{what}: its owner must grant you access; ask for it on its page, then {LOG_IN}") from None
-    except errors.RepositoryNotFoundError:
-        raise InputError(f"{what}: no such repository, or a private one; check the name, or {LOG_IN}") from None
-    except errors.RevisionNotFoundError:
-        raise InputError(f"{what}: the repository has no such revision") from None
-    except errors.RemoteEntryNotFoundError:
-        raise InputError(f"{what}: the repository has no such file") from None
-    except errors.HFValidationError:
-        raise InputError(f"{what}: not a name that the hub allows") from None
-    except errors.HfHubHTTPError as error:
-        raise InputError(f"{what}: {endpoint()} answers {_answer(error)}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        reason = "HF_HUB_OFFLINE is set" if _is_offline() else f"{endpoint()} cannot be reached"
-        raise InputError(f"{what}: {reason}, and the cache does not hold it") from None
-    except OSError as error:
-        if error.errno is None:
-            raise InputError(f"{what}: {endpoint()} cannot be used ({type(error).__name__})") from None
-        raise  # the disk is full, or the cache cannot be written
     except Exception as error:
-        raise InputError(f"{what}: {endpoint()} cannot be reached ({type(error).__name__})") from None
+        if (reason := _reason(error)) is None:
+            raise
+        raise InputError(f"{what}: {reason}") from None
+
+
+def _reason(error: BaseException) -> str | None:
+    """Why the hub could not be used, or None for an error of the disk.
+
+    Of errors of the connection only the kind is named: their text can hold the token.
+    """
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"its owner must grant you access; ask for it on its page, then {LOG_IN}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such repository, or a private one; check the name, or {LOG_IN}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return "the repository has no such file"
+    if isinstance(error, errors.HFValidationError):
+        return "not a name that the hub allows"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{endpoint()} answers {_answer(error)}"
+    if isinstance(error, errors.FileMetadataError):
+        return f"{endpoint()} does not answer as a hub does; check HF_ENDPOINT"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return f"{_reason(error.__cause__)}; the cache does not hold it"
+    if isinstance(error, ValueError):  # the hub finds the model card wrong
+        return _without_token(str(error))
+    if isinstance(error, OSError) and error.errno is not None:
+        return None
+    return f"{endpoint()} cannot be reached ({type(error).__name__})"
 
 
 def _answer(error: Any) -> str:
     """The status of the hub's answer, the hub's own words, and what to do."""
-    from huggingface_hub import get_token
-
-    status, text = error.response.status_code, " ".join((error.server_message or "").split())
-    if token := get_token():
-        text = text.replace(token, "…")
+    status, text = error.response.status_code, _without_token(error.server_message or "")
     hint = f"; {LOG_IN}" if status in (401, 403) else ""
     return f"{status}{f' ({text})' if text else ''}{hint}"
 
 
-def _is_offline() -> bool:
-    from huggingface_hub import constants
+def _without_token(text: str) -> str:
+    """``text`` in one line, without the token, should the hub have repeated it."""
+    from huggingface_hub import get_token
 
-    return bool(constants.HF_HUB_OFFLINE)
+    token = get_token()
+    return " ".join((text.replace(token, "…") if token else text).split())
 
 
 class Upload(NamedTuple):
