@@ -13,12 +13,25 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 from fastperc._version import __version__
-from fastperc.cli import bench, convert, doctor, export, figure2, optimize, push, sr, stylize, train, tune
+from fastperc.cli import bench, convert, doctor, export, figure2, optimize, push, sr, styles, stylize, train, tune
 from fastperc.cli.options import EXIT_STATUS
 from fastperc.cli.terminal import guarded, print_any_name
 from fastperc.errors import BAD_INPUT, INTERRUPTED, InputError
 
-COMMANDS = stylize, train, figure2, sr, optimize, convert, export, push, tune, bench, doctor  # in the order of --help
+COMMANDS = (
+    stylize,
+    styles,
+    train,
+    figure2,
+    sr,
+    optimize,
+    convert,
+    export,
+    push,
+    tune,
+    bench,
+    doctor,
+)  # in the order of --help
 FAILED, PIPE_CLOSED = 1, 141  # exit statuses, with BAD_INPUT and INTERRUPTED
 
 
