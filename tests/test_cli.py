@@ -121,7 +121,20 @@ def test_help_takes_less_than_a_tenth_of_a_second():
 
 @pytest.mark.parametrize(
     "command",
-    ["stylize", "train", "figure2", "sr", "sr train", "sr upscale", "sr eval", "optimize", "tune", "bench", "doctor"],
+    [
+        "stylize",
+        "styles",
+        "train",
+        "figure2",
+        "sr",
+        "sr train",
+        "sr upscale",
+        "sr eval",
+        "optimize",
+        "convert",
+        "export",
+    ]
+    + ["push", "tune", "bench", "doctor", "completion"],
 )
 def test_help_of_each_command(run, command):
     status, out, err = run(*command.split(), "--help")

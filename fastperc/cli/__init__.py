@@ -13,7 +13,21 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 from fastperc._version import __version__
-from fastperc.cli import bench, convert, doctor, export, figure2, optimize, push, sr, styles, stylize, train, tune
+from fastperc.cli import (
+    bench,
+    completion,
+    convert,
+    doctor,
+    export,
+    figure2,
+    optimize,
+    push,
+    sr,
+    styles,
+    stylize,
+    train,
+    tune,
+)
 from fastperc.cli.options import EXIT_STATUS
 from fastperc.cli.terminal import guarded, print_any_name
 from fastperc.errors import BAD_INPUT, INTERRUPTED, InputError
@@ -31,6 +45,7 @@ COMMANDS = (
     tune,
     bench,
     doctor,
+    completion,
 )  # in the order of --help
 FAILED, PIPE_CLOSED = 1, 141  # exit statuses, with BAD_INPUT and INTERRUPTED
 

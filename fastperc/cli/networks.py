@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastperc.cli.options import network_file, path
+from fastperc.cli.options import network_file, path, suggest
 from fastperc.errors import InputError
 from fastperc.hub import Address
 from fastperc.weights import STYLES, SUPER_RESOLUTION
@@ -38,9 +38,10 @@ TRAINED = (
 def add_style_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """Adds ``--style`` and ``--model``, which name a style network; returns their group, of which one can be given."""
     model = parser.add_mutually_exclusive_group()
-    model.add_argument(
+    style = model.add_argument(
         "--style", default=DEFAULT_STYLE, metavar="NAME", help=f"one of {', '.join(STYLES)}; default: %(default)s"
     )
+    suggest(style, STYLES)
     model.add_argument("--model", type=network_file, metavar="FILE", help=TRAINED)
     return model
 
@@ -50,13 +51,14 @@ def add_masked_networks(parser: argparse.ArgumentParser) -> None:
 
     Each can be given several times. ``networks`` holds names of styles and what :func:`network_file` returns.
     """
-    parser.add_argument(
+    style = parser.add_argument(
         "--style",
         dest="networks",
         action="append",
         metavar="NAME",
         help=f"one of {', '.join(STYLES)}; default: {DEFAULT_STYLE}",
     )
+    suggest(style, STYLES)
     parser.add_argument(
         "--model", dest="networks", action="append", type=network_file, metavar="FILE", help=f"{TRAINED}, {ARCHIVES}"
     )

@@ -6,6 +6,7 @@ Imports neither torch nor anything else that is slow before a command runs, beca
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from fastperc.presets import MINIMUM_SIDE
 # Parts of the commands' epilogs.
 EXIT_STATUS = "Exit status: 0 success, 1 failure while running, 2 bad input, 130 Ctrl-C."
 SEVERAL_INPUTS = "With several photos, unusable ones are named and skipped, and the exit status is 2."
+
+
+def suggest(action: argparse.Action, values: Iterable[str]) -> None:
+    """Has ``fastperc completion`` complete the value of an option or argument with ``values``; others stay allowed."""
+    vars(action)["suggestions"] = tuple(values)
 
 
 def path(text: str) -> Path:

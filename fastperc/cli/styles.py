@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastperc.cli.networks import shipped
-from fastperc.cli.options import add_device, path, positive
+from fastperc.cli.options import add_device, path, positive, suggest
 from fastperc.errors import InputError
 from fastperc.weights import STYLES, SUPER_RESOLUTION
 
@@ -27,7 +27,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "  fastperc styles great_wave                   all that its file says of its training\n"
         "  fastperc styles -o sheet.png --photo photo.jpg",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="networks to show all of; default: a table of all")
+    names = parser.add_argument("names", nargs="*", metavar="NAME", help="networks to show all of; default: a table")
+    suggest(names, STYLES | SUPER_RESOLUTION)
     parser.add_argument("-o", "--out", type=path, metavar="FILE", help="write a sheet of pictures in the styles there")
     parser.add_argument("--photo", type=path, metavar="FILE", help="the photo of the sheet; default: a cat's")
     parser.add_argument(
