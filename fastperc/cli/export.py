@@ -20,8 +20,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "export",
         help="write a network for other programs: ONNX, or an archive of torch.export",
-        description="Writes a network for other programs: an .onnx file, or an archive of torch.export (.pt2). Its "
-        "pictures are compared with PyTorch's at several sizes before the file is kept.",
+        description="Writes a network for other programs: an .onnx file, or an archive of torch.export (.pt2).\n"
+        "Its pictures are compared with PyTorch's at several sizes before the file is kept.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  fastperc export --style great_wave -o great_wave.onnx\n"

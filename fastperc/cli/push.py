@@ -14,9 +14,9 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "push",
         help="upload a network to the Hugging Face Hub",
-        description="Uploads a network to the Hugging Face Hub, where `--model hf://OWNER/NAME/FILE` and fastperc.load "
-        "find it. Says what it does, and prints the address of the commit. A new repository gets a model card, made "
-        "from what the file says of its training.",
+        description="Uploads a network to the Hugging Face Hub, where `--model hf://OWNER/NAME/FILE` and\n"
+        "fastperc.load find it. Says what it does, and prints the address of the commit. A new repository\n"
+        "gets a model card, made from what the file says of its training.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  fastperc push runs/mine/model.safetensors me/my-style --license cc-by-4.0\n"
