@@ -116,12 +116,12 @@ class MaskedPainter:
         canvas = image if len(masks) == 1 else image.clone()
         for number, painter in enumerate(self.painters):
             for rows, columns, y in paint_tiles(painter, image, tile, watch):
-                x = canvas[rows, columns].permute(2, 0, 1)[None].to(y.device).float() / WHITE
-                y = torch.lerp(x, y, _share([mask[rows, columns] for mask in masks], number).to(y.device))
+                y = _over(canvas[rows, columns], y, _share([mask[rows, columns] for mask in masks], number))
                 if number == len(masks) - 1:
                     yield Window(rows.start, columns.start, *y.shape[2:]), y.to(dtype or torch.float32)
                 else:
-                    canvas[rows, columns] = reference.to_levels(y)[0].permute(1, 2, 0).to(canvas.device)
+                    canvas[rows, columns] = reference.to_levels(y)[0].permute(1, 2, 0)
+                del y  # the tile may be the whole picture, and the next network needs the memory
 
     def _masks_of_size(self, width: int, height: int) -> list[Tensor]:
         """The masks, each uint8 [H, W]. The frames of a clip share those of one size."""
@@ -130,6 +130,12 @@ class MaskedPainter:
             images = [mask.resize((width, height), Image.Resampling.BILINEAR) for mask in self.masks]
             self._resized = (width, height), [torch.from_numpy(np.array(image)) for image in images]
         return self._resized[1]
+
+
+def _over(levels: Tensor, y: Tensor, share: Tensor) -> Tensor:
+    """``y``, RGB in 0–1 [1, 3, h, w], over ``levels``, uint8 [h, w, 3], as far as ``share``, [h, w], says."""
+    x = levels.permute(2, 0, 1)[None].to(y.device).float() / WHITE
+    return torch.lerp(x, y, share.to(y.device))
 
 
 def _share(masks: Sequence[Tensor], number: int) -> Tensor:
