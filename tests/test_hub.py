@@ -32,7 +32,8 @@ def hub(tmp_path, monkeypatch):
     """The stub, which huggingface_hub talks to; no token, and an empty cache."""
     with serve() as (address, stub):
         stub.address = address
-        monkeypatch.setenv("HF_ENDPOINT", address)
+        for name, value in {"HF_ENDPOINT": address, "NO_PROXY": "*", "no_proxy": "*"}.items():
+            monkeypatch.setenv(name, value)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -176,13 +176,15 @@ def test_memory_stays_flat():
     code = (
         "import resource, sys; sys.path.insert(0, 'tests'); from test_masks import *\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "image = torch.zeros(4000, 4000, 3, dtype=torch.uint8); gray = Image.fromarray(mask())\n"
-        "masked = MaskedPainter([(Flat(level, 512), gray) for level in (0.2, 0.5)])\n"
-        "before = peak(); masked(image); print((peak() - before) / 4000**2)"
+        "gray = Image.fromarray(mask())\n"
+        "def paint(side):\n"
+        "    masked = MaskedPainter([(Flat(level, 512), gray) for level in (0.2, 0.5)])\n"
+        "    masked(torch.zeros(side, side, 3, dtype=torch.uint8)); return peak()\n"
+        "paint(1000); before = paint(1500); print((paint(4000) - before) / (4000**2 - 1500**2))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    canvas, painting, masks, resize = 3, 3, 2, 1
-    assert float(done.stdout) <= canvas + painting + masks + resize + 3
+    image, canvas, painting, masks, resize = 3, 3, 3, 2, 1
+    assert float(done.stdout) <= image + canvas + painting + masks + resize + 3
 
 
 class TestCommand:
