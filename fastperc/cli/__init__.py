@@ -169,6 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
         + EXIT_STATUS,
     )
     parser.add_argument("--version", action="version", version=f"fastperc {__version__}")
+    parser.set_defaults(parser=parser)  # for ``completion``
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         command.add(commands)

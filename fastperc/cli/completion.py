@@ -30,20 +30,18 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from fastperc.cli import build_parser
     from fastperc.errors import InputError
 
     try:
         import shtab
     except ImportError:
         raise InputError("completion needs shtab; run `pip install 'fastperc[completion]'`") from None
-    parser = build_parser()
-    for action in actions(parser):
+    for action in actions(arguments.parser):
         if suggestions := getattr(action, "suggestions", None):
             action.choices = suggestions
         elif action.choices is None and action.type in (path, output, network_file):
             vars(action)["complete"] = shtab.DIRECTORY if action.metavar == "DIR" else shtab.FILE
-    print(shtab.complete(parser, arguments.shell))
+    print(shtab.complete(arguments.parser, arguments.shell))
     return 0
 
 
