@@ -106,7 +106,7 @@ def check_compiled(dtype: torch.dtype, side: int) -> str:
     if not computes_in(dtype, DEVICE):
         return f"left out: no convolution in {dtype} on this processor"
     formats = [torch.channels_last, *[torch.contiguous_format] * (DEVICE.type == "cuda")]
-    errors = []
+    errors: list[float] = []
     for norm, memory_format in product((nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True)), formats):
         x, skip, incoming = (torch.randn(2, 8, side, side, **like).to(memory_format=memory_format) for _ in range(3))
         results = {}

@@ -61,12 +61,10 @@ __global__ void __launch_bounds__(combine_threads)
   const std::int64_t channel = blockIdx.x % channels, norm = blockIdx.x / channels;
   const auto over_tiles = [&](auto&& function) {
     double acc = 0;
-    for (std::int64_t image = 0; image < images; ++image) {
-      const PartialStatistics* of_image = partials_ptr + ((norm * images + image) * channels + channel) * tiles;
-      for (std::int64_t tile = threadIdx.x; tile < tiles; tile += combine_threads) {
-        const double count = static_cast<double>(min(tile_values, values - tile * tile_values));
-        acc += function(of_image[tile], count);
-      }
+    for (std::int64_t i = threadIdx.x; i < images * tiles; i += combine_threads) {
+      const std::int64_t image = divided(i, tiles), tile = i - image * tiles;
+      const double count = static_cast<double>(min(tile_values, values - tile * tile_values));
+      acc += function(partials_ptr[((norm * images + image) * channels + channel) * tiles + tile], count);
     }
     return block_sum<combine_threads>(acc);
   };

@@ -69,12 +69,11 @@ __global__ void __launch_bounds__(combine_threads)
                         int rows, std::int64_t channels, std::int64_t tiles) {
   const std::int64_t channel = blockIdx.x % channels, norm = blockIdx.x / channels;
   double sums[3] = {};
-  for (std::int64_t image = 0; image < images; ++image) {
-    const float* of_image = partials_ptr + ((norm * images + image) * channels + channel) * tiles * 3;
-    for (std::int64_t tile = threadIdx.x; tile < tiles; tile += combine_threads) {
+  for (std::int64_t i = threadIdx.x; i < images * tiles; i += combine_threads) {
+    const std::int64_t image = divided(i, tiles), tile = i - image * tiles;
+    const float* partials = partials_ptr + (((norm * images + image) * channels + channel) * tiles + tile) * 3;
 #pragma unroll
-      for (int k = 0; k < 3; ++k) sums[k] += of_image[tile * 3 + k];
-    }
+    for (int k = 0; k < 3; ++k) sums[k] += partials[k];
   }
 #pragma unroll
   for (int k = 0; k < 3; ++k) sums[k] = block_sum<combine_threads>(sums[k]);
