@@ -41,8 +41,8 @@ def build(folder: Path, sanitized: bool = False) -> Path:
     library = folder / "cuda_on_cpu.so"
     if library.exists():
         return library
-    flags = ["-std=c++17", "-O1", "-fPIC", "-I", CSRC, *(SANITIZERS if sanitized else [])]
-    emulated = ["-include", HERE / "cuda_on_cpu.h"]
+    flags = ["-std=c++17", "-fPIC", "-I", CSRC]
+    emulated = ["-O1", "-include", HERE / "cuda_on_cpu.h", *(SANITIZERS if sanitized else [])]
     headers = ["-I", sysconfig.get_path("include"), "-isystem", Path(torch.__file__).parent / "include"]
     kernels = [*sorted(CSRC.glob("*.cu")), HERE / "order.cpp"]
     bindings = [CSRC / "bindings_cuda.cpp", HERE / "module.cpp"]
@@ -55,9 +55,10 @@ def build(folder: Path, sanitized: bool = False) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_source, [*bindings, *kernels]))
-    link = ["g++", "-shared", *(SANITIZERS if sanitized else [])]
-    _run([*link, *objects[len(bindings) :], "-o", folder / "libkernels.so"])
-    _run([*link, *objects[: len(bindings)], "-L", folder, "-lkernels", "-Wl,-rpath,$ORIGIN", "-o", library])
+    sanitizers = SANITIZERS if sanitized else []
+    _run(["g++", "-shared", *sanitizers, *objects[len(bindings) :], "-o", folder / "libkernels.so"])
+    rest = ["-L", folder, "-lkernels", "-Wl,-rpath,$ORIGIN", "-o", library]
+    _run(["g++", "-shared", *objects[: len(bindings)], *rest])
     return library
 
 
