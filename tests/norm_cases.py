@@ -48,18 +48,18 @@ def features(shape, offset=0.7):
 def run(backend, norm, x, activation, skip, dtype):
     """The output, the gradients to the input, the skip, weight, bias and slopes, and the running statistics."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    norm = copy.deepcopy(norm) if norm is None else copy.deepcopy(norm).to(wide)
+    norm = None if norm is None else copy.deepcopy(norm).to(x.device, wide)
     x = x.to(dtype).detach().requires_grad_()
     leaves = [x, *(() if norm is None else norm.parameters())]
     if skip is not None:
         leaves.append(skip := skip.to(dtype).detach().requires_grad_())
     if activation is not None and activation.slopes is not None:
-        slopes = activation.slopes.to(wide)
+        slopes = activation.slopes.to(x.device, wide)
         slopes = slopes.repeat(x.shape[1]) if slopes.dim() == 0 else slopes
         leaves.append(slopes := slopes.detach().requires_grad_())
         activation = activation._replace(slopes=slopes)
-    with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with use_backend(backend), torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         y = ops.norm_relu(x, norm, activation, skip)
-        incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
         gradients = torch.autograd.grad(y, leaves, incoming)
     return [y, *gradients], [] if norm is None else list(norm.buffers())

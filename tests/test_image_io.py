@@ -19,9 +19,10 @@ from fastperc.types import Window
     ],
     ids=str,
 )
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda window: "_".join(map(str, window)))
 @pytest.mark.parametrize("image", IMAGES)
-def test_is_a_window_of_the_reflected_image(image, window, backend, dtype):
+def test_is_a_window_of_the_reflected_image(image, window, device, backend, dtype):
     x = IMAGES[image]()
     margin = 120
     exact = x.double().numpy() / (255 if x.dtype == torch.uint8 else 1)
@@ -29,9 +30,9 @@ def test_is_a_window_of_the_reflected_image(image, window, backend, dtype):
     top, left = window.top + margin, window.left + margin
     expected = reflected[:, :, top : top + window.height, left : left + window.width] * 2 - 1
     with use_backend(backend):
-        y = ops.image_io(x, window, (2, -1), dtype)
+        y = ops.image_io(x.to(device), window, (2, -1), dtype)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
-    assert np.abs(y.double().numpy() - expected).max() <= torch.finfo(dtype).eps / 2 + 2.4e-7
+    assert np.abs(y.double().cpu().numpy() - expected).max() <= torch.finfo(dtype).eps / 2 + 2.4e-7
 
 
 @pytest.mark.parametrize("device", DEVICES)

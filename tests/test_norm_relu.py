@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from cases import dtype_id, error, no_worse
+from cases import GPU, dtype_id, error, no_worse
 from norm_cases import ACTIVATIONS, DTYPES, ENDS, MORE_NORMS, NORMS, features, norm_of, run
 from torch import nn
 
@@ -40,10 +40,23 @@ def test_every_norm_and_activation(kind, activation, with_skip, dtype):
     matches(norm_of(kind, 7), (2, 7, 33, 30), dtype, ACTIVATIONS[activation], with_skip)
 
 
-def matches(norm, shape, dtype, activation, with_skip):
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("activation", [None, "relu", "prelu"])
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", [(2, 3, 7, 11), (3, 70, 5, 6), (4, 64, 128, 128)], ids=str)
+def test_on_a_gpu(shape, dtype, kind, activation, layout):
+    """What tests/test_cuda_norms.py runs on the CPU."""
+    last = None if activation is None else ACTIVATIONS[activation]
+    matches(norm_of(kind, shape[1]), shape, dtype, last, activation == "relu", "cuda", layout)
+
+
+def matches(norm, shape, dtype, activation, with_skip, device="cpu", layout=torch.channels_last):
     """Compares the native passes with float64 and with plain PyTorch, and with themselves."""
-    x = features(shape).to(dtype)
-    skip = features(shape).to(dtype) if with_skip else None
+    x = features(shape).to(device, dtype).contiguous(memory_format=layout)
+    skip = features(shape).to(device, dtype).contiguous(memory_format=layout) if with_skip else None
     exact, exact_statistics = run("reference", norm, x, activation, skip, torch.float64)
     stock, _ = run("reference", norm, x, activation, skip, torch.float32)
     ours, statistics = run("native", norm, x, activation, skip, dtype)
