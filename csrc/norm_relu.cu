@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(most_threads)
 __global__ void __launch_bounds__(combine_threads)
     combine_statistics_kernel(const PartialStatistics* __restrict partials_ptr,  // [images, channels, tiles]
                               double* __restrict statistics_ptr,                 // [norms, 2, channels]
-                              std::int64_t images,                               // of a norm
                               std::int64_t tile_values, std::int64_t values,     // of a channel, in a tile and an image
-                              std::int64_t channels, std::int64_t tiles) {
+                              unsigned images,                                   // of a norm
+                              unsigned channels, unsigned tiles) {
   const std::int64_t channel = blockIdx.x % channels, norm = blockIdx.x / channels;
   const auto over_tiles = [&](auto&& function) {
     double acc = 0;
-    for (std::int64_t i = threadIdx.x; i < images * tiles; i += combine_threads) {
-      const std::int64_t image = divided(i, tiles), tile = i - image * tiles;
+    for (unsigned i = threadIdx.x; i < images * tiles; i += combine_threads) {  // no more than a grid has blocks
+      const std::int64_t image = i / tiles, tile = i % tiles;
       const double count = static_cast<double>(min(tile_values, values - tile * tile_values));
       acc += function(partials_ptr[((norm * images + image) * channels + channel) * tiles + tile], count);
     }
@@ -180,8 +180,8 @@ void channel_statistics_cuda(const void* x, double* statistics, float* partials,
            static_cast<const T*>(x), of_tiles, walk);
     const std::int64_t pixels = V::vec / V::width;  // of an item
     launch("combine_statistics", combine_statistics_kernel, grid_size("norm_relu", shape.norms() * shape.channels),
-           combine_threads, stream, of_tiles, statistics, shape.images / shape.norms(), walk.tile_items * pixels,
-           walk.items * pixels, shape.channels, std::int64_t(walk.tiles));
+           combine_threads, stream, of_tiles, statistics, walk.tile_items * pixels, walk.items * pixels,
+           shape.norm_images(), static_cast<unsigned>(shape.channels), walk.tiles);
   });
 }
 

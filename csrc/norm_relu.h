@@ -35,6 +35,7 @@ struct NormShape {
   bool batch;  // whether all images have one norm, or each has its own
 
   std::int64_t norms() const { return batch ? 1 : images; }
+  unsigned norm_images() const { return batch ? static_cast<unsigned>(images) : 1; }  // of a norm
   std::int64_t norm_step() const { return batch ? 0 : channels; }  // from the factors of an image to those of the next
 };
 

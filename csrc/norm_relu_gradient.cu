@@ -65,12 +65,13 @@ __global__ void __launch_bounds__(combine_threads)
                         const double* __restrict statistics_ptr,  // [norms, 2, channels]
                         const float* __restrict mean_ptr,         // [norms, channels], rounded
                         double* __restrict sums_ptr,              // [norms, rows, channels]
-                        std::int64_t images,                      // of a norm
-                        int rows, std::int64_t channels, std::int64_t tiles) {
+                        int rows,
+                        unsigned images,  // of a norm
+                        unsigned channels, unsigned tiles) {
   const std::int64_t channel = blockIdx.x % channels, norm = blockIdx.x / channels;
   double sums[3] = {};
-  for (std::int64_t i = threadIdx.x; i < images * tiles; i += combine_threads) {
-    const std::int64_t image = divided(i, tiles), tile = i - image * tiles;
+  for (unsigned i = threadIdx.x; i < images * tiles; i += combine_threads) {  // no more than a grid has blocks
+    const std::int64_t image = i / tiles, tile = i % tiles;
     const float* partials = partials_ptr + (((norm * images + image) * channels + channel) * tiles + tile) * 3;
 #pragma unroll
     for (int k = 0; k < 3; ++k) sums[k] += partials[k];
@@ -150,8 +151,9 @@ void norm_gradient_sums_cuda(const void* x, const void* grad, const NormPointers
            static_cast<const T*>(x), static_cast<const T*>(grad), norm, static_cast<const T*>(extras.y),
            static_cast<T*>(extras.masked), partials, walk, shape.norm_step(), activation);
     launch("combine_sums", combine_sums_kernel, grid_size("norm_relu", shape.norms() * shape.channels), combine_threads,
-           stream, static_cast<const float*>(partials), statistics, norm.mean, sums, shape.images / shape.norms(),
-           activation.kind == ActivationKind::slopes ? 3 : 2, shape.channels, std::int64_t(walk.tiles));
+           stream, static_cast<const float*>(partials), statistics, norm.mean, sums,
+           activation.kind == ActivationKind::slopes ? 3 : 2, shape.norm_images(),
+           static_cast<unsigned>(shape.channels), walk.tiles);
   });
 }
 

@@ -236,12 +236,8 @@ def test_every_cuda_launcher_is_run(emulated):
     assert launchers == by_driver | {name for name in emulated.called if name.endswith("_cuda")}
 
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-
-
-@pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=[pytest.mark.slow] * (arch != 90)) for arch in ARCHITECTURES]
-)
+# fastperc.kernels.aot compiles for the others, and fails on spills too.
+@pytest.mark.parametrize("arch", [pytest.param(75, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_compiles_with_nvcc_without_spills(source, arch, tmp_path):
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
