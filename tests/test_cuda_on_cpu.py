@@ -32,8 +32,8 @@ SANITIZERS = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
 
 # The sources of each program. The sanitized ones are compiled with SANITIZERS.
 PROGRAMS = {
-    "driver": [*SOURCES, HERE / "driver.cpp"],
-    "driver-sanitized": [*SOURCES, HERE / "driver.cpp"],
+    "driver": [CSRC / "tv_loss.cu", HERE / "driver.cpp"],
+    "driver-sanitized": [CSRC / "tv_loss.cu", HERE / "driver.cpp"],
     "faults-sanitized": [HERE / "faults.cu"],
 }
 
