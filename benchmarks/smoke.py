@@ -13,13 +13,18 @@ import time
 import traceback
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import product
+from typing import Any
 
 import torch
 from networks import perceptual_loss, trained
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from fastperc import SuperResolutionNet, TransformNet, freeze
+from fastperc import SuperResolutionNet, TransformNet, _native, freeze, ops, use_backend
+from fastperc.devices import computes_in
 from fastperc.training.step import EAGER_STEPS, TrainStep, adam
+from fastperc.types import RELU, Activation, Epilogue, Geometry, InstanceNorm, Window, same_sides
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,6 +98,58 @@ def check_video(frames: int, height: int, width: int) -> str:
     return f"{frames} frames of {height}×{width}"
 
 
+def check_compiled(dtype: torch.dtype, side: int) -> str:
+    """The compiled kernels around convolutions, C++ or CUDA, once each: norms in training, epilogues, images."""
+    like: dict[str, Any] = {"device": DEVICE, "dtype": dtype}
+    if reason := _native.why_not(torch.empty(0, **like)):
+        return f"left out: {reason}"
+    if not computes_in(dtype, DEVICE):
+        return f"left out: no convolution in {dtype} on this processor"
+    formats = [torch.channels_last, *[torch.contiguous_format] * (DEVICE.type == "cuda")]
+    errors: list[float] = []
+    for norm, memory_format in product((nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True)), formats):
+        x, skip, incoming = (torch.randn(2, 8, side, side, **like).to(memory_format=memory_format) for _ in range(3))
+        results = {}
+        for backend, wide in (("native", dtype), ("reference", torch.float64)):
+            leaves = [one.to(wide).detach().requires_grad_() for one in (x, skip)]
+            copy = deepcopy(norm).to(DEVICE, torch.float64 if wide == torch.float64 else torch.float32)
+            with use_backend(backend):
+                y = ops.norm_relu(leaves[0], copy, RELU, leaves[1])
+            results[backend] = [y.detach(), *torch.autograd.grad(y, [*leaves, *copy.parameters()], incoming.to(wide))]
+        errors += map(error, results["native"], results["reference"])
+
+    x = torch.randn(2, 8, side, side, **like).to(memory_format=torch.channels_last)
+    weight, bias = torch.randn(8, 8, 3, 3, device=DEVICE) / 8, torch.randn(8, device=DEVICE)
+    image = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, device=DEVICE).permute(0, 3, 1, 2)
+    instance_norm = InstanceNorm(torch.ones_like(bias), bias, 1e-5)
+    calls: list[tuple[Callable[..., Tensor], Any]] = [
+        (ops.conv_bn_relu, (weight, bias, Geometry(1, same_sides(1)), Epilogue(None, Activation("relu6"), x))),
+        (ops.conv_bn_relu, (weight, bias, Geometry(1, same_sides(1)), Epilogue(instance_norm))),
+        (picture, (weight[:3], bias[:3])),
+    ]
+    for run, arguments in calls:
+        with use_backend("native"), torch.no_grad():
+            ours = run(x, *arguments)
+        with use_backend("reference"), torch.no_grad():
+            exact = run(x.double(), *tree_map_only(Tensor, Tensor.double, arguments))
+        errors.append(error(ours, exact.double()))
+    with use_backend("native"), torch.no_grad():
+        window = Window(-3, -5, side + 9, side + 7)
+        ours = ops.image_io(image, window, (2.0, -1.0), dtype)
+    with use_backend("reference"), torch.no_grad():
+        errors.append(error(ours, ops.image_io(image, window, (2.0, -1.0), torch.float64)))
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    assert max(errors) <= limit, f"errors {', '.join(f'{one:.2g}' for one in errors)}"
+    return f"{len(errors)} results, error {max(errors):.2g} at most"
+
+
+def picture(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What a network's last convolution makes of ``x``: RGB in 0–1."""
+    out = torch.empty(len(x), 3, *x.shape[2:], dtype=x.dtype, device=x.device)
+    ops.rgb_conv_head(x, weight, bias, same_sides(1), "tanh", out)
+    return out
+
+
 def checks(tiny: bool) -> dict[str, Callable[[], str]]:
     """All checks, by name, the most telling first: kernels compile at their first use, and time may run out."""
     side = 32 if tiny else 128
@@ -108,6 +165,8 @@ def checks(tiny: bool) -> dict[str, Callable[[], str]]:
     frames = (3, 48, 64) if tiny else (20, 720, 1280)
     return {
         "step amp": lambda: check_step(True, photos),
+        "compiled fp32": lambda: check_compiled(torch.float32, side),
+        "compiled fp16": lambda: check_compiled(torch.float16, side),
         **engines("bf16"),
         **{f"picture {size[0]}": lambda size=size: check_picture(*size) for size in sizes},  # type: ignore[misc]
         "video": lambda: check_video(*frames),

@@ -14,27 +14,6 @@ using namespace fastperc;
 
 namespace {
 
-Norm norm_from_name(const std::string& name) {
-  if (name == "l2") return Norm::l2;
-  if (name == "l1") return Norm::l1;
-  throw std::invalid_argument("fastperc: norm must be 'l2' or 'l1', got " + name);
-}
-
-NormPointers norm_pointers(const std::array<Address, 3>& norm) {
-  return {pointer<float>(norm[0]), pointer<float>(norm[1]), pointer<float>(norm[2])};
-}
-Statistics norm_statistics(const std::array<Address, 2>& s, std::int64_t count_step) {
-  return {pointer<double>(s[0]), pointer<double>(s[1]), count_step};
-}
-NormParameters norm_parameters(const std::array<Address, 2>& p, double eps) {
-  return {pointer<float>(p[0]), pointer<float>(p[1]), eps};
-}
-Output output_from_name(const std::string& name) {
-  if (name == "tanh") return Output::tanh;
-  if (name == "linear") return Output::linear;
-  if (name == "plain") return Output::plain;
-  throw std::invalid_argument("fastperc: output must be 'tanh', 'linear' or 'plain', got " + name);
-}
 RGBConvShape rgb_conv_shape(const std::array<std::int64_t, 9>& s, bool reflect) {
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], reflect};
 }
@@ -320,20 +299,6 @@ PYBIND11_MODULE(_C, m) {
   });
 
 #ifdef FASTPERC_CUDA
-  m.def(
-      "tv_loss_partials",
-      [](const std::array<std::int64_t, 5>& shape) { return tv_loss_partials(filled<RowShape>(shape)); },
-      py::arg("shape"));
-  m.def(
-      "tv_loss_fwd_cuda",
-      [](Address x, Address grad, Address loss, Address partials, const std::string& dtype, const std::string& norm,
-         const std::array<std::int64_t, 5>& shape, const std::array<std::int64_t, 3>& x_strides,
-         const std::array<std::int64_t, 3>& grad_strides, Address stream) {
-        tv_loss_fwd_cuda(pointer<>(x), pointer<>(grad), pointer<>(loss), pointer<>(partials), dtype_from_name(dtype),
-                         norm_from_name(norm), filled<RowShape>(shape), filled<RowStrides>(x_strides),
-                         filled<RowStrides>(grad_strides), pointer<>(stream));
-      },
-      py::arg("x"), py::arg("grad"), py::arg("loss"), py::arg("partials"), py::arg("dtype"), py::arg("norm"),
-      py::arg("shape"), py::arg("x_strides"), py::arg("grad_strides"), py::arg("stream"));
+  def_cuda_launchers(m);
 #endif
 }

@@ -11,6 +11,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define FASTPERC_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define FASTPERC_HD inline __attribute__((always_inline))  // also into functions for other instruction sets
 #else
 #define FASTPERC_HD inline
 #endif
@@ -102,6 +104,18 @@ void dispatch(DType dtype, F&& f) {
     case DType::bfloat16:
       return f(static_cast<BFloat16*>(nullptr));
   }
+}
+
+// The same for kernels that are not made for float64, which is left to PyTorch.
+template <typename F>
+void dispatch_narrow(DType dtype, F&& f) {
+  dispatch(dtype, [&](auto* type) {
+    if constexpr (std::is_same_v<std::remove_pointer_t<decltype(type)>, double>) {
+      throw std::invalid_argument("fastperc: no kernel for float64");
+    } else {
+      f(type);
+    }
+  });
 }
 
 }  // namespace fastperc

@@ -16,7 +16,7 @@ void fill_row(const From* row, To* out, const Window& window, const ImageStrides
   for (std::int64_t j = 0; j < window.width; ++j) {
     const From* pixel = row + reflected(window.left + j, window.columns) * strides.column;
     for (int c = 0; c < channels; ++c) {
-      narrow(static_cast<float>(widen(pixel[c * strides.channel])) * scale + shift, out[j * channels + c]);
+      narrow(to_input(static_cast<float>(widen(pixel[c * strides.channel])), scale, shift), out[j * channels + c]);
     }
   }
 }

@@ -48,6 +48,15 @@ void lpips_distance_cpu(const LpipsTensors& tensors, DType dtype, const FeatureS
 void image_io_cpu(const void* image, void* out, const std::string& image_dtype, DType dtype, std::int64_t images,
                   const Window& window, const ImageStrides& strides, float scale, float shift, int threads);
 
+// The same on a GPU, where the module was built with nvcc; out is not float64.
+void image_io_cuda(const void* image, void* out, const std::string& image_dtype, DType dtype, std::int64_t images,
+                   const Window& window, const ImageStrides& strides, float scale, float shift, void* stream);
+// out [N, 3, H, W] (uint8 or floating-point) = the picture of y [N, 3, H, W] + bias [3], the last convolution's output,
+// on a GPU. y is not float64.
+void picture_cuda(const void* y, const float* bias, void* out, DType dtype, const std::string& out_dtype, Output output,
+                  const PictureShape& shape, const ImageStrides& strides, const ImageStrides& out_strides,
+                  void* stream);
+
 // out [3, rows, width] (uint8 or floating-point) = the picture, made of products (float32 or bfloat16, see rgb_conv.h)
 // and bias [3].
 void rgb_conv_head_cpu(const void* products, const float* bias, void* out, DType dtype, const std::string& out_dtype,
@@ -96,6 +105,31 @@ void norm_gradient_factors_cpu(const Statistics& statistics, const NormParameter
 // out [N, H, W, C] = g · factors[:, 0] + (x − mean) · factors[:, 1] + factors[:, 2], with factors [N, 3, C].
 void norm_gradient_cpu(const void* x, const void* grad, const NormPointers& norm, const float* factors, void* out,
                        DType dtype, const ImageShape& shape, const Activation& activation, int threads);
+
+// The same on a GPU, where the module was built with nvcc, for activations dense in NCHW or NHWC. There a norm is one
+// image's, or that of all images (NormShape), and N is the number of norms. partials: scratch of norm_partials(shape,
+// dtype) elements. The norm of scale_shift_cuda may have null pointers, which are a mean of 0, a scale of 1 and a shift
+// of 0. skip may have any strides.
+std::int64_t norm_partials(const NormShape& shape, DType dtype);
+void channel_statistics_cuda(const void* x, double* statistics, float* partials, DType dtype, const NormShape& shape,
+                             void* stream);
+void scale_shift_cuda(const void* x, const NormPointers& norm, const void* skip, void* out, DType dtype,
+                      const NormShape& shape, const ImageStrides& skip_strides, const Activation& activation,
+                      void* stream);
+void norm_from_statistics_cuda(const Statistics& statistics, const NormParameters& parameters, float* norm,
+                               std::int64_t images, std::int64_t channels, void* stream);
+void update_running_statistics_cuda(const Statistics& statistics, double share, float* mean, float* variance,
+                                    std::int64_t channels, void* stream);
+void norm_gradient_sums_cuda(const void* x, const void* grad, const NormPointers& norm, const double* statistics,
+                             double* sums, float* partials, DType dtype, const NormShape& shape,
+                             const Activation& activation, const GradientExtras& extras, void* stream);
+void norm_parameter_gradients_cuda(const Statistics& statistics, double eps, const double* sums, std::int64_t rows,
+                                   float* gradients, std::int64_t images, std::int64_t channels, void* stream);
+void norm_gradient_factors_cuda(const Statistics& statistics, const NormParameters& parameters, const double* sums,
+                                std::int64_t rows, float* factors, std::int64_t images, std::int64_t channels,
+                                void* stream);
+void norm_gradient_cuda(const void* x, const void* grad, const NormPointers& norm, const float* factors, void* out,
+                        DType dtype, const NormShape& shape, const Activation& activation, void* stream);
 
 // How many floats a vector register holds in the three launchers that follow, on this processor.
 int winograd_lanes();

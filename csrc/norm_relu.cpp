@@ -36,25 +36,6 @@ FASTPERC_INLINE void add_up(const T* __restrict x, const float* __restrict mean,
   }
 }
 
-// The activation of x.
-template <ActivationKind kind>
-FASTPERC_INLINE float activate(float x, [[maybe_unused]] float slope) {
-  if constexpr (kind == ActivationKind::relu) return x < 0 ? 0.0f : x;  // NaN stays NaN
-  if constexpr (kind == ActivationKind::slopes) return x > 0 ? x : x * slope;
-  if constexpr (kind == ActivationKind::relu6) return x < 0 ? 0.0f : x > 6 ? 6.0f : x;
-  return x;
-}
-
-// The gradient before the activation, from that after it. `z` is the value before it or, unless slopes may be
-// negative, the value after it.
-template <ActivationKind kind>
-FASTPERC_INLINE float before(float grad, [[maybe_unused]] float z, [[maybe_unused]] float slope) {
-  if constexpr (kind == ActivationKind::relu) return z <= 0 ? 0.0f : grad;
-  if constexpr (kind == ActivationKind::slopes) return z > 0 ? grad : grad * slope;
-  if constexpr (kind == ActivationKind::relu6) return z <= 0 || z >= 6 ? 0.0f : grad;
-  return grad;
-}
-
 // out = activation(x · scale + shift + skip?) over `pixels` consecutive pixels. Those of skip are `skip_step` elements
 // apart.
 template <ActivationKind kind, typename T>
@@ -68,7 +49,7 @@ FASTPERC_INLINE void apply(const T* x, const float* __restrict scale, const floa
     for (std::int64_t c = 0; c < channels; ++c) {
       float y = static_cast<float>(widen(pixel[c])) * scale[c] + shift[c];
       if (skip_pixel) y += static_cast<float>(widen(skip_pixel[c]));
-      narrow(activate<kind>(y, with_slopes ? slopes[c] : 0), out_pixel[c]);
+      narrow(activate(kind, y, with_slopes ? slopes[c] : 0), out_pixel[c]);
     }
   }
 }
@@ -95,10 +76,10 @@ FASTPERC_INLINE void add_up_gradients(const T* __restrict x, const T* __restrict
       for (std::int64_t c = 0; c < channels; ++c) {
         const float value = static_cast<float>(widen(pixel[c])), after = static_cast<float>(widen(gradient[c]));
         const float z = extras ? static_cast<float>(widen(y[p * channels + c])) : value * scale[c] + shift[c];
-        const float g = before<kind>(after, z, with_slopes ? slopes[c] : 0);
+        const float g = before(kind, after, z, with_slopes ? slopes[c] : 0);
         partial[c] += g;
         products[c] += g * (value - mean[c]);
-        if (with_slopes) of_slopes[c] += z > 0 ? 0.0f : after * z;
+        if (with_slopes) of_slopes[c] += slope_gradient(after, z);
         if (extras) narrow(g, masked[p * channels + c]);
       }
     }
@@ -122,8 +103,8 @@ FASTPERC_INLINE void apply_gradients(const T* __restrict x, const T* __restrict 
     T* out_pixel = out + p * channels;
     for (std::int64_t c = 0; c < channels; ++c) {
       const float value = static_cast<float>(widen(pixel[c])), after = static_cast<float>(widen(gradient[c]));
-      const float g = before<kind>(after, value * scale[c] + shift[c], with_slopes ? slopes[c] : 0);
-      narrow(g * of_grad[c] + (value - mean[c]) * of_x[c] + constant[c], out_pixel[c]);
+      const float g = before(kind, after, value * scale[c] + shift[c], with_slopes ? slopes[c] : 0);
+      narrow(input_gradient(g, value, mean[c], of_grad[c], of_x[c], constant[c]), out_pixel[c]);
     }
   }
 }
@@ -180,18 +161,6 @@ FASTPERC_PASSES(float)
 FASTPERC_PASSES(Half)
 FASTPERC_PASSES(BFloat16)
 
-// Calls f with a null pointer of the element type. Activations in float64 are left to PyTorch.
-template <typename F>
-void dispatch_narrow(DType dtype, F&& f) {
-  dispatch(dtype, [&](auto* type) {
-    if constexpr (std::is_same_v<std::remove_pointer_t<decltype(type)>, double>) {
-      throw std::invalid_argument("fastperc: instance_norm: no kernel for float64");
-    } else {
-      f(type);
-    }
-  });
-}
-
 // Splits the pixels of each image into tasks of about the same size.
 struct Tasks {
   std::int64_t pixels, channels, per_image, per_task;
@@ -205,6 +174,11 @@ struct Tasks {
   std::int64_t count(std::int64_t task) const { return std::min(per_task, pixels - first(task)); }
   std::int64_t offset(std::int64_t task) const { return (image(task) * pixels + first(task)) * channels; }
 };
+
+template <typename F>
+void for_each(std::int64_t count, const F& f) {
+  for (std::int64_t i = 0; i < count; ++i) f(i);
+}
 
 }  // namespace
 
@@ -265,57 +239,22 @@ void scale_shift_cpu(const void* x, const float* scale, const float* shift, cons
 
 void norm_from_statistics_cpu(const Statistics& of, const NormParameters& parameters, float* norm, std::int64_t images,
                               std::int64_t channels) {
-  float *mean = norm, *scale = norm + images * channels, *shift = norm + 2 * images * channels;
-  for (std::int64_t i = 0; i < images * channels; ++i) {
-    const std::int64_t c = i % channels;
-    const double factor = of.inverse(i / channels, c, channels, parameters.eps) * parameters.weight_of(c);
-    mean[i] = static_cast<float>(of.mean(i / channels, c, channels));
-    scale[i] = static_cast<float>(factor);
-    shift[i] =
-        static_cast<float>((parameters.bias ? parameters.bias[c] : 0.0) - of.mean(i / channels, c, channels) * factor);
-  }
+  for_each(images * channels, NormFromStatistics{of, parameters, norm, images, channels, false});
 }
 
 void update_running_statistics_cpu(const Statistics& of, double share, float* mean, float* variance,
                                    std::int64_t channels) {
-  for (std::int64_t c = 0; c < channels; ++c) {
-    if (of.count(c) <= 0) continue;
-    const double unbiased = of.mean_m2[channels + c] / std::max(of.count(c) - 1, 1.0);
-    mean[c] = static_cast<float>(mean[c] + share * (of.mean(0, c, channels) - mean[c]));
-    variance[c] = static_cast<float>(variance[c] + share * (unbiased - variance[c]));
-  }
+  for_each(channels, RunningStatistics{of, share, mean, variance, channels});
 }
 
 void norm_gradient_factors_cpu(const Statistics& of, const NormParameters& parameters, const double* sums,
                                std::int64_t rows, float* factors, std::int64_t images, std::int64_t channels) {
-  for (std::int64_t image = 0; image < images; ++image) {
-    const double *total = sums + image * rows * channels, *product = total + channels;
-    float* to = factors + image * 3 * channels;
-    for (std::int64_t c = 0; c < channels; ++c) {
-      const double inverse = of.inverse(image, c, channels, parameters.eps), count = of.count(c);
-      const double scale = inverse * parameters.weight_of(c), mean = of.mean(image, c, channels);
-      const double of_x = -scale * inverse * inverse * product[c] / count;
-      to[c] = static_cast<float>(scale);
-      to[channels + c] = static_cast<float>(of_x);
-      to[2 * channels + c] = static_cast<float>(-scale * total[c] / count - of_x * (mean - static_cast<float>(mean)));
-    }
-  }
+  for_each(images * channels, GradientFactors{of, parameters, sums, rows, factors, channels});
 }
 
 void norm_parameter_gradients_cpu(const Statistics& of, double eps, const double* sums, std::int64_t rows,
                                   float* gradients, std::int64_t images, std::int64_t channels) {
-  for (std::int64_t c = 0; c < channels; ++c) {
-    double weight = 0, bias = 0, slope = 0;
-    for (std::int64_t image = 0; image < images; ++image) {
-      const double* total = sums + image * rows * channels + c;
-      weight += total[channels] * of.inverse(image, c, channels, eps);
-      bias += total[0];
-      if (rows == 3) slope += total[2 * channels];
-    }
-    gradients[c] = static_cast<float>(weight);
-    gradients[channels + c] = static_cast<float>(bias);
-    if (rows == 3) gradients[2 * channels + c] = static_cast<float>(slope);
-  }
+  for_each(channels, ParameterGradients{of, eps, sums, rows, gradients, images, channels});
 }
 
 void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers& norm, const double* statistics,
@@ -344,8 +283,8 @@ void norm_gradient_sums_cpu(const void* x, const void* grad, const NormPointers&
   }
   for (std::int64_t i = 0; i < shape.images * channels; ++i) {  // the part of the mean that float32 cannot hold
     const std::int64_t image = i / channels, c = i % channels;
-    const double residue = statistics[image * 2 * channels + c] - norm.mean[i];
-    sums[image * row + channels + c] -= residue * sums[image * row + c];
+    double* product = sums + image * row + channels + c;
+    *product = with_exact_mean(*product, product[-channels], statistics[image * 2 * channels + c], norm.mean[i]);
   }
 }
 

@@ -8,20 +8,17 @@
 #include <algorithm>
 #include <limits>
 
+#include "device.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
 namespace fastperc {
 namespace {
 
-constexpr int warp = 32;
 constexpr int threads_per_block = 256;
 constexpr int warps_per_block = threads_per_block / warp;
 constexpr int tile_rows = 4;
-constexpr int vector_bytes = 16;
 constexpr int sum_threads = 1024;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The tiles of an image, numbered downwards first, then across, then by plane. The kernel counts in 32 bits, except for
 // offsets, because a 64-bit division takes as long as a row.
@@ -41,36 +38,6 @@ struct Tiling {
   }
   unsigned blocks() const { return static_cast<unsigned>(ceil_div(count, warps_per_block)); }
 };
-
-template <typename T, int size>
-struct alignas(sizeof(T) * size) Vector {
-  T at[size];
-};
-template <int size, typename T>
-__device__ Vector<T, size> load(const T* ptr) {
-  return *reinterpret_cast<const Vector<T, size>*>(ptr);
-}
-template <int size, typename T>
-__device__ void store(T* ptr, const Vector<T, size>& vector) {
-  *reinterpret_cast<Vector<T, size>*>(ptr) = vector;
-}
-
-// The sum of `value` over the warp, in its first lane, and over the block, in its first thread. The order is fixed.
-template <typename A>
-__device__ A warp_sum(A value) {
-#pragma unroll
-  for (int offset = warp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
-  return value;
-}
-template <int threads, typename A>
-__device__ A block_sum(A value) {
-  __shared__ A warp_sums[threads / warp];
-  const int lane = threadIdx.x % warp;
-  value = warp_sum(value);
-  if (lane == 0) warp_sums[threadIdx.x / warp] = value;
-  __syncthreads();
-  return warp_sum(lane < threads / warp ? warp_sums[lane] : A(0));
-}
 
 // The launch bounds leave enough registers to load a whole column before the first use.
 // vec: the elements of a vector. step: the step of the shape if it is less than vec. Other steps pass 0 and vec = 1.

@@ -6,6 +6,8 @@ class BuildInfo(TypedDict):
     cuda: str | None
     architectures: str
 
+_NormShape = tuple[int, int, int, int, int, int]  # images, channels, rows, columns, channels-last or not, batch or not
+
 def build_info() -> BuildInfo: ...
 def tv_loss_fwd_cpu(
     x: int,
@@ -273,5 +275,111 @@ def tv_loss_fwd_cuda(
     shape: tuple[int, int, int, int, int],
     x_strides: tuple[int, int, int],
     grad_strides: tuple[int, int, int],
+    stream: int,
+) -> None: ...
+def norm_partials(shape: _NormShape, dtype: str) -> int: ...
+def channel_statistics_cuda(
+    x: int, statistics: int, partials: int, dtype: str, shape: _NormShape, stream: int
+) -> None: ...
+def scale_shift_cuda(
+    x: int,
+    norm: tuple[int, int, int],
+    skip: int,
+    out: int,
+    dtype: str,
+    shape: _NormShape,
+    skip_strides: tuple[int, int, int, int],
+    activation: tuple[str, int, float],
+    stream: int,
+) -> None: ...
+def norm_from_statistics_cuda(
+    statistics: tuple[int, int],
+    count_step: int,
+    parameters: tuple[int, int],
+    eps: float,
+    norm: int,
+    images: int,
+    channels: int,
+    stream: int,
+) -> None: ...
+def update_running_statistics_cuda(
+    statistics: tuple[int, int],
+    count_step: int,
+    share: float,
+    mean: int,
+    variance: int,
+    channels: int,
+    stream: int,
+) -> None: ...
+def norm_gradient_sums_cuda(
+    x: int,
+    grad: int,
+    norm: tuple[int, int, int],
+    statistics: int,
+    sums: int,
+    partials: int,
+    dtype: str,
+    shape: _NormShape,
+    activation: tuple[str, int, float],
+    y: int,
+    masked: int,
+    stream: int,
+) -> None: ...
+def norm_parameter_gradients_cuda(
+    statistics: tuple[int, int],
+    count_step: int,
+    eps: float,
+    sums: int,
+    rows: int,
+    gradients: int,
+    images: int,
+    channels: int,
+    stream: int,
+) -> None: ...
+def norm_gradient_factors_cuda(
+    statistics: tuple[int, int],
+    count_step: int,
+    parameters: tuple[int, int],
+    eps: float,
+    sums: int,
+    rows: int,
+    factors: int,
+    images: int,
+    channels: int,
+    stream: int,
+) -> None: ...
+def norm_gradient_cuda(
+    x: int,
+    grad: int,
+    norm: tuple[int, int, int],
+    factors: int,
+    out: int,
+    dtype: str,
+    shape: _NormShape,
+    activation: tuple[str, int, float],
+    stream: int,
+) -> None: ...
+def image_io_cuda(
+    image: int,
+    out: int,
+    image_dtype: str,
+    dtype: str,
+    images: int,
+    window: tuple[int, int, int, int, int, int],
+    strides: tuple[int, int, int, int],
+    scale: float,
+    shift: float,
+    stream: int,
+) -> None: ...
+def picture_cuda(
+    y: int,
+    bias: int,
+    out: int,
+    dtype: str,
+    out_dtype: str,
+    output: str,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int, int],
+    out_strides: tuple[int, int, int, int],
     stream: int,
 ) -> None: ...

@@ -142,13 +142,14 @@ def pad(x: Tensor, padding: Padding) -> Tensor:
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: Padding, dilation: int = 1, groups: int = 1
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding, dilation: int = 1, groups: int = 1
 ) -> Tensor:
     """The convolution of ``x``, padded."""
     left, right, top, bottom = padding.sides
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if padding.mode == "zeros" and left == right and top == bottom:  # which needs no copy
-        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride, (top, left), dilation, groups)
-    return F.conv2d(pad(x, padding), weight.to(x.dtype), bias.to(x.dtype), stride, 0, dilation, groups)
+        return F.conv2d(x, weight, bias, stride, (top, left), dilation, groups)
+    return F.conv2d(pad(x, padding), weight, bias, stride, 0, dilation, groups)
 
 
 def activate(x: Tensor, activation: Activation | None) -> Tensor:
@@ -247,7 +248,7 @@ def conv_bn_relu(
 def subpixel_conv_bn_relu(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     upsample: str = "transposed",
     padding: Padding = Padding((1, 1, 1, 1)),
     epilogue: Epilogue = Epilogue(),
@@ -261,7 +262,7 @@ def subpixel_conv_bn_relu(
     nearest = upsample == "nearest"
     # Reflecting the upsampled map about its border pixel repeats the pixel of the small map.
     x = pad(x, Padding(padding.sides, "replicate" if nearest and padding.mode == "reflect" else "zeros"))
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if nearest:
         upsampled = F.interpolate(x, scale_factor=2, mode="nearest")[:, :, 1:-1, 1:-1]
         return finish(F.conv2d(upsampled, weight, bias), epilogue)

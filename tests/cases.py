@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastperc.types import Window
+
 # Odd, thin, single-pixel and empty shapes.
 SHAPES = [
     (2, 3, 7, 11),
@@ -31,6 +33,17 @@ LAYOUTS = {
     "transposed": lambda x: x.mT.contiguous().mT,
     "expanded": lambda x: x[:, :1].expand(x.shape),
 }
+
+# Images that a network gets, and windows of them.
+IMAGES = {
+    "levels-hwc": lambda: torch.randint(0, 256, (2, 13, 17, 3), dtype=torch.uint8).permute(0, 3, 1, 2),
+    "levels-chw": lambda: torch.randint(0, 256, (1, 3, 13, 17), dtype=torch.uint8),
+    "fp32": lambda: torch.rand(2, 3, 13, 17),
+    "fp16-channels-last": lambda: torch.rand(2, 3, 13, 17).half().contiguous(memory_format=torch.channels_last),
+    "fp64": lambda: torch.rand(1, 3, 13, 17, dtype=torch.float64),
+    "slice": lambda: torch.rand(3, 5, 20, 20)[::2, 1:4, 3:16, 2:19],
+}
+WINDOWS = [Window(0, 0, 13, 17), Window(-40, -3, 100, 40), Window(4, 5, 3, 2), Window(-100, 30, 50, 64)]
 
 # The norms of total variation.
 NORMS = ["l2", "l1"]

@@ -34,6 +34,8 @@ if not torch.cuda.is_available():  # set before any kernel is imported, and befo
     with suppress(ImportError):
         import triton.language  # noqa: F401
 
+import emulation
+
 import fastperc
 from fastperc import _native, devices, dispatch
 from fastperc.cli import main
@@ -196,3 +198,11 @@ def sr_model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "x4.safetensors"
     fastperc.save(fastperc.SuperResolutionNet(4, width=4), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The CUDA launchers with kernels that run on the CPU, compiled once for all tests and workers."""
+    if reason := emulation.why_not():
+        pytest.skip(reason)
+    return emulation.Emulation(emulation.load(emulation.build_once(tmp_path_factory)))

@@ -15,10 +15,11 @@ from fastperc.ops import onednn
 from fastperc.types import Activation, Epilogue, FrozenConv, InstanceNorm
 
 
-def runs(native: Callable[[torch.Tensor], str | None]) -> list[Any]:
+def runs(native: Callable[[torch.Tensor], str | None], cuda: bool = False) -> list[Any]:
     """The device, backend and dtype of each run; ``native`` says why the native backend cannot serve a tensor.
 
-    The native backend on a GPU is cuDNN, which has few fusions and tests of its own.
+    The native backend on a GPU is included with ``cuda``. That of convolutions is cuDNN and the passes after it, which
+    have tests of their own: test_cudnn.py and test_cuda_epilogues.py.
     """
 
     def can(backend: str, dtype: torch.dtype) -> bool:
@@ -30,7 +31,7 @@ def runs(native: Callable[[torch.Tensor], str | None]) -> list[Any]:
         pytest.param(device, backend, dtype, id=f"{device}-{backend}-{dtype_id(dtype)}")
         for device, backend in RUNS
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
-        if (device == "cpu" or backend == "triton") and can(backend, dtype)
+        if (device == "cpu" or backend == "triton" or cuda) and can(backend, dtype)
     ]
 
 

@@ -5,20 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import DEVICES
+from cases import DEVICES, IMAGES, WINDOWS
 
 from fastperc import ops, use_backend
 from fastperc.types import Window
-
-IMAGES = {
-    "levels-hwc": lambda: torch.randint(0, 256, (2, 13, 17, 3), dtype=torch.uint8).permute(0, 3, 1, 2),
-    "levels-chw": lambda: torch.randint(0, 256, (1, 3, 13, 17), dtype=torch.uint8),
-    "fp32": lambda: torch.rand(2, 3, 13, 17),
-    "fp16-channels-last": lambda: torch.rand(2, 3, 13, 17).half().contiguous(memory_format=torch.channels_last),
-    "fp64": lambda: torch.rand(1, 3, 13, 17, dtype=torch.float64),
-    "slice": lambda: torch.rand(3, 5, 20, 20)[::2, 1:4, 3:16, 2:19],
-}
-WINDOWS = [Window(0, 0, 13, 17), Window(-40, -3, 100, 40), Window(4, 5, 3, 2), Window(-100, 30, 50, 64)]
 
 
 @pytest.mark.parametrize(
@@ -29,9 +19,10 @@ WINDOWS = [Window(0, 0, 13, 17), Window(-40, -3, 100, 40), Window(4, 5, 3, 2), W
     ],
     ids=str,
 )
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda window: "_".join(map(str, window)))
 @pytest.mark.parametrize("image", IMAGES)
-def test_is_a_window_of_the_reflected_image(image, window, backend, dtype):
+def test_is_a_window_of_the_reflected_image(image, window, device, backend, dtype):
     x = IMAGES[image]()
     margin = 120
     exact = x.double().numpy() / (255 if x.dtype == torch.uint8 else 1)
@@ -39,9 +30,9 @@ def test_is_a_window_of_the_reflected_image(image, window, backend, dtype):
     top, left = window.top + margin, window.left + margin
     expected = reflected[:, :, top : top + window.height, left : left + window.width] * 2 - 1
     with use_backend(backend):
-        y = ops.image_io(x, window, (2, -1), dtype)
+        y = ops.image_io(x.to(device), window, (2, -1), dtype)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
-    assert np.abs(y.double().numpy() - expected).max() <= torch.finfo(dtype).eps / 2 + 2.4e-7
+    assert np.abs(y.double().cpu().numpy() - expected).max() <= torch.finfo(dtype).eps / 2 + 2.4e-7
 
 
 @pytest.mark.parametrize("device", DEVICES)

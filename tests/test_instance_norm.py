@@ -8,10 +8,10 @@ from cases import error
 from frozen import check, features, instance_norm, runs
 
 from fastperc import ops, use_backend
-from fastperc.ops.common import why_not_cpp
+from fastperc.ops.common import why_not_compiled
 from fastperc.types import RELU, Epilogue
 
-RUNS = runs(why_not_cpp)
+RUNS = runs(why_not_compiled, cuda=True)
 SHAPES = [(1, 16, 9, 13), (3, 70, 5, 7), (2, 3, 1, 9), (1, 128, 33, 40), (1, 5, 130, 70)]
 
 

@@ -7,68 +7,16 @@ from importlib import import_module
 
 import pytest
 import torch
-from cases import dtype_id, error, no_worse
+from cases import GPU, dtype_id, error, no_worse
+from norm_cases import ACTIVATIONS, DTYPES, ENDS, MORE_NORMS, NORMS, features, norm_of, run
 from torch import nn
 
 from fastperc import SuperResolutionNet, TransformNet, backends, ops, use_backend
 from fastperc.modules import ConvBNReLU, ResidualBlock, SubpixelConvBNReLU
-from fastperc.types import RELU, Activation
+from fastperc.types import RELU
 
 # batch, channels, height, width; the last large enough for several tasks
 SHAPES = [(2, 3, 7, 11), (1, 1, 5, 9), (3, 70, 5, 6), (4, 16, 4, 5), (2, 5, 33, 65), (2, 8, 129, 67)]
-NORMS = {"batch": nn.BatchNorm2d, "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True)}
-MORE_NORMS = {
-    **NORMS,
-    "batch-plain": lambda channels: nn.BatchNorm2d(channels, affine=False, track_running_stats=False),
-    "instance-plain": nn.InstanceNorm2d,
-    "none": lambda channels: None,
-}
-ENDS = {"relu": (RELU, False), "bare": (None, False), "skip": (None, True)}
-ACTIVATIONS = {
-    "relu": RELU,
-    "relu6": Activation("relu6"),
-    "leaky": Activation("leaky_relu", 0.2),
-    "leaky-default": Activation("leaky_relu"),
-    "leaky-negative": Activation("leaky_relu", -0.3),
-    "prelu": Activation("prelu", slopes=torch.tensor(0.25)),  # one for each channel
-    "prelu-one": Activation("prelu", slopes=torch.tensor([-0.1])),
-    "silu": Activation("silu"),
-}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def norm_of(kind, channels):
-    norm = MORE_NORMS[kind](channels)
-    if norm is not None and norm.affine:
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias)
-    return norm
-
-
-def features(shape, offset=0.7):
-    """Of a mean that is not zero and differs from channel to channel, in NHWC."""
-    x = torch.randn(shape) + offset * torch.randn(1, shape[1], 1, 1)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def run(backend, norm, x, activation, skip, dtype):
-    """The output, the gradients to the input, the skip, weight, bias and slopes, and the running statistics."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    norm = copy.deepcopy(norm) if norm is None else copy.deepcopy(norm).to(wide)
-    x = x.to(dtype).detach().requires_grad_()
-    leaves = [x, *(() if norm is None else norm.parameters())]
-    if skip is not None:
-        leaves.append(skip := skip.to(dtype).detach().requires_grad_())
-    if activation is not None and activation.slopes is not None:
-        slopes = activation.slopes.to(wide)
-        slopes = slopes.repeat(x.shape[1]) if slopes.dim() == 0 else slopes
-        leaves.append(slopes := slopes.detach().requires_grad_())
-        activation = activation._replace(slopes=slopes)
-    with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        y = ops.norm_relu(x, norm, activation, skip)
-        incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-        gradients = torch.autograd.grad(y, leaves, incoming)
-    return [y, *gradients], [] if norm is None else list(norm.buffers())
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -92,10 +40,23 @@ def test_every_norm_and_activation(kind, activation, with_skip, dtype):
     matches(norm_of(kind, 7), (2, 7, 33, 30), dtype, ACTIVATIONS[activation], with_skip)
 
 
-def matches(norm, shape, dtype, activation, with_skip):
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("activation", [None, "relu", "prelu"])
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", [(2, 3, 7, 11), (3, 70, 5, 6), (4, 64, 128, 128)], ids=str)
+def test_on_a_gpu(shape, dtype, kind, activation, layout):
+    """What tests/test_cuda_norms.py runs on the CPU."""
+    last = None if activation is None else ACTIVATIONS[activation]
+    matches(norm_of(kind, shape[1]), shape, dtype, last, activation == "relu", "cuda", layout)
+
+
+def matches(norm, shape, dtype, activation, with_skip, device="cpu", layout=torch.channels_last):
     """Compares the native passes with float64 and with plain PyTorch, and with themselves."""
-    x = features(shape).to(dtype)
-    skip = features(shape).to(dtype) if with_skip else None
+    x = features(shape).to(device, dtype).contiguous(memory_format=layout)
+    skip = features(shape).to(device, dtype).contiguous(memory_format=layout) if with_skip else None
     exact, exact_statistics = run("reference", norm, x, activation, skip, torch.float64)
     stock, _ = run("reference", norm, x, activation, skip, torch.float32)
     ours, statistics = run("native", norm, x, activation, skip, dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -37,6 +39,18 @@ def why_not(x: Tensor) -> str | None:
     if x.device.type == "cpu" or (x.device.type == "cuda" and _has_cuda and not torch.version.hip):
         return None
     return f"no compiled kernel for {x.device.type} tensors in this build"
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the CUDA kernels serve ``x``, and not those for CPUs."""
+    return x.device.type == "cuda"
+
+
+@contextmanager
+def stream_of(x: Tensor) -> Iterator[int]:
+    """The block runs with the GPU of ``x`` current. The value is the address of its current stream."""
+    with torch.cuda.device(x.device):
+        yield torch.cuda.current_stream().cuda_stream
 
 
 def build_info() -> dict[str, Any]:
@@ -87,6 +101,14 @@ def activation_arguments(activation: Activation | None, channels: int) -> tuple[
             return "slopes", slopes
         return "slopes", slopes.detach().float().expand(channels).contiguous()
     return activation.name, None
+
+
+def gpu_activation(activation: Activation | None, channels: int) -> tuple[tuple[str, int, float], Tensor | None]:
+    """An activation of ``PASS_ACTIVATIONS`` as the CUDA kernels take it, and what must live as long as they run."""
+    if activation is not None and activation.name == "leaky_relu":  # no tensor: a graph might record that it is filled
+        return ("slopes", 0, 0.01 if activation.slope is None else activation.slope), None
+    kind, slopes = activation_arguments(activation, channels)
+    return (kind, 0 if slopes is None else slopes.data_ptr(), 0.0), slopes
 
 
 @lru_cache(maxsize=64)

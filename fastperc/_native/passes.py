@@ -13,6 +13,8 @@ from fastperc._native.module import (
     dtype_name,
     image_shape,
     is_channels_last,
+    on_gpu,
+    stream_of,
     strides_of,
 )
 from fastperc.types import Window
@@ -53,12 +55,11 @@ def tv_loss_fwd(x: Tensor, grad: Tensor | None, loss: Tensor, norm: str) -> None
     assert out.shape == rows.shape, "grad must have the memory format of x"
     grad_ptr = 0 if grad is None else grad.data_ptr()
     common = (DTYPES[x.dtype], norm, rows.shape, rows.strides, out.strides)
-    if x.device.type == "cpu":
+    if not on_gpu(x):
         _C.tv_loss_fwd_cpu(x.data_ptr(), grad_ptr, loss.data_ptr(), *common, torch.get_num_threads())
         return
-    with torch.cuda.device(x.device):
+    with stream_of(x) as stream:
         partials = loss.new_empty(_C.tv_loss_partials(rows.shape))
-        stream = torch.cuda.current_stream().cuda_stream
         _C.tv_loss_fwd_cuda(x.data_ptr(), grad_ptr, loss.data_ptr(), partials.data_ptr(), *common, stream)
 
 
@@ -137,15 +138,35 @@ def image_io(image: Tensor, window: Window, scale: float, shift: float, out: Ten
         image: [N, 3, H, W], uint8 or floating-point.
         out: [N, 3, height, width] of the window, channels-last, floating-point.
     """
-    _C.image_io_cpu(
-        image.data_ptr(),
-        out.data_ptr(),
-        dtype_name(image.dtype),
-        DTYPES[out.dtype],
-        len(image),
-        (image.shape[2], image.shape[3], *window),
-        strides_of(image),
-        scale,
-        shift,
-        torch.get_num_threads(),
-    )
+    dtypes = dtype_name(image.dtype), DTYPES[out.dtype]
+    common = (*dtypes, len(image), (image.shape[2], image.shape[3], *window), strides_of(image), scale, shift)
+    if on_gpu(image):
+        with stream_of(image) as stream:
+            _C.image_io_cuda(image.data_ptr(), out.data_ptr(), *common, stream)
+    else:
+        _C.image_io_cpu(image.data_ptr(), out.data_ptr(), *common, torch.get_num_threads())
+
+
+def picture(y: Tensor, bias: Tensor, output: str, out: Tensor) -> None:
+    """Fills ``out`` with the picture that ``y`` + ``bias`` is, the output of a network's last convolution; on a GPU.
+
+    Args:
+        y: [N, 3, H, W] of any strides, not float64.
+        bias: float32 [3], contiguous.
+        output: ``"tanh"``, ``"linear"`` or ``"plain"``.
+        out: [N, 3, H, W] of any strides, uint8 or floating-point.
+    """
+    n, _, h, w = y.shape
+    with stream_of(y) as stream:
+        _C.picture_cuda(
+            y.data_ptr(),
+            bias.data_ptr(),
+            out.data_ptr(),
+            DTYPES[y.dtype],
+            dtype_name(out.dtype),
+            output,
+            (n, h, w),
+            strides_of(y),
+            strides_of(out),
+            stream,
+        )

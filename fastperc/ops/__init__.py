@@ -4,7 +4,7 @@
 
 Frozen networks use ``conv_bn_relu``, ``subpixel_conv_bn_relu``, ``rgb_conv_stem``, ``rgb_conv_head``, ``instance_norm``
 and ``image_io``: where a gradient is wanted, and inside ``torch.compile``, these run plain PyTorch. Training uses
-``conv_chain`` (on a GPU with kernels of its own) and, on a CPU, ``conv3x3``, ``norm_relu`` and ``rgb_conv``.
+``conv_chain`` (on a GPU with kernels of its own), ``norm_relu`` and, on a CPU, ``conv3x3`` and ``rgb_conv``.
 """
 
 from fastperc.backends import OPERATIONS

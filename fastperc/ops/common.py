@@ -18,6 +18,7 @@ from fastperc.types import Activation, Epilogue, Geometry, Padding
 T = TypeVar("T")
 COMMON_SOURCES = ("fastperc/ops/common.py",)  # that every operation runs on
 COMMON_CPP_SOURCES = (*COMMON_SOURCES, "csrc/dtypes.h", "csrc/parallel.h")  # that every one with C++ kernels runs on
+COMMON_CUDA_SOURCES = ("csrc/launch.cuh", "csrc/device.cuh")  # that every one with CUDA kernels runs on
 
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor, channels: int) -> None:
@@ -58,6 +59,13 @@ def why_not_cpp(x: Tensor) -> str | None:
     """Why no C++ kernel of a network's layers can take ``x``, or ``None``."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return f"no C++ kernel for {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+    return _native.why_not(x)
+
+
+def why_not_compiled(x: Tensor) -> str | None:
+    """Why no kernel that there is both in C++ and in CUDA can take ``x``, activations of a network, or ``None``."""
+    if x.dtype == torch.float64:
+        return f"no compiled kernel for float64 on {x.device.type}"
     return _native.why_not(x)
 
 
@@ -103,6 +111,11 @@ def symmetric(padding: Padding) -> bool:
 def channels_last(x: Tensor) -> Tensor:
     """``x`` [N, C, H, W] dense in NHWC, copied if it is not."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` dense in the memory format of ``like``, which is dense in NHWC or NCHW; copied if it is not."""
+    return channels_last(x) if like.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def evenly_spaced(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastperc import backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
-from fastperc.ops import cudnn, depthwise_conv, onednn, pointwise_conv, stem_conv
+from fastperc.ops import cudnn, depthwise_conv, gpu_epilogue, onednn, pointwise_conv, stem_conv
 from fastperc.ops.common import (
     channels_adjacent,
     channels_last,
@@ -23,7 +23,7 @@ from fastperc.ops.common import (
     evenly_spaced,
     in_dtype,
     symmetric,
-    why_not_cpp,
+    why_not_compiled,
     why_not_frozen,
 )
 from fastperc.ops.conv3x3 import CONV3X3, WIDEST_PADDING, why_not_winograd, why_slow_winograd, winograd
@@ -165,7 +165,7 @@ def _winograd(tile: int) -> Callable[..., Tensor]:
 
 def _why_not_onednn(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
     reason = why_not_frozen(x, weight, bias, epilogue=epilogue) or onednn.why_not(x)
-    return reason or (why_not_cpp(x) if epilogue.norm else None)
+    return reason or (why_not_compiled(x) if epilogue.norm else None)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
@@ -193,6 +193,20 @@ def _cudnn(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue
     skip = None if epilogue.skip is None else channels_last(epilogue.skip)
     y = cudnn.convolution_relu(x, in_dtype(weight, x.dtype), bias.to(x.dtype), geometry.stride, zeros, skip)
     return copied_to(y, epilogue.out)
+
+
+def _why_not_epilogue(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
+    shape = geometry.output_shape(x, weight)
+    return why_not_frozen(x, weight, bias, epilogue=epilogue) or gpu_epilogue.why_not(x, shape, epilogue)
+
+
+def _why_slow_epilogue(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> str | None:
+    return gpu_epilogue.why_slow(epilogue)
+
+
+def _epilogue(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
+    y = reference.convolve(channels_last(x), in_dtype(weight, x.dtype), None, *geometry)
+    return gpu_epilogue.finish(y, bias, epilogue)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry, epilogue: Epilogue) -> Tensor:
@@ -231,6 +245,7 @@ CONV_BN_RELU = register(
             ),
             Implementation("native", _onednn, _why_not_onednn, label="onednn"),
             Implementation("native", _cudnn, _why_not_cudnn, label="cudnn"),
+            Implementation("native", _epilogue, _why_not_epilogue, _why_slow_epilogue, "epilogue"),
             Implementation("reference", _plain),
         ),
         TuningCases(_tuned_shapes, _tuned_call),
@@ -243,6 +258,7 @@ CONV_BN_RELU = register(
             *stem_conv.SOURCES,
             "fastperc/ops/onednn.py",
             "fastperc/ops/cudnn.py",
+            "fastperc/ops/gpu_epilogue.py",
             "kernels/conv_bn_relu.py",
             "kernels/configs.py",
         ),

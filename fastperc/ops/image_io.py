@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastperc import _native, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.ops.common import COMMON_CPP_SOURCES, empty_like, why_not_cpp, why_not_frozen
+from fastperc.ops.common import COMMON_CPP_SOURCES, COMMON_CUDA_SOURCES, empty_like, why_not_compiled, why_not_frozen
 from fastperc.types import Window
 
 
@@ -44,7 +44,7 @@ def _native_image_io(image: Tensor, window: Window, input_range: tuple[float, fl
 
 
 def _why_not_native(image: Tensor, window: Window, input_range: tuple[float, float], dtype: torch.dtype) -> str | None:
-    return why_not_frozen(image) or why_not_cpp(torch.empty(0, dtype=dtype, device=image.device))
+    return why_not_frozen(image) or why_not_compiled(torch.empty(0, dtype=dtype, device=image.device))
 
 
 IMAGE_IO = register(
@@ -59,7 +59,7 @@ IMAGE_IO = register(
             lambda batch, size: [((batch, 3, size, size),)],
             lambda image: (image, Window(0, 0, *image.shape[2:]), (2.0, -1.0), image.dtype),
         ),
-        (*COMMON_CPP_SOURCES, "csrc/image_io*", "fastperc/ops/image_io.py"),
+        (*COMMON_CPP_SOURCES, *COMMON_CUDA_SOURCES, "csrc/image_io*", "fastperc/ops/image_io.py"),
         frozen=True,
     )
 )

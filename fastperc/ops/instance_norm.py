@@ -15,11 +15,12 @@ from fastperc.backends import Implementation, Operation, TuningCases, register
 from fastperc.devices import widest_dtype
 from fastperc.ops.common import (
     COMMON_CPP_SOURCES,
+    COMMON_CUDA_SOURCES,
     activate_,
     channels_adjacent,
     channels_last,
     copied_to,
-    why_not_cpp,
+    why_not_compiled,
     why_not_frozen,
 )
 from fastperc.types import NO_EPILOGUE, Deferred, Epilogue, InstanceNorm
@@ -39,17 +40,24 @@ def instance_norm(x: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def native_instance_norm(x: Tensor, epilogue: Epilogue, out: Tensor | None = None) -> Tensor:
-    """The norm of ``x`` by C++, into ``out``, which may be ``x``; both are channels-last."""
-    norm = epilogue.norm
+    """The norm of ``x`` by C++ or CUDA, into ``out``, which may be ``x``; both are channels-last."""
+    norm, activation, skip = epilogue.norm, epilogue.activation, epilogue.skip
     assert norm is not None
     x = channels_last(x)
     out = torch.empty_like(x) if out is None else out
-    mean, m2 = _native.channel_mean_m2(x).unbind(1)
-    scale = norm.weight / (m2 / x[0, 0].numel() + norm.eps).sqrt()
-    shift = norm.bias - mean * scale
-    activation, skip = epilogue.activation, channels_adjacent(epilogue.skip)
+    statistics = _native.channel_mean_m2(x)
     fused = activation is None or activation.name in _native.PASS_ACTIVATIONS
-    _native.scale_shift(x, scale.float(), shift.float(), skip, activation if fused else None, out)
+    passed = activation if fused else None
+    if _native.on_gpu(x):
+        parameters = _native.NormParameters(norm.weight.float().contiguous(), norm.bias.float().contiguous(), norm.eps)
+        counts = statistics.new_full((1,), x[0, 0].numel())
+        mean, scale, shift = _native.norm_state(statistics, counts, parameters, False).factors
+        _native.scale_shift(x, scale, shift, skip, passed, out, mean=mean)
+    else:
+        means, m2 = statistics.unbind(1)
+        wide = norm.weight / (m2 / x[0, 0].numel() + norm.eps).sqrt()
+        scale, shift = wide.float(), (norm.bias - means * wide).float()
+        _native.scale_shift(x, scale, shift, channels_adjacent(skip), passed, out)
     return copied_to(out if fused else activate_(out, activation), epilogue.out)
 
 
@@ -96,7 +104,7 @@ def _triton_apply(x: Tensor, partials: Tensor, epilogue: Epilogue, out: Tensor) 
 def instance_statistics(x: Tensor) -> Tensor:
     """Mean and Σ (x - mean)² of each channel of each image of ``x`` [N, C, H, W]: [N, 2, C], float64 where the device
     has that, else float32."""
-    if why_not_cpp(x) is None and x.numel():
+    if why_not_compiled(x) is None and x.numel():
         return _native.channel_mean_m2(channels_last(x))
     variance, mean = torch.var_mean(x.to(widest_dtype(x.device)), dim=(2, 3), correction=0)
     return torch.stack([mean, variance * x[0, 0].numel()], dim=1)
@@ -111,7 +119,7 @@ def _why_not_triton(x: Tensor, epilogue: Epilogue) -> str | None:
 
 
 def _why_not_native(x: Tensor, epilogue: Epilogue) -> str | None:
-    return why_not_frozen(x, epilogue=epilogue) or why_not_cpp(x)
+    return why_not_frozen(x, epilogue=epilogue) or why_not_compiled(x)
 
 
 INSTANCE_NORM = register(
@@ -127,7 +135,13 @@ INSTANCE_NORM = register(
             lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((32, 1), (64, 2), (128, 4))],
             lambda x: (x, Epilogue(InstanceNorm(x.new_ones(x.shape[1]), x.new_zeros(x.shape[1]), 1e-5))),
         ),
-        (*COMMON_CPP_SOURCES, "csrc/norm_relu*", "kernels/instance_norm.py", "fastperc/ops/instance_norm.py"),
+        (
+            *COMMON_CPP_SOURCES,
+            *COMMON_CUDA_SOURCES,
+            "csrc/norm_*",
+            "kernels/instance_norm.py",
+            "fastperc/ops/instance_norm.py",
+        ),
         frozen=True,
     )
 )

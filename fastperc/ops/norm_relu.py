@@ -1,5 +1,5 @@
-"""Batch or instance norm in training, with the skip and the activation after it: in NHWC two passes forward, two
-backward.
+"""Batch or instance norm in training, with the skip and the activation after it: two passes forward, two backward; in
+NHWC or, on a GPU, in NCHW too.
 
 Only the norm's input is saved, and the backward computes the norm's output again. An activation after a skip saves its
 output too, which the next layer saves anyway.
@@ -23,10 +23,12 @@ from fastperc.backends import Implementation, Operation, TuningCases, register
 from fastperc.collective import combine_over_processes, gathered
 from fastperc.ops.common import (
     COMMON_CPP_SOURCES,
+    COMMON_CUDA_SOURCES,
     channels_adjacent,
     channels_last,
+    laid_out_as,
     siblings,
-    why_not_cpp,
+    why_not_compiled,
     why_not_here,
 )
 from fastperc.types import RELU, Activation
@@ -118,9 +120,9 @@ def _why_not_native(x: Tensor, norm: Any, activation: Activation | None, skip: T
         return "the skip is of another shape or dtype"
     if x.dim() != 4 or x.numel() // x.shape[1] // (1 if type(norm) in BATCH_NORMS else len(x) or 1) < FEWEST_VALUES:
         return f"with fewer than {FEWEST_VALUES} values a channel, gradients cancel: plain PyTorch may use float64"
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return "the activations are not in NHWC"
-    return why_not_cpp(x)
+    if not x.is_contiguous(memory_format=torch.channels_last) and not (_native.on_gpu(x) and x.is_contiguous()):
+        return "the activations are neither in NHWC nor in NCHW" if _native.on_gpu(x) else "they are not in NHWC"
+    return why_not_compiled(x)
 
 
 def _why_not_norm(norm: Any) -> str | None:
@@ -136,7 +138,10 @@ def _why_not_norm(norm: Any) -> str | None:
 
 
 def _why_slow_native(x: Tensor, norm: Any, activation: Activation | None, skip: Tensor | None) -> str | None:
-    fewest = FEWEST_ELEMENTS if (activation is None and skip is None) or norm is None else FEWEST_FUSED_ELEMENTS
+    is_bare = activation is None and skip is None
+    if is_bare and _native.on_gpu(x) and type(norm) is nn.BatchNorm2d:
+        return "cuDNN's batch norm takes as few passes"
+    fewest = FEWEST_ELEMENTS if is_bare or norm is None else FEWEST_FUSED_ELEMENTS
     if x.numel() >= fewest or type(norm) is nn.InstanceNorm2d or group_of(norm) is not None:
         return None
     return f"a {'skip' if norm is None else 'batch norm'} of fewer than {fewest:,} elements"
@@ -208,11 +213,11 @@ class _NormReLU(torch.autograd.Function):
             combined = combine_over_processes(torch.cat([count.expand(1, x.shape[1]), statistics[0]]), options.group)
             count, statistics = combined[0], combined[None, 1:]
         state = _native.norm_state(statistics, count, _parameters(weight, bias, options.eps), batch)
-        skipped = channels_adjacent(skip)
-        if skipped is not None and batch and not _native.images_follow(skipped):
+        skipped = skip if _native.on_gpu(x) else channels_adjacent(skip)
+        if skipped is not None and batch and not (_native.on_gpu(x) or _native.images_follow(skipped)):
             skipped = channels_last(skipped)
-        _, scale, shift = state.factors.unbind()
-        _native.scale_shift(x, scale, shift, skipped, options.with_slopes(slopes), out, batch)
+        mean, scale, shift = state.factors.unbind()
+        _native.scale_shift(x, scale, shift, skipped, options.with_slopes(slopes), out, batch, mean)
         if norm is not None and norm.track_running_stats:
             update_running_statistics(norm, statistics, count)
         ctx.options, ctx.skipped = options, skip is not None
@@ -230,7 +235,7 @@ class _NormReLU(torch.autograd.Function):
         state = _native.NormState(statistics, counts, factors, options.batch_norm is not None)
         activation = options.with_slopes(slopes)
         parameters, out = _parameters(weight, bias, options.eps), torch.empty_like(x)
-        masked = grad = channels_last(grad)
+        masked = grad = laid_out_as(grad, x)
         if y is None:
             sums = _native.norm_gradient_sums(x, grad, state, activation)
         else:
@@ -280,9 +285,11 @@ class _SkipActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, skip: Tensor, activation: Activation) -> Tensor:
-        out, channels = torch.empty_like(x), x.shape[1]
-        ones = x.new_ones(1, channels, dtype=torch.float32)
-        _native.scale_shift(x, ones, torch.zeros_like(ones), channels_last(skip), activation, out, True)
+        out, scale, shift, skipped = torch.empty_like(x), None, None, skip
+        if not _native.on_gpu(x):
+            scale = x.new_ones(1, x.shape[1], dtype=torch.float32)
+            shift, skipped = torch.zeros_like(scale), channels_last(skip)
+        _native.scale_shift(x, scale, shift, skipped, activation, out, True)
         ctx.activation = activation
         ctx.save_for_backward(out)
         return out
@@ -357,7 +364,13 @@ NORM_RELU = register(
             lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((32, 1), (64, 2), (128, 4))],
             lambda x: (x, nn.BatchNorm2d(x.shape[1]).to(x.device), RELU, None),
         ),
-        (*COMMON_CPP_SOURCES, "csrc/norm_relu*", "fastperc/ops/norm_relu.py", "fastperc/collective.py"),
+        (
+            *COMMON_CPP_SOURCES,
+            *COMMON_CUDA_SOURCES,
+            "csrc/norm_*",
+            "fastperc/ops/norm_relu.py",
+            "fastperc/collective.py",
+        ),
         lambda x, norm, activation, skip: (x,) if type(norm) is nn.BatchNorm2d else (),  # others are faster natively
     )
 )

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastperc import _native, backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
-from fastperc.ops import onednn, winograd_9x9
+from fastperc.ops import gpu_epilogue, onednn, winograd_9x9
 from fastperc.ops.common import (
     COMMON_CPP_SOURCES,
+    COMMON_CUDA_SOURCES,
     channels_last,
     check_shapes,
     in_dtype,
@@ -121,6 +122,16 @@ def _native_head(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, outp
             _native.rgb_conv_head(products, shifts, picture[:, first:last], left, padding.mode == "reflect", output)
 
 
+def _why_not_picture(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> str | None:
+    return why_not_frozen(x, weight, bias) or gpu_epilogue.why_not(x)
+
+
+def _picture(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
+    """The library's convolution without a bias, and a CUDA pass that makes its output a picture."""
+    y = reference.convolve(channels_last(x), in_dtype(weight, x.dtype), None, 1, padding)
+    _native.picture(y, bias.detach().float().contiguous(), output, out)
+
+
 def _plain(x: Tensor, weight: Tensor, bias: Tensor, padding: Padding, output: str, out: Tensor) -> None:
     reference.rgb_conv_head(x, in_dtype(weight, x.dtype), bias, padding, output, out)
 
@@ -137,15 +148,19 @@ RGB_CONV_HEAD = register(
             Implementation("triton", _triton, _why_not_triton),
             Implementation("native", _winograd, _why_not_winograd, _why_slow_winograd, "winograd"),
             Implementation("native", _native_head, _why_not_native, label="onednn"),
+            Implementation("native", _picture, _why_not_picture, label="epilogue"),
             Implementation("reference", _plain),
         ),
         TuningCases(lambda batch, size: [((batch, 32, size, size), (3, 32, 9, 9))], _tuned_call),
         (
             *COMMON_CPP_SOURCES,
             *RGB_CONV.sources,
+            *COMMON_CUDA_SOURCES,
+            "csrc/image_io*",
             "csrc/rgb_conv*",
             "kernels/rgb_conv_head.py",
             "csrc/conv3x3_tile.h",
+            "fastperc/ops/gpu_epilogue.py",
             "fastperc/ops/rgb_conv_head.py",
             "fastperc/ops/winograd_9x9.py",
         ),

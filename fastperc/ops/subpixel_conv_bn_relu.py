@@ -13,11 +13,12 @@ gradients.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, first_two_arguments, register
-from fastperc.ops import onednn
+from fastperc.ops import gpu_epilogue, onednn
 from fastperc.ops.common import (
     channels_last,
     check_shapes,
@@ -25,7 +26,7 @@ from fastperc.ops.common import (
     empty_like,
     in_dtype,
     packed,
-    why_not_cpp,
+    why_not_compiled,
     why_not_frozen,
 )
 from fastperc.ops.conv_bn_relu import CONV_BN_RELU
@@ -117,7 +118,7 @@ def _why_not_native(
     x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue
 ) -> str | None:
     reason = why_not_frozen(x, weight, bias, epilogue=epilogue) or onednn.why_not(x)
-    return reason or (why_not_cpp(x) if epilogue.norm else None)
+    return reason or (why_not_compiled(x) if epilogue.norm else None)
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue) -> Tensor:
@@ -130,6 +131,28 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Pad
     else:
         y = channels_last(_without_border(onednn.transposed(x, weight, bias, 1, 1, activation), padding.sides))
     return copied_to(y, epilogue.out) if epilogue.norm is None else native_instance_norm(y, epilogue, y)
+
+
+def _why_not_epilogue(
+    x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue
+) -> str | None:
+    return why_not_frozen(x, weight, bias, epilogue=epilogue) or gpu_epilogue.why_not(x)
+
+
+def _why_slow_epilogue(
+    x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue
+) -> str | None:
+    return gpu_epilogue.why_slow(epilogue)
+
+
+def _epilogue(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue) -> Tensor:
+    """The library's convolution, and the pass of ``ops.gpu_epilogue``."""
+    x, weight = channels_last(x), in_dtype(weight, x.dtype)
+    if upsample == "transposed":
+        y = _without_border(F.conv_transpose2d(x, weight, None, 2, 1, 1), padding.sides)
+    else:
+        y = reference.subpixel_conv_bn_relu(x, weight, None, upsample, padding, NO_EPILOGUE)
+    return gpu_epilogue.finish(y, bias, epilogue)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor, upsample: str, padding: Padding, epilogue: Epilogue) -> Tensor:
@@ -150,6 +173,7 @@ SUBPIXEL_CONV_BN_RELU = register(
         (
             Implementation("triton", _triton, _why_not_triton),
             Implementation("native", _native, _why_not_native),
+            Implementation("native", _epilogue, _why_not_epilogue, _why_slow_epilogue, "epilogue"),
             Implementation("reference", _plain),
         ),
         TuningCases(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastperc import _native, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
-from fastperc.ops.common import COMMON_CPP_SOURCES
+from fastperc.ops.common import COMMON_CPP_SOURCES, COMMON_CUDA_SOURCES
 
 NORMS = ("l2", "l1")
 REDUCTIONS = ("sum", "mean")
@@ -109,6 +109,6 @@ TV_LOSS = register(
             Implementation("reference", reference.tv_loss),
         ),
         TuningCases(lambda batch, size: [((batch, 3, size, size),)], lambda x: (x, "l2", "sum")),
-        (*COMMON_CPP_SOURCES, "csrc/tv_loss*", "csrc/launch.cuh", "fastperc/ops/tv_loss.py"),
+        (*COMMON_CPP_SOURCES, "csrc/tv_loss*", *COMMON_CUDA_SOURCES, "fastperc/ops/tv_loss.py"),
     )
 )

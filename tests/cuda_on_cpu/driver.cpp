@@ -1,4 +1,4 @@
-// Runs the CUDA launchers of csrc/kernels.h, in several orders of threads and blocks, on cases read from stdin, and
+// Runs CUDA launchers of csrc/kernels.h, in several orders of threads and blocks, on cases read from stdin, and
 // writes their results to stdout. tests/test_cuda_on_cpu.py runs this program.
 //
 // A case is a launcher's name and its arguments. An answer is the contents of the buffers that the launcher fills. Each
