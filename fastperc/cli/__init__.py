@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 from fastperc._version import __version__
-from fastperc.cli import bench, convert, doctor, export, figure2, optimize, sr, stylize, train, tune
+from fastperc.cli import bench, convert, doctor, export, figure2, optimize, sr, stylize, train, tune, web
 from fastperc.cli.options import EXIT_STATUS
 from fastperc.cli.terminal import guarded, print_any_name
 from fastperc.errors import BAD_INPUT, INTERRUPTED, InputError
 
-COMMANDS = stylize, train, figure2, sr, optimize, convert, export, tune, bench, doctor  # in the order of --help
+COMMANDS = stylize, web, train, figure2, sr, optimize, convert, export, tune, bench, doctor  # in the order of --help
 FAILED, PIPE_CLOSED = 1, 141  # exit statuses, with BAD_INPUT and INTERRUPTED
 
 

@@ -1,0 +1,271 @@
+"""Paints what people upload: one picture at a time, within limits, into a folder that is deleted at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from fastperc.errors import InputError
+from fastperc.files import make_folder
+from fastperc.photos.formats import check_size
+from fastperc.photos.jobs import Painter, writable_name
+from fastperc.photos.photo import Photo, read_first_frame, write_image
+from fastperc.photos.stylize import read_photo, stylize
+from fastperc.photos.upscale import upscale
+from fastperc.progress import Watch, unwatched
+from fastperc.web.limits import Limits, check_decoded, check_photo, check_pixels
+
+ENGINES = 4  # networks that stay in memory
+PREVIEW_SIDE = 1600  # pixels: the longer side of the pictures that the page shows
+WORDS = {"--duration": "Length", "--start": "Start"}  # options of the command line, as the page calls them
+POLL = 0.1  # seconds between two looks at whether a waiting job was cancelled
+SAMPLE = Path(__file__).with_name("sample.jpg")
+
+
+class Cancelled(Exception):
+    """Somebody pressed *Cancel*, closed the page, or stopped the server."""
+
+
+class Networks(NamedTuple):
+    """The networks that the page offers, and the functions that load them."""
+
+    styles: Mapping[str, Path]  # name → file
+    load_style: Callable[[Path], Painter]
+    load_enlarger: Callable[[str, int], Painter]  # of a method and a scale
+    tile: int | str = "auto"  # see :meth:`fastperc.engine.engine.Engine.tiles`
+
+
+class StyleOptions(NamedTuple):
+    """How to paint; see :func:`fastperc.photos.stylize.stylize`."""
+
+    style: str
+    strength: float = 1.0
+    long_side: int | None = None  # pixels to which a larger input is resized
+    keep_colors: bool = False
+
+
+class Picture(NamedTuple):
+    """The result of a photo: the full-size file, and the two small pictures that the page shows."""
+
+    file: Path
+    before: Path
+    after: Path
+    size: tuple[int, int]  # width and height of the full-size picture
+
+
+class Job:
+    """The work of one person in one tab of the page; ``cancel`` ends it at its next tile or frame."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder  # for its results
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Ends the job, also one that waits for its turn."""
+        self._cancelled.set()
+
+    def check(self) -> None:
+        """Raises :class:`Cancelled` if the job is."""
+        if self._cancelled.is_set():
+            raise Cancelled
+
+    def watching(self, watch: Watch) -> Watch:
+        """``watch`` that raises :class:`Cancelled` before the next item if the job is."""
+
+        def watch_and_check(items: Iterable[int], title: str, total: int) -> Iterator[int]:
+            for item in watch(items, title, total):
+                self.check()
+                yield item
+
+        return watch_and_check
+
+
+def reduced(long_side: int | None, size: tuple[int, int]) -> int | None:
+    """``long_side`` if the longer side of ``size`` is longer, else None: nothing is enlarged."""
+    return None if long_side is None or long_side >= max(size) else long_side
+
+
+class Studio:
+    """Paints photos and clips for the page, one at a time.
+
+    Args:
+        networks: see :class:`Networks`.
+        folder: holds uploads and results; whoever owns it deletes it.
+        limits: see :class:`Limits`.
+    """
+
+    def __init__(self, networks: Networks, folder: Path, limits: Limits) -> None:
+        self.networks, self.folder, self.limits = networks, folder, limits
+        self._engines: OrderedDict[object, Painter] = OrderedDict()
+        self._engines_lock, self._running = threading.Lock(), threading.Lock()
+        self._jobs: dict[tuple[str, str], Job] = {}
+        self._closed = False
+
+    # Jobs
+
+    def begin(self, person: str, tab: str) -> Job:
+        """A new job in place of the last one of this person in this tab, whose results are deleted."""
+        self.end(person, tab)
+        job = self._jobs[person, tab] = Job(self._results(person, tab))
+        if self._closed:
+            job.cancel()
+        return job
+
+    def job(self, person: str, tab: str) -> Job:
+        """The job of this person in this tab, a new one if there is none."""
+        return self._jobs.get((person, tab)) or self.begin(person, tab)
+
+    def end(self, person: str, tab: str | None = None) -> None:
+        """Cancels the jobs of a person, in one tab or in all, and deletes their results."""
+        for key in list(self._jobs):
+            if key[0] == person and tab in (None, key[1]):
+                self._jobs.pop(key).cancel()
+        shutil.rmtree(self._results(person, tab), ignore_errors=True)
+
+    def close(self) -> None:
+        """Cancels all jobs, and those that may still come, and waits until no network runs."""
+        self._closed = True
+        for job in list(self._jobs.values()):
+            job.cancel()
+        with self._running:
+            pass
+
+    def _results(self, person: str, tab: str | None) -> Path:
+        # The browser chooses the name of a person: it must not become part of a path.
+        folder = self.folder / "results" / hashlib.sha256(person.encode(errors="replace")).hexdigest()[:32]
+        return folder if tab is None else folder / tab
+
+    @contextmanager
+    def turn(self, job: Job) -> Iterator[None]:
+        """Waits until no other job runs a network, and keeps the others waiting while the block runs.
+
+        Raises:
+            Cancelled: the job is, before its turn.
+        """
+        while not self._running.acquire(timeout=POLL):
+            job.check()
+        try:
+            job.check()
+            yield
+        finally:
+            self._running.release()
+
+    # Networks
+
+    def engine(self, style: str) -> Painter:
+        """The engine of a style, loaded when it is first used.
+
+        Raises:
+            InputError: no style of that name, or its file cannot be read.
+        """
+        source = self.networks.styles.get(style)
+        if source is None:
+            raise InputError(f"no style {style!r}; choose one of the pictures")
+        return self._engine(source, lambda: self.networks.load_style(source))
+
+    def enlarger(self, method: str, scale: int) -> Painter:
+        """The engine that enlarges by ``scale`` with ``method``.
+
+        Raises:
+            InputError: no such network ships.
+        """
+        return self._engine((method, scale), lambda: self.networks.load_enlarger(method, scale))
+
+    def _engine(self, key: object, load: Callable[[], Painter]) -> Painter:
+        with self._engines_lock:
+            if key not in self._engines:
+                self._engines[key] = load()
+            self._engines.move_to_end(key)
+            while len(self._engines) > ENGINES:
+                self._engines.popitem(last=False)
+            return self._engines[key]
+
+    def thumbnails(self) -> list[tuple[Image.Image, str]]:
+        """A sample photo in every style, with the style's name.
+
+        Raises:
+            InputError: the file of a style cannot be read.
+        """
+        photo = read_photo(SAMPLE)
+        return [(stylize(self.engine(style), photo).rgb, style) for style in self.networks.styles]
+
+    # Photos
+
+    def paint(self, path: Path, options: StyleOptions, job: Job, watch: Watch = unwatched) -> Picture:
+        """Paints a photo as ``fastperc stylize`` does.
+
+        Args:
+            path: the upload.
+            options: see :class:`StyleOptions`.
+            job: gets the result, and may cancel the work.
+            watch: shows progress; see :meth:`fastperc.engine.engine.Engine.tiles`.
+
+        Raises:
+            InputError: the photo or an option cannot be used, or memory is short.
+            FloatingPointError: the network's output holds a NaN.
+            Cancelled: the job is.
+        """
+        target = self.target(path, options.style, job)
+        long_side = reduced(options.long_side, check_photo(path, self.limits))
+        with self.turn(job):
+            photo = check_decoded(path, read_photo(path, long_side), self.limits)
+            check_size(target, *photo.rgb.size)
+            painting = stylize(
+                self.engine(options.style),
+                photo,
+                options.strength,
+                options.keep_colors,
+                self.networks.tile,
+                job.watching(watch),
+            )
+            return self._written(target, photo, painting)
+
+    def enlarge(self, path: Path, method: str, scale: int, job: Job, watch: Watch = unwatched) -> Picture:
+        """Enlarges a photo as ``fastperc sr upscale --method METHOD --scale SCALE`` does; see :meth:`paint`."""
+        target = self.target(path, f"x{scale}", job)
+        small_size = check_photo(path, self.limits)
+        enlarged_name = f"{path}, enlarged {scale} times"
+        check_pixels(enlarged_name, *(side * scale for side in small_size), self.limits)
+        with self.turn(job):
+            photo = read_first_frame(path)
+            size = photo.rgb.size[0] * scale, photo.rgb.size[1] * scale
+            check_pixels(enlarged_name, *size, self.limits)
+            check_size(target, *size)
+            painter = self.enlarger(method, scale)
+            return self._written(target, photo, upscale(painter, photo, True, self.networks.tile, job.watching(watch)))
+
+    def target(self, path: Path, label: str, job: Job) -> Path:
+        """The file that the result of the upload ``path`` goes to: ``NAME-LABEL.EXT`` in the job's folder."""
+        make_folder(job.folder)
+        return job.folder / writable_name(Path(f"{path.stem}-{label}{path.suffix}"))
+
+    def _written(self, target: Path, photo: Photo, picture: Photo) -> Picture:
+        """Writes the picture and the previews of both. A job has a folder of its own, so no name is taken."""
+        write_image(target, picture)
+        previews = []
+        for name, image in (("before", photo), ("after", picture)):
+            preview = Photo(image.rgb, image.alpha, {})
+            width, height = picture.rgb.size
+            long_side = min(max(width, height), PREVIEW_SIDE)
+            if max(image.rgb.size) != long_side:
+                preview = preview.resized(long_side)
+            previews.append(target.with_name(f"{name}.png" if preview.alpha else f"{name}.jpg"))
+            write_image(previews[-1], preview)
+        return Picture(target, *previews, picture.rgb.size)
+
+    def sentence(self, message: str) -> str:
+        """An error's message for the page: without the folders of uploads and results, in the page's words."""
+        message = re.sub(re.escape(str(self.folder)) + r"/(\w+/)*", "", message)
+        for option, word in WORDS.items():
+            message = message.replace(option, word)
+        message = " ".join(message.split())
+        return message[:1].upper() + message[1:] + "." * (not message.endswith((".", "!", "?")))
