@@ -19,7 +19,9 @@ PHOTO_SIDE, CLIP_SIDE, CAMERA_SIDE = 1024, 640, 640  # pixels: the longer side t
 SMALLEST_SIDE, LARGEST_SIDE = 64, 8192
 METHODS = [("Clean", "pixel"), ("Sharp", "feature"), ("SRCNN", "srcnn")]
 PLAYABLE = frozenset({".mp4", ".webm"})  # of what is written, by any browser
-HIDDEN = dict(queue=False, show_progress="hidden", api_visibility="private")  # options of events that answer at once
+HIDDEN: dict[str, Any] = dict(
+    queue=False, show_progress="hidden", api_visibility="private"
+)  # options of events that answer at once
 
 
 class StyleControls(NamedTuple):
@@ -234,6 +236,7 @@ def photo_input(studio: Studio, message: gr.Markdown, size: gr.Slider | None, na
         return [text] if size is None else [text, limit]
 
     photo.upload(look, photo, [message] if size is None else [message, size], preprocess=False, **HIDDEN)
+    photo.clear(lambda: "", None, message, **HIDDEN)
     return photo
 
 

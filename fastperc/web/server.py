@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastperc.errors import InputError
-from fastperc.progress import say
+from fastperc.progress import say, silent
 from fastperc.web.camera import Camera, Live, LiveOptions
-from fastperc.web.limits import MEGA, Limits
+from fastperc.web.limits import Limits
 from fastperc.web.studio import Networks, Studio
 
-FEW_BYTES = MEGA  # of a request that is no upload
+MIB = 1 << 20  # bytes
+FEW_BYTES = MIB  # of a request that is no upload
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 POLL = 0.02  # seconds between two looks at whether the camera's picture is new
 PATIENCE = 2  # seconds that open connections get at the end
 CSS = Path(__file__).with_name("page.css")
 UPLOAD = "/gradio_api/upload"
+POLICY = (  # the browser then asks no other server for anything
+    b"content-security-policy",
+    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'",
+)
 ENVIRONMENT = {  # read by Gradio and what it imports
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_SHARE": "False",
@@ -111,7 +116,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        most = self.limits.megabytes * MEGA + FEW_BYTES if scope["path"] == UPLOAD else FEW_BYTES
+        most = self.limits.megabytes * MIB + FEW_BYTES if scope["path"] == UPLOAD else FEW_BYTES
         length = headers.get(b"content-length", b"0").decode("latin1")
         if self.names is not None and _name(headers.get(b"host", b"").decode("latin1")) not in self.names:
             await _refuse(send, 421, "this page is served to this machine alone")
@@ -120,7 +125,13 @@ class Guard:
         elif not length.isdecimal() or int(length) > most or b"transfer-encoding" in headers:
             await _refuse(send, 413, f"larger than {self.limits.megabytes} MB")
         else:
-            await self.app(scope, receive, send)
+
+            async def send_with_policy(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message.get("headers", ()), POLICY]
+                await send(message)
+
+            await self.app(scope, receive, send_with_policy)
 
 
 def _name(host: str) -> str:
@@ -175,7 +186,7 @@ def application(studio: Studio, live: Live | None, address: Address, selected: s
         path="/",
         server_name=address.host,
         server_port=address.port,
-        max_file_size=studio.limits.megabytes * MEGA,
+        max_file_size=studio.limits.megabytes * MIB,
         show_error=False,
         ssr_mode=False,
         pwa=False,
@@ -188,7 +199,7 @@ def application(studio: Studio, live: Live | None, address: Address, selected: s
 
 def theme(gr: Any) -> Any:
     """The page's colours and fonts; the fonts are those of the system, so that none is fetched."""
-    fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    fonts: dict[str, Any] = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", **fonts).set(
         block_title_background_fill="none",
         block_title_text_color="*body_text_color",
@@ -265,4 +276,5 @@ def serve(
     """
     with prepared(networks, address, limits, source, selected) as (server, listener):
         say(f"{address._replace(port=listener.getsockname()[1]).url()} shows the page; Ctrl-C stops it")
-        server.run(sockets=[listener])
+        with silent():  # what is said of an upload is for the person in the browser
+            server.run(sockets=[listener])

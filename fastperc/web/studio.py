@@ -94,6 +94,13 @@ def reduced(long_side: int | None, size: tuple[int, int]) -> int | None:
     return None if long_side is None or long_side >= max(size) else long_side
 
 
+def preview(photo: Photo, long_side: int) -> Photo:
+    """``photo`` with a longer side of ``long_side`` pixels, and with no metadata but its colour profile."""
+    small = photo if max(photo.rgb.size) == long_side else photo.resized(long_side)
+    profile = photo.metadata.get("icc_profile")
+    return Photo(small.rgb, small.alpha, {"icc_profile": profile} if profile else {})
+
+
 class Studio:
     """Paints photos and clips for the page, one at a time.
 
@@ -232,9 +239,9 @@ class Studio:
     def enlarge(self, path: Path, method: str, scale: int, job: Job, watch: Watch = unwatched) -> Picture:
         """Enlarges a photo as ``fastperc sr upscale --method METHOD --scale SCALE`` does; see :meth:`paint`."""
         target = self.target(path, f"x{scale}", job)
-        small_size = check_photo(path, self.limits)
+        width, height = check_photo(path, self.limits)
         enlarged_name = f"{path}, enlarged {scale} times"
-        check_pixels(enlarged_name, *(side * scale for side in small_size), self.limits)
+        check_pixels(enlarged_name, width * scale, height * scale, self.limits)
         with self.turn(job):
             photo = read_first_frame(path)
             size = photo.rgb.size[0] * scale, photo.rgb.size[1] * scale
@@ -251,21 +258,23 @@ class Studio:
     def _written(self, target: Path, photo: Photo, picture: Photo) -> Picture:
         """Writes the picture and the previews of both. A job has a folder of its own, so no name is taken."""
         write_image(target, picture)
-        previews = []
-        for name, image in (("before", photo), ("after", picture)):
-            preview = Photo(image.rgb, image.alpha, {})
-            width, height = picture.rgb.size
-            long_side = min(max(width, height), PREVIEW_SIDE)
-            if max(image.rgb.size) != long_side:
-                preview = preview.resized(long_side)
-            previews.append(target.with_name(f"{name}.png" if preview.alpha else f"{name}.jpg"))
-            write_image(previews[-1], preview)
-        return Picture(target, *previews, picture.rgb.size)
+        long_side = min(max(picture.rgb.size), PREVIEW_SIDE)
+        before, after = (preview(image, long_side) for image in (photo, picture))
+        suffix = ".png" if picture.alpha else ".jpg"
+        result = Picture(
+            target, target.with_name(f"before{suffix}"), target.with_name(f"after{suffix}"), picture.rgb.size
+        )
+        write_image(result.before, before)
+        write_image(result.after, after)
+        return result
 
     def sentence(self, message: str) -> str:
         """An error's message for the page: without the folders of uploads and results, in the page's words."""
+        starts_with_name = message.startswith(str(self.folder))
         message = re.sub(re.escape(str(self.folder)) + r"/(\w+/)*", "", message)
         for option, word in WORDS.items():
             message = message.replace(option, word)
         message = " ".join(message.split())
-        return message[:1].upper() + message[1:] + "." * (not message.endswith((".", "!", "?")))
+        if not starts_with_name:
+            message = message[:1].upper() + message[1:]
+        return message + "." * (not message.endswith((".", "!", "?")))

@@ -35,6 +35,7 @@ from fastperc.web.studio import Studio
 
 TITLE = "fastperc"
 LONGEST = 1e7  # seconds
+POLL = 2  # seconds between two looks at how the camera is
 
 
 def photo_tab(studio: Studio, thumbnails: list[Any], selected: str) -> None:
@@ -125,6 +126,7 @@ def clip_tab(studio: Studio, thumbnails: list[Any], selected: str) -> None:
         return [*guarded(studio, [], measured), size]
 
     clip.upload(look, clip, [work.message, controls.size], preprocess=False, **HIDDEN)
+    clip.clear(lambda: "", None, work.message, **HIDDEN)
     paint = clip_handler(studio)
     inputs, outputs = [clip, *controls, smooth, start, length], [result, download, work.message]
     run_on_click(studio, work, paint, inputs, outputs, result)
@@ -134,11 +136,8 @@ def clip_handler(studio: Studio) -> Callable[..., list[Any]]:
     """The function that paints a clip with the values of the tab's components."""
     nothing = [gr.update(value=None), gr.update(value=None, interactive=False)]
 
-    def paint(
-        *values: Any,
-        request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> list[Any]:
+    # Gradio finds these two by their types, wherever they stand.
+    def paint(request: gr.Request, progress: gr.Progress = gr.Progress(), *values: Any) -> list[Any]:  # noqa: B008
         upload, style, strength, size, keep_colors, smooth, start, length = values
 
         def show(done: int, total: int) -> None:
@@ -178,7 +177,11 @@ def live_tab(live: Live, thumbnails: list[Any]) -> None:
         (text,) = guarded(live.studio, [], changed)
         return text
 
-    inputs = [*controls, smooth]
+    def fault() -> str:
+        return live.studio.sentence(live.fault) if live.fault else "The camera has stopped." if live.over else ""
+
+    gr.Timer(POLL).tick(fault, None, message, **HIDDEN)
+    inputs: list[Any] = [*controls, smooth]
     controls.strength.value, controls.keep_colors.value = initial.style.strength, initial.style.keep_colors
     controls.size.value = initial.style.long_side or CAMERA_SIDE
     gr.on([component.change for component in inputs], change, inputs, message, preprocess=False, **HIDDEN)
