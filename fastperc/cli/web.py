@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastperc.cli.clips import check_no_clip_options
 from fastperc.cli.networks import (
     DEFAULT_STYLE,
     load_painter,
@@ -18,7 +19,12 @@ from fastperc.errors import InputError
 from fastperc.weights import STYLES
 
 if TYPE_CHECKING:
-    from fastperc.web.server import Address, LiveSource
+    import torch
+
+    from fastperc.photos.jobs import Painter
+    from fastperc.web.guard import Address
+    from fastperc.web.server import LiveSource
+    from fastperc.web.studio import Networks
 
 HOST, PORT = "127.0.0.1", 7860
 MEGABYTES, MEGAPIXELS, SECONDS, WAITING = 200, 50, 60, 8  # default limits
@@ -90,7 +96,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    from fastperc.web.server import Address
+    from fastperc.web.guard import Address
 
     styles = {DEFAULT_STYLE: STYLES[DEFAULT_STYLE]} | STYLES | named(arguments.model)
     selected = next(reversed(named(arguments.model)), DEFAULT_STYLE)
@@ -123,16 +129,9 @@ def serve(
     from fastperc.devices import find_device
     from fastperc.web import server
     from fastperc.web.limits import Limits
-    from fastperc.web.studio import Networks
 
     server.import_gradio()
-    device = find_device(arguments.device)
-    networks = Networks(
-        styles,
-        lambda source: load_style_painter(source, device),
-        lambda method, scale: load_painter(super_resolution_file(method, scale), scale, device),
-        arguments.tile,
-    )
+    networks = networks_of(styles, find_device(arguments.device), arguments.tile)
     limits = Limits(
         getattr(arguments, "max_megabytes", MEGABYTES),
         getattr(arguments, "max_megapixels", MEGAPIXELS),
@@ -141,6 +140,16 @@ def serve(
     )
     server.serve(networks, address, limits, live_source(arguments, selected, smooth), selected)
     return 0
+
+
+def networks_of(styles: dict[str, Path], device: torch.device, tile: int | str = "auto") -> Networks:
+    """The networks of the page: these styles, and the super-resolution networks that ship."""
+    from fastperc.web.studio import Networks
+
+    def load_enlarger(method: str, scale: int) -> Painter:
+        return load_painter(super_resolution_file(method, scale), scale, device)
+
+    return Networks(styles, lambda source: load_style_painter(source, device), load_enlarger, tile)
 
 
 def live_source(arguments: argparse.Namespace, style: str, smooth: float) -> LiveSource | None:
@@ -177,10 +186,11 @@ def run_webcam(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: files are given too, or the camera cannot be opened.
     """
-    from fastperc.web.server import Address
+    from fastperc.web.guard import Address
 
     if arguments.inputs or arguments.out is not None:
         raise InputError("--webcam takes the place of INPUT and --out; leave them out")
+    check_no_clip_options(argparse.Namespace(**{**vars(arguments), "smooth": None}))
     source = style_file(arguments)
     address = Address(HOST, PORT if arguments.port is None else arguments.port)
     styles = {source.stem: source} | {name: file for name, file in STYLES.items() if name != source.stem}

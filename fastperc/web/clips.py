@@ -91,7 +91,8 @@ def paint_upload(
     target = studio.target(path, options.style, job).with_name(ClipFormats().output_name(path, name).name)
     span = Span(part.start, part.length)
     clip = measure(path, span)
-    check_length(path, clip.seconds(clip.frames), studio.limits)
+    seconds = clip.seconds(clip.frames)
+    check_length(path, seconds if part.length is None else min(seconds, part.length), studio.limits)
     check_pixels(str(path), *clip.size, studio.limits)
 
     def advance(count: int) -> None:

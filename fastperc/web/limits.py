@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,13 +38,13 @@ def check_photo(path: Path, limits: Limits) -> tuple[int, int]:
     Raises:
         InputError: it is not an image, or it has too many pixels.
     """
-    size = None
-    with suppress(Exception), Image.open(path) as image:  # read_image says what is wrong
-        size = image.size
-    if size is None:
-        size = read_image(path).rgb.size
-    check_pixels(str(path), *size, limits)
-    return size
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except Exception:  # read_image says what is wrong, or reads what Pillow by itself does not
+        width, height = read_image(path).rgb.size
+    check_pixels(str(path), width, height, limits)
+    return width, height
 
 
 def check_decoded(path: Path, photo: Photo, limits: Limits) -> Photo:
@@ -54,7 +53,7 @@ def check_decoded(path: Path, photo: Photo, limits: Limits) -> Photo:
     Raises:
         InputError: it has too many pixels.
     """
-    check_pixels(str(path), *photo.rgb.size, limits)
+    check_pixels(str(path), photo.rgb.width, photo.rgb.height, limits)
     return photo
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 
-from fastperc.errors import InputError
 from fastperc.progress import Watch
 from fastperc.web.limits import check_photo
-from fastperc.web.studio import Cancelled, Picture, Studio, StyleOptions
+from fastperc.web.studio import Picture, Studio
+from fastperc.web.values import LARGEST_SIDE, SMALLEST_SIDE, guarded, upload_path
 
 TITLE = "fastperc"
 ENGINE = "engine"  # Gradio's name of what one event at a time may use
 PHOTO_SIDE, CLIP_SIDE, CAMERA_SIDE = 1024, 640, 640  # pixels: the longer side that the page suggests
-SMALLEST_SIDE, LARGEST_SIDE = 64, 8192
 METHODS = [("Clean", "pixel"), ("Sharp", "feature"), ("SRCNN", "srcnn")]
 PLAYABLE = frozenset({".mp4", ".webm"})  # of what is written, by any browser
 HIDDEN: dict[str, Any] = dict(
@@ -40,64 +38,6 @@ class Work(NamedTuple):
     start: gr.Button
     cancel: gr.Button
     message: gr.Markdown
-
-
-# Values that the browser sends: they come unchecked
-
-
-def upload_path(upload: Any, studio: Studio, kind: str) -> Path:
-    """The file of an upload.
-
-    Raises:
-        InputError: there is none.
-    """
-    path = upload.get("path") if isinstance(upload, dict) else None
-    if not isinstance(path, str) or not Path(path).resolve().is_relative_to(studio.folder):
-        raise InputError(f"choose a {kind} first")
-    return Path(path)
-
-
-def number(value: Any, low: float, high: float, name: str) -> float:
-    """``value`` as a number.
-
-    Raises:
-        InputError: it is none between ``low`` and ``high``.
-    """
-    try:
-        if low <= float(value) <= high:
-            return float(value)
-    except (TypeError, ValueError):
-        pass
-    raise InputError(f"{name} is not a number from {low:g} to {high:g}")
-
-
-def style_options(style: Any, strength: Any, size: Any, keep_colors: Any) -> StyleOptions:
-    """The options that the controls of a tab name.
-
-    Raises:
-        InputError: one cannot be used.
-    """
-    side = int(number(size, SMALLEST_SIDE, LARGEST_SIDE, "the size"))
-    return StyleOptions(str(style), number(strength, 0, 1, "the strength"), side, bool(keep_colors))
-
-
-def sentence_of(error: BaseException, studio: Studio) -> str:
-    """What the page says of an error."""
-    if isinstance(error, Cancelled):
-        return "Cancelled."
-    if isinstance(error, MemoryError) or "memory" in str(error):
-        return "There is not enough memory; try a smaller size."
-    if isinstance(error, OSError):
-        return studio.sentence(f"the server cannot write a file: {error.strerror or error}")
-    return studio.sentence(str(error))
-
-
-def guarded(studio: Studio, empty: list[Any], work: Callable[[], list[Any]]) -> list[Any]:
-    """What ``work`` returns with an empty message after it, or ``empty`` with a sentence about what went wrong."""
-    try:
-        return [*work(), ""]
-    except (Cancelled, InputError, OSError, MemoryError, RuntimeError, ArithmeticError) as error:
-        return [*empty, sentence_of(error, studio)]
 
 
 def showing(progress: gr.Progress, verb: str) -> Watch:
@@ -221,7 +161,6 @@ def photo_input(studio: Studio, message: gr.Markdown, size: gr.Slider | None, na
         placeholder="Drop a photo here\n- or -\nclick to choose one",
         webcam_options=gr.WebcamOptions(mirror=False),
     )
-    accept_only_uploads(photo)
 
     def look(upload: Any) -> list[Any]:
         limit = gr.update()
@@ -244,18 +183,6 @@ def size_limit(long_side: int, suggested: int) -> Any:
     """The update of a slider of sizes for an input of that size."""
     longest = min(max(long_side, SMALLEST_SIDE + 1), LARGEST_SIDE)
     return gr.update(maximum=longest, value=min(suggested, longest))
-
-
-def accept_only_uploads(component: Any) -> None:
-    """Makes the server refuse addresses in the place of uploads, which Gradio would download."""
-    move = component.async_move_resource_to_block_cache
-
-    async def checked(path: Any) -> Any:
-        if path is not None and "://" in str(path):
-            raise gr.Error("upload a file, not an address")
-        return await move(path)
-
-    component.async_move_resource_to_block_cache = checked
 
 
 def result_of_photo(name: str) -> tuple[gr.ImageSlider, gr.DownloadButton]:

@@ -9,27 +9,19 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastperc.errors import InputError
 from fastperc.progress import say, silent
 from fastperc.web.camera import Camera, Live, LiveOptions
+from fastperc.web.guard import MIB, Address, Guard
 from fastperc.web.limits import Limits
 from fastperc.web.studio import Networks, Studio
 
-MIB = 1 << 20  # bytes
-FEW_BYTES = MIB  # of a request that is no upload
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 POLL = 0.02  # seconds between two looks at whether the camera's picture is new
 PATIENCE = 2  # seconds that open connections get at the end
 CSS = Path(__file__).with_name("page.css")
-UPLOAD = "/gradio_api/upload"
-POLICY = (  # the browser then asks no other server for anything
-    b"content-security-policy",
-    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'",
-)
 ENVIRONMENT = {  # read by Gradio and what it imports
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_SHARE": "False",
@@ -37,25 +29,6 @@ ENVIRONMENT = {  # read by Gradio and what it imports
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
 }
-
-
-class Address(NamedTuple):
-    """Where the page is served."""
-
-    host: str = "127.0.0.1"
-    port: int = 7860  # 0: any that is free
-
-    def url(self) -> str:
-        """The page's address for a browser on this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
-
-    def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
-        try:
-            return self.host == "localhost" or ip_address(self.host).is_loopback
-        except ValueError:
-            return False
 
 
 class LiveSource(NamedTuple):
@@ -85,64 +58,23 @@ def bound(address: Address) -> socket.socket:
     Raises:
         InputError: there is no such address here, or another program uses the port.
     """
+    listener = None
     try:
-        family = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((address.host, address.port), family=family)
+        options = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, place = options[0]
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # a port that was in use a moment ago; on Windows this would take the port from another
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen()
+        return listener
     except OSError as error:
+        if listener is not None:
+            listener.close()
         if error.errno == errno.EADDRINUSE:
             raise InputError(f"port {address.port} of {address.host} is in use; choose another by --port") from None
         reason = error.strerror or str(error)
         raise InputError(f"cannot serve at {address.host}, port {address.port} ({reason})") from None
-
-
-class Guard:
-    """An ASGI application in front of another: refuses large requests and what does not come from the page.
-
-    A page of another site could make its name point to this machine, and then read what this one serves; so where only
-    this machine is served, only its own names are. Gradio would fetch other servers' files for a browser; it may not.
-
-    Args:
-        app: serves what is not refused.
-        address: where.
-        limits: of uploads.
-    """
-
-    def __init__(self, app: Any, address: Address, limits: Limits) -> None:
-        self.app, self.limits = app, limits
-        self.names = LOCAL_NAMES | {address.host} if address.is_local() else None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        most = self.limits.megabytes * MIB + FEW_BYTES if scope["path"] == UPLOAD else FEW_BYTES
-        length = headers.get(b"content-length", b"0").decode("latin1")
-        if self.names is not None and _name(headers.get(b"host", b"").decode("latin1")) not in self.names:
-            await _refuse(send, 421, "this page is served to this machine alone")
-        elif "://" in scope["path"] or ":/" in scope["path"]:
-            await _refuse(send, 404, "no address here")
-        elif not length.isdecimal() or int(length) > most or b"transfer-encoding" in headers:
-            await _refuse(send, 413, f"larger than {self.limits.megabytes} MB")
-        else:
-
-            async def send_with_policy(message: Any) -> None:
-                if message["type"] == "http.response.start":
-                    message["headers"] = [*message.get("headers", ()), POLICY]
-                await send(message)
-
-            await self.app(scope, receive, send_with_policy)
-
-
-def _name(host: str) -> str:
-    """The name in a ``Host`` header, without its port."""
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-
-
-async def _refuse(send: Any, status: int, reason: str) -> None:
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": reason.encode()})
 
 
 async def live_parts(live: Live, disconnected: Any) -> AsyncIterator[bytes]:
@@ -180,9 +112,10 @@ def application(studio: Studio, live: Live | None, address: Address, selected: s
 
         stream.__annotations__["request"] = Request  # FastAPI looks for the name among the module's
         app.add_api_route("/live", stream, response_class=StreamingResponse, response_model=None)
+    page = build(studio, live, selected)
     gr.mount_gradio_app(
         app,
-        build(studio, live, selected),
+        page,
         path="/",
         server_name=address.host,
         server_port=address.port,
@@ -194,7 +127,8 @@ def application(studio: Studio, live: Live | None, address: Address, selected: s
         theme=theme(gr),
         css_paths=[CSS],
     )
-    return Guard(app, address, studio.limits)
+    page.has_launched = True  # which has Gradio check where files are; mounting alone does not
+    return Guard(app, address, studio)
 
 
 def theme(gr: Any) -> Any:

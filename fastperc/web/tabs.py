@@ -17,9 +17,6 @@ from fastperc.web.page import (
     NO_PICTURE,
     PHOTO_SIDE,
     PLAYABLE,
-    accept_only_uploads,
-    guarded,
-    number,
     photo_input,
     result_of_photo,
     run_on_click,
@@ -27,11 +24,10 @@ from fastperc.web.page import (
     shown_picture,
     size_limit,
     style_controls,
-    style_options,
-    upload_path,
     work_controls,
 )
 from fastperc.web.studio import Studio
+from fastperc.web.values import guarded, number, style_options, upload_path
 
 TITLE = "fastperc"
 LONGEST = 1e7  # seconds
@@ -104,12 +100,11 @@ def clip_tab(studio: Studio, thumbnails: list[Any], selected: str) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=320):
             clip = gr.Video(sources=["upload"], label="Your clip", height=300, buttons=[], elem_id="clip-video")
-            accept_only_uploads(clip)
             controls = style_controls(thumbnails, CLIP_SIDE, selected)
             smooth = gr.Slider(0, 1, 0.25, step=0.05, label="Less flicker", buttons=[])
             with gr.Row():
                 start = gr.Number(0, minimum=0, label="Start in seconds", min_width=120)
-                length = gr.Number(0, minimum=0, label="Length, 0: to the end", min_width=120)
+                length = gr.Number(0, minimum=0, label="Length (0: all)", min_width=120)
             work = work_controls("clip", "Paint the clip")
         with gr.Column(scale=3, min_width=320):
             result = gr.Video(label="Painted", interactive=False, buttons=[], elem_id="clip-result")
@@ -161,12 +156,12 @@ def live_tab(live: Live, thumbnails: list[Any]) -> None:
     """Shows the painted picture of the camera."""
     initial = live.options
     with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=320):
+            gr.HTML('<img id="live-picture" src="live" alt="The painted picture of the camera">')
+            message = gr.Markdown("", elem_classes="message", elem_id="live-message")
         with gr.Column(scale=2, min_width=320):
             controls = style_controls(thumbnails, CAMERA_SIDE, initial.style.style)
             smooth = gr.Slider(0, 1, initial.smooth, step=0.05, label="Less flicker", buttons=[])
-            message = gr.Markdown("", elem_classes="message", elem_id="live-message")
-        with gr.Column(scale=3, min_width=320):
-            gr.HTML('<img id="live-picture" src="live" alt="The painted picture of the camera">')
 
     def change(style: Any, strength: Any, size: Any, keep_colors: Any, smooth: Any) -> str:
         def changed() -> list[Any]:
@@ -201,7 +196,7 @@ def build(studio: Studio, live: Live | None = None, selected: str | None = None)
     thumbnails = studio.thumbnails()
     selected = selected or thumbnails[0][1]
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown("# fastperc\nPhotos and clips in the style of a painting. Nothing leaves this computer.")
+        gr.Markdown("# fastperc\nWhat you upload stays on the computer that serves this page.")
         with gr.Tabs():
             if live is not None:
                 with gr.Tab("Live", id="live"):
