@@ -162,7 +162,7 @@ def photo_input(studio: Studio, message: gr.Markdown, size: gr.Slider | None, na
         webcam_options=gr.WebcamOptions(mirror=False),
     )
 
-    def look(upload: Any) -> list[Any]:
+    def look(upload: Any) -> Any:
         limit = gr.update()
 
         def measured() -> list[Any]:
@@ -172,7 +172,7 @@ def photo_input(studio: Studio, message: gr.Markdown, size: gr.Slider | None, na
             return []
 
         (text,) = guarded(studio, [], measured)
-        return [text] if size is None else [text, limit]
+        return text if size is None else [text, limit]
 
     photo.upload(look, photo, [message] if size is None else [message, size], preprocess=False, **HIDDEN)
     photo.clear(lambda: "", None, message, **HIDDEN)
