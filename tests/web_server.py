@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from fastperc.cli.web import networks_of
+from fastperc.web.guard import Address
 from fastperc.web.limits import Limits
 from fastperc.weights import STYLES
 
@@ -72,18 +72,11 @@ def networks_for_tests(seconds=0.3):
 @contextmanager
 def served(networks, limits=None, source=None):
     """Serves the page in a thread while the block runs; yields its address."""
-    from fastperc.web.guard import Address
-    from fastperc.web.server import prepared
+    from fastperc.web.server import prepared, running
 
-    with prepared(networks, Address(port=0), limits or Limits(), source) as (server, listener):
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.02)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
+    with prepared(networks, Address(port=0), limits or Limits(), source) as site, running(site) as thread:
+        while not site.server.started:
+            assert thread.is_alive()
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{site.listener.getsockname()[1]}"
+    assert not thread.is_alive()

@@ -130,7 +130,6 @@ def serve(
     from fastperc.web import server
     from fastperc.web.limits import Limits
 
-    server.import_gradio()
     networks = networks_of(styles, find_device(arguments.device), arguments.tile)
     limits = Limits(
         getattr(arguments, "max_megabytes", MEGABYTES),

@@ -159,7 +159,7 @@ class Live:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._job.cancel()
-        self._thread.join()
+        self._thread.join(timeout=2)  # a network may be running
         self.camera.__exit__()
 
     @property

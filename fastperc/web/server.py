@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import errno
 import os
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,12 +23,14 @@ from fastperc.web.limits import Limits
 from fastperc.web.studio import Networks, Studio
 
 POLL = 0.02  # seconds between two looks at whether the camera's picture is new
-PATIENCE = 2  # seconds that open connections get at the end
+PATIENCE = 2  # seconds that open connections, and pictures that are being painted, get at the end
+LOOK = 0.5  # seconds between two looks at whether the server has ended
 CSS = Path(__file__).with_name("page.css")
 ENVIRONMENT = {  # read by Gradio and what it imports
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_SHARE": "False",
     "GRADIO_MCP_SERVER": "False",
+    "GRADIO_VIBE_MODE": "",  # in which a browser may change the page's code
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -124,6 +129,7 @@ def application(studio: Studio, live: Live | None, address: Address, selected: s
         ssr_mode=False,
         pwa=False,
         footer_links=[],
+        run_history=False,
         theme=theme(gr),
         css_paths=[CSS],
     )
@@ -164,11 +170,19 @@ def temporary_folder() -> Iterator[Path]:
                 os.environ["GRADIO_TEMP_DIR"] = before
 
 
+class Site(NamedTuple):
+    """The page, ready to be served."""
+
+    server: Any  # uvicorn's
+    listener: socket.socket
+    studio: Studio
+
+
 @contextmanager
 def prepared(
     networks: Networks, address: Address, limits: Limits, source: LiveSource | None = None, selected: str | None = None
-) -> Iterator[tuple[Any, socket.socket]]:
-    """Yields a uvicorn server of the page and its socket, ready for ``server.run(sockets=[socket])``.
+) -> Iterator[Site]:
+    """Yields the page, ready to be served while the block runs.
 
     Args:
         networks: that the page offers.
@@ -180,13 +194,13 @@ def prepared(
     Raises:
         InputError: the port is in use, Gradio is not installed, or the camera or a file cannot be opened.
     """
-    import_gradio()
-    import uvicorn
-
     with ExitStack() as stack:
         listener = stack.enter_context(bound(address))
         address = address._replace(port=listener.getsockname()[1])
         studio = Studio(networks, stack.enter_context(temporary_folder()), limits)
+        import_gradio()  # which looks for the folder in the environment
+        import uvicorn
+
         stack.callback(studio.close)
         live = None
         if source is not None:
@@ -195,9 +209,25 @@ def prepared(
         config = uvicorn.Config(
             app, log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=PATIENCE
         )
-        server = uvicorn.Server(config)
-        server.config.load()
-        yield server, listener
+        yield Site(uvicorn.Server(config), listener, studio)
+
+
+@contextmanager
+def running(site: Site) -> Iterator[threading.Thread]:
+    """Serves a page in a thread while the block runs; yields the thread.
+
+    It is a daemon, and so are those in which Gradio runs the work: the end need not wait for a large picture.
+    """
+    thread = threading.Thread(
+        target=site.server.run, kwargs={"sockets": [site.listener]}, name="fastperc-web", daemon=True
+    )
+    thread.start()
+    try:
+        yield thread
+    finally:
+        site.studio.close()
+        site.server.should_exit = True
+        thread.join(2 * PATIENCE)
 
 
 def serve(
@@ -208,7 +238,14 @@ def serve(
     Raises:
         KeyboardInterrupt: Ctrl-C.
     """
-    with prepared(networks, address, limits, source, selected) as (server, listener):
-        say(f"{address._replace(port=listener.getsockname()[1]).url()} shows the page; Ctrl-C stops it")
-        with silent():  # what is said of an upload is for the person in the browser
-            server.run(sockets=[listener])
+    with prepared(networks, address, limits, source, selected) as site:
+        say(f"{address._replace(port=site.listener.getsockname()[1]).url()} shows the page; Ctrl-C stops it")
+        try:
+            # What is said of an upload is for the person in the browser.
+            with silent(), running(site) as thread:
+                while thread.is_alive():
+                    thread.join(LOOK)  # on Windows, Ctrl-C does not end one that has no limit
+        except KeyboardInterrupt as stop:
+            if not site.studio.close(PATIENCE):  # PyTorch still runs, and would not bear that the process tidies up
+                atexit.register(os._exit, 128 + getattr(stop, "number", signal.SIGINT))
+            raise

@@ -138,13 +138,18 @@ class Studio:
                 self._jobs.pop(key).cancel()
         shutil.rmtree(self._results(person, tab), ignore_errors=True)
 
-    def close(self) -> None:
-        """Cancels all jobs, and those that may still come, and waits until no network runs."""
+    def close(self, patience: float = 0.0) -> bool:
+        """Cancels all jobs, and those that may still come; returns whether no network runs after ``patience`` seconds.
+
+        A network stops at its next tile or frame. A photo that is painted whole has none.
+        """
         self._closed = True
         for job in list(self._jobs.values()):
             job.cancel()
-        with self._running:
-            pass
+        idle = self._running.acquire(timeout=patience)
+        if idle:
+            self._running.release()
+        return idle
 
     def _results(self, person: str, tab: str | None) -> Path:
         # The browser chooses the name of a person: it must not become part of a path.
@@ -234,7 +239,7 @@ class Studio:
                 self.networks.tile,
                 job.watching(watch),
             )
-            return self._written(target, photo, painting)
+            return self._written(job, target, photo, painting)
 
     def enlarge(self, path: Path, method: str, scale: int, job: Job, watch: Watch = unwatched) -> Picture:
         """Enlarges a photo as ``fastperc sr upscale --method METHOD --scale SCALE`` does; see :meth:`paint`."""
@@ -248,15 +253,18 @@ class Studio:
             check_pixels(enlarged_name, *size, self.limits)
             check_size(target, *size)
             painter = self.enlarger(method, scale)
-            return self._written(target, photo, upscale(painter, photo, True, self.networks.tile, job.watching(watch)))
+            return self._written(
+                job, target, photo, upscale(painter, photo, True, self.networks.tile, job.watching(watch))
+            )
 
     def target(self, path: Path, label: str, job: Job) -> Path:
         """The file that the result of the upload ``path`` goes to: ``NAME-LABEL.EXT`` in the job's folder."""
         make_folder(job.folder)
         return job.folder / writable_name(Path(f"{path.stem}-{label}{path.suffix}"))
 
-    def _written(self, target: Path, photo: Photo, picture: Photo) -> Picture:
+    def _written(self, job: Job, target: Path, photo: Photo, picture: Photo) -> Picture:
         """Writes the picture and the previews of both. A job has a folder of its own, so no name is taken."""
+        job.check()
         write_image(target, picture)
         long_side = min(max(picture.rgb.size), PREVIEW_SIDE)
         before, after = (preview(image, long_side) for image in (photo, picture))
