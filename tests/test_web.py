@@ -146,7 +146,7 @@ def test_unknown_networks(studio, here):
 
 def test_a_name_of_a_person_is_no_path(studio, here):
     job = studio.job("../../../" + str(here), "paint")
-    assert studio.folder / "results" in job.folder.parents
+    assert studio.uploads / "results" in job.folder.parents
     studio.paint(here / "photo.png", WAVE, job)
     studio.end("../../../" + str(here))
     assert (here / "photo.png").exists() and not job.folder.exists()

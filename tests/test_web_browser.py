@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,23 @@ def test_a_clip_is_cancelled(page):
     page.click(f"#clip-video {CLEAR}")
     upload(page, "clip-video", "bad.mp4")
     assert run_tab(page, "clip").startswith("bad.mp4: not a film, damaged or cut short")
+
+
+def test_closing_the_page_deletes_its_pictures(page, browser, server):
+    other = browser.new_page()
+    other.goto(server)
+    open_tab(other, "Paint")
+    upload(other, "paint-photo", "photo.png")
+    run_tab(other, "paint")
+    results = Path(os.environ["GRADIO_TEMP_DIR"], "results")
+    (painting,) = results.rglob("photo-great_wave.png")
+    other.close()
+    page.wait_for_timeout(200)
+    for _ in range(50):
+        if not painting.exists():
+            break
+        page.wait_for_timeout(200)
+    assert not painting.exists() and not painting.parent.exists()
 
 
 def test_the_camera(page):

@@ -21,7 +21,7 @@ def main() -> None:
     """Paints the example photo in the page, and writes a picture of it."""
     with served(networks_of(STYLES, torch.device("cpu"))) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1000, "height": 800})
+        page = browser.new_page(viewport={"width": 1100, "height": 800})
         page.goto(url)
         page.set_input_files("#paint-photo input[type=file]", ROOT / "examples/chelsea.jpg")
         page.wait_for_selector("#paint-photo img")

@@ -20,7 +20,7 @@ from fastperc.progress import say, silent
 from fastperc.web.camera import Camera, Live, LiveOptions
 from fastperc.web.guard import MIB, Address, Guard
 from fastperc.web.limits import Limits
-from fastperc.web.studio import Networks, Studio
+from fastperc.web.studio import UPLOADS, Networks, Studio
 
 POLL = 0.02  # seconds between two looks at whether the camera's picture is new
 PATIENCE = 2  # seconds that open connections, and pictures that are being painted, get at the end
@@ -160,7 +160,7 @@ def temporary_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fastperc-web-", ignore_cleanup_errors=True) as name:
         before = os.environ.get("GRADIO_TEMP_DIR")
         folder = Path(name).resolve()
-        os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+        os.environ["GRADIO_TEMP_DIR"] = str(folder / UPLOADS)
         try:
             yield folder
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 import shutil
 import threading
 from collections import OrderedDict
@@ -28,6 +29,7 @@ ENGINES = 4  # networks that stay in memory
 PREVIEW_SIDE = 1600  # pixels: the longer side of the pictures that the page shows
 WORDS = {"--duration": "Length", "--start": "Start"}  # options of the command line, as the page calls them
 POLL = 0.1  # seconds between two looks at whether a waiting job was cancelled
+UPLOADS = "uploads"  # the part of the temporary folder that the browser may see
 SAMPLE = Path(__file__).with_name("sample.jpg")
 
 
@@ -112,6 +114,7 @@ class Studio:
 
     def __init__(self, networks: Networks, folder: Path, limits: Limits) -> None:
         self.networks, self.folder, self.limits = networks, folder, limits
+        self.uploads = folder / UPLOADS
         self._engines: OrderedDict[object, Painter] = OrderedDict()
         self._engines_lock, self._running = threading.Lock(), threading.Lock()
         self._jobs: dict[tuple[str, str], Job] = {}
@@ -122,7 +125,8 @@ class Studio:
     def begin(self, person: str, tab: str) -> Job:
         """A new job in place of the last one of this person in this tab, whose results are deleted."""
         self.end(person, tab)
-        job = self._jobs[person, tab] = Job(self._results(person, tab))
+        # Each has a folder of its own, since browsers keep what they once got under a name.
+        job = self._jobs[person, tab] = Job(self._results(person, tab) / secrets.token_hex(8))
         if self._closed:
             job.cancel()
         return job
@@ -153,7 +157,7 @@ class Studio:
 
     def _results(self, person: str, tab: str | None) -> Path:
         # The browser chooses the name of a person: it must not become part of a path.
-        folder = self.folder / "results" / hashlib.sha256(person.encode(errors="replace")).hexdigest()[:32]
+        folder = self.uploads / "results" / hashlib.sha256(person.encode(errors="replace")).hexdigest()[:32]
         return folder if tab is None else folder / tab
 
     @contextmanager
