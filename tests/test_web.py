@@ -219,4 +219,6 @@ def test_a_new_job_replaces_the_last_results(studio, here):
     first = studio.paint(here / "photo.png", WAVE, studio.begin("me", "paint"))
     second = studio.paint(here / "photo.png", StyleOptions("starry_night"), studio.begin("me", "paint"))
     other = studio.paint(here / "photo.png", WAVE, studio.begin("you", "paint"))
+    with pytest.raises(InputError):
+        studio.paint(here / "gone.png", WAVE, studio.begin("me", "paint"))
     assert not first.file.exists() and second.file.exists() and other.file.exists()

@@ -80,7 +80,7 @@ def run_tab(page, tab):
 
 def message(page, tab):
     """The line below the buttons of a tab."""
-    return page.locator(f"#{tab}-message [data-testid=markdown]").inner_text().strip()
+    return page.locator(f"#{tab}-message .prose").inner_text().strip()
 
 
 def downloaded(page, tab):
@@ -199,6 +199,9 @@ def test_the_camera(page):
     page.wait_for_function("document.querySelector('#live-picture').naturalWidth === 64")
     shots = [np.asarray(Image.open(path)) for path in (shot(page, "1.png"), shot(page, "2.png", 1000))]
     assert shots[0].std() > 10 and (shots[0] != shots[1]).any()  # the test source shows a clock
+    page.get_by_role("tabpanel").filter(has=page.locator("#live-picture")).get_by_text("Starry night").click()
+    third = np.asarray(Image.open(shot(page, "3.png", 2000)))
+    assert np.abs(third.astype(int) - shots[1]).mean() > 10
 
 
 def shot(page, name, wait=0):

@@ -110,4 +110,5 @@ def paint_upload(
             WatchedFrames(frames, job, advance),
             ClipOptions(span, reduced(options.long_side, clip.size), part.smooth),
         )
+        job.done()
     return target

@@ -10,16 +10,14 @@ import gradio as gr
 from fastperc.progress import Watch
 from fastperc.web.limits import check_photo
 from fastperc.web.studio import Picture, Studio
-from fastperc.web.values import LARGEST_SIDE, SMALLEST_SIDE, guarded, upload_path
+from fastperc.web.values import LARGEST_SIDE, SMALLEST_SIDE, upload_path, with_message
 
-TITLE = "fastperc"
 ENGINE = "engine"  # Gradio's name of what one event at a time may use
 PHOTO_SIDE, CLIP_SIDE, CAMERA_SIDE = 1024, 640, 640  # pixels: the longer side that the page suggests
 METHODS = [("Clean", "pixel"), ("Sharp", "feature"), ("SRCNN", "srcnn")]
 PLAYABLE = frozenset({".mp4", ".webm"})  # of what is written, by any browser
-HIDDEN: dict[str, Any] = dict(
-    queue=False, show_progress="hidden", api_visibility="private"
-)  # options of events that answer at once
+# Options of events that answer at once.
+HIDDEN: dict[str, Any] = dict(queue=False, show_progress="hidden", api_visibility="private")
 
 
 class StyleControls(NamedTuple):
@@ -37,7 +35,7 @@ class Work(NamedTuple):
     tab: str
     start: gr.Button
     cancel: gr.Button
-    message: gr.Markdown
+    message: gr.HTML
 
 
 def showing(progress: gr.Progress, verb: str) -> Watch:
@@ -70,14 +68,14 @@ def style_controls(thumbnails: list[Any], side: int, selected: str) -> StyleCont
         object_fit="cover",
         elem_classes="styles",
     )
-    style = gr.Textbox(selected, visible=False)
+    style = gr.Textbox(selected, visible="hidden")
 
     def select(event: gr.SelectData) -> str:
         return names[event.index] if isinstance(event.index, int) and 0 <= event.index < len(names) else selected
 
     gallery.select(select, None, style, **HIDDEN)
     strength = gr.Slider(0, 1, 1, step=0.05, label="Strength", buttons=[])
-    size = gr.Slider(SMALLEST_SIDE, 4096, side, step=1, label="Longer side in pixels", buttons=[])
+    size = gr.Slider(SMALLEST_SIDE, max(side, 4096), side, step=1, label="Longer side in pixels", buttons=[])
     return StyleControls(style, strength, size, gr.Checkbox(False, label="Keep the colours of the original"))
 
 
@@ -91,7 +89,7 @@ def work_controls(tab: str, verb: str) -> Work:
     with gr.Row():
         start = gr.Button(verb, variant="primary", elem_id=f"{tab}-start", scale=3, min_width=120)
         cancel = gr.Button("Cancel", interactive=False, elem_id=f"{tab}-cancel", scale=1, min_width=80)
-    return Work(tab, start, cancel, gr.Markdown("", elem_id=f"{tab}-message", elem_classes="message"))
+    return Work(tab, start, cancel, gr.HTML("", elem_id=f"{tab}-message", elem_classes="message"))
 
 
 def run_on_click(
@@ -149,7 +147,7 @@ def shown_picture(picture: Picture) -> list[Any]:
 NO_PICTURE = [gr.update(value=None), gr.update(value=None, label="Download", interactive=False)]
 
 
-def photo_input(studio: Studio, message: gr.Markdown, size: gr.Slider | None, name: str) -> gr.Image:
+def photo_input(studio: Studio, message: gr.HTML, size: gr.Slider | None, name: str) -> gr.Image:
     """The place where a photo is dropped. The line ``message`` says what is wrong with it, ``size`` follows it."""
     photo = gr.Image(
         sources=["upload", "webcam", "clipboard"],
@@ -171,7 +169,7 @@ def photo_input(studio: Studio, message: gr.Markdown, size: gr.Slider | None, na
             limit = size_limit(long_side, PHOTO_SIDE)
             return []
 
-        (text,) = guarded(studio, [], measured)
+        (text,) = with_message(studio, [], measured)
         return text if size is None else [text, limit]
 
     photo.upload(look, photo, [message] if size is None else [message, size], preprocess=False, **HIDDEN)

@@ -80,6 +80,12 @@ class Job:
         if self._cancelled.is_set():
             raise Cancelled
 
+    def done(self) -> None:
+        """Deletes the results of earlier jobs of the same person in the same tab, which are not shown any more."""
+        for folder in self.folder.parent.iterdir():
+            if folder != self.folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def watching(self, watch: Watch) -> Watch:
         """``watch`` that raises :class:`Cancelled` before the next item if the job is."""
 
@@ -123,10 +129,13 @@ class Studio:
     # Jobs
 
     def begin(self, person: str, tab: str) -> Job:
-        """A new job in place of the last one of this person in this tab, whose results are deleted."""
-        self.end(person, tab)
-        # Each has a folder of its own, since browsers keep what they once got under a name.
-        job = self._jobs[person, tab] = Job(self._results(person, tab) / secrets.token_hex(8))
+        """A new job in place of the last one of this person in this tab, which is cancelled.
+
+        Each has a folder of its own, since browsers keep what they once got under a name.
+        """
+        if (key := (person, tab)) in self._jobs:
+            self._jobs[key].cancel()
+        job = self._jobs[key] = Job(self._results(person, tab) / secrets.token_hex(8))
         if self._closed:
             job.cancel()
         return job
@@ -135,12 +144,11 @@ class Studio:
         """The job of this person in this tab, a new one if there is none."""
         return self._jobs.get((person, tab)) or self.begin(person, tab)
 
-    def end(self, person: str, tab: str | None = None) -> None:
-        """Cancels the jobs of a person, in one tab or in all, and deletes their results."""
-        for key in list(self._jobs):
-            if key[0] == person and tab in (None, key[1]):
-                self._jobs.pop(key).cancel()
-        shutil.rmtree(self._results(person, tab), ignore_errors=True)
+    def end(self, person: str) -> None:
+        """Cancels the jobs of a person who has left, and deletes their results."""
+        for key in [key for key in self._jobs if key[0] == person]:
+            self._jobs.pop(key).cancel()
+        shutil.rmtree(self._results(person), ignore_errors=True)
 
     def close(self, patience: float = 0.0) -> bool:
         """Cancels all jobs, and those that may still come; returns whether no network runs after ``patience`` seconds.
@@ -155,10 +163,9 @@ class Studio:
             self._running.release()
         return idle
 
-    def _results(self, person: str, tab: str | None) -> Path:
+    def _results(self, person: str, tab: str = "") -> Path:
         # The browser chooses the name of a person: it must not become part of a path.
-        folder = self.uploads / "results" / hashlib.sha256(person.encode(errors="replace")).hexdigest()[:32]
-        return folder if tab is None else folder / tab
+        return self.uploads / "results" / hashlib.sha256(person.encode(errors="replace")).hexdigest()[:32] / tab
 
     @contextmanager
     def turn(self, job: Job) -> Iterator[None]:
@@ -278,6 +285,7 @@ class Studio:
         )
         write_image(result.before, before)
         write_image(result.after, after)
+        job.done()
         return result
 
     def sentence(self, message: str) -> str:

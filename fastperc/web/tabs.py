@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from fastperc.web.page import (
     work_controls,
 )
 from fastperc.web.studio import Studio
-from fastperc.web.values import guarded, number, style_options, upload_path
+from fastperc.web.values import number, style_options, upload_path, with_message
 
 TITLE = "fastperc"
 LONGEST = 1e7  # seconds
@@ -60,7 +61,7 @@ def photo_tab(studio: Studio, thumbnails: list[Any], selected: str) -> None:
             job = studio.job(str(request.session_hash), "paint")
             return shown_picture(studio.paint(path, options, job, showing(progress, "Painting")))
 
-        return guarded(studio, NO_PICTURE, painted)
+        return with_message(studio, NO_PICTURE, painted)
 
     run_on_click(studio, work, paint, [photo, *controls], [slider, download, work.message], slider)
 
@@ -90,7 +91,7 @@ def enlarge_tab(studio: Studio) -> None:
             job = studio.job(str(request.session_hash), "enlarge")
             return shown_picture(studio.enlarge(path, str(method), times, job, showing(progress, "Enlarging")))
 
-        return guarded(studio, NO_PICTURE, enlarged)
+        return with_message(studio, NO_PICTURE, enlarged)
 
     run_on_click(studio, work, enlarge, [photo, scale, method], [slider, download, work.message], slider)
 
@@ -118,7 +119,7 @@ def clip_tab(studio: Studio, thumbnails: list[Any], selected: str) -> None:
             size = size_limit(max(measure(upload_path(upload, studio, "clip")).size), CLIP_SIDE)
             return []
 
-        return [*guarded(studio, [], measured), size]
+        return [*with_message(studio, [], measured), size]
 
     clip.upload(look, clip, [work.message, controls.size], preprocess=False, **HIDDEN)
     clip.clear(lambda: "", None, work.message, **HIDDEN)
@@ -147,7 +148,7 @@ def clip_handler(studio: Studio) -> Callable[..., list[Any]]:
             shown = gr.update(value=target if target.suffix in PLAYABLE else None)
             return [shown, gr.update(value=target, interactive=True)]
 
-        return guarded(studio, nothing, painted)
+        return with_message(studio, nothing, painted)
 
     return paint
 
@@ -158,9 +159,9 @@ def live_tab(live: Live, thumbnails: list[Any]) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=320):
             gr.HTML('<img id="live-picture" src="live" alt="The painted picture of the camera">')
-            message = gr.Markdown("", elem_classes="message", elem_id="live-message")
+            message = gr.HTML("", elem_classes="message", elem_id="live-message")
         with gr.Column(scale=2, min_width=320):
-            controls = style_controls(thumbnails, CAMERA_SIDE, initial.style.style)
+            controls = style_controls(thumbnails, initial.style.long_side or CAMERA_SIDE, initial.style.style)
             smooth = gr.Slider(0, 1, initial.smooth, step=0.05, label="Less flicker", buttons=[])
 
     def change(style: Any, strength: Any, size: Any, keep_colors: Any, smooth: Any) -> str:
@@ -169,16 +170,17 @@ def live_tab(live: Live, thumbnails: list[Any]) -> None:
             live.options = LiveOptions(options, number(smooth, 0, 1, "the flicker"))
             return []
 
-        (text,) = guarded(live.studio, [], changed)
+        (text,) = with_message(live.studio, [], changed)
         return text
 
     def fault() -> str:
-        return live.studio.sentence(live.fault) if live.fault else "The camera has stopped." if live.over else ""
+        if live.fault:
+            return html.escape(live.studio.sentence(live.fault), quote=False)
+        return "The camera has stopped." if live.over else ""
 
     gr.Timer(POLL).tick(fault, None, message, **HIDDEN)
     inputs: list[Any] = [*controls, smooth]
     controls.strength.value, controls.keep_colors.value = initial.style.strength, initial.style.keep_colors
-    controls.size.value = initial.style.long_side or CAMERA_SIDE
     gr.on([component.change for component in inputs], change, inputs, message, preprocess=False, **HIDDEN)
 
 

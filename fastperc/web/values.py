@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,12 @@ def sentence_of(error: BaseException, studio: Studio) -> str:
     return studio.sentence(str(error))
 
 
-def guarded(studio: Studio, empty: list[Any], work: Callable[[], list[Any]]) -> list[Any]:
-    """What ``work`` returns with an empty message after it, or ``empty`` with a sentence about what went wrong."""
+def with_message(studio: Studio, empty: list[Any], work: Callable[[], list[Any]]) -> list[Any]:
+    """What ``work`` returns with an empty message after it, or ``empty`` with a sentence about what went wrong.
+
+    The message is HTML.
+    """
     try:
         return [*work(), ""]
     except (Cancelled, InputError, OSError, MemoryError, RuntimeError, ArithmeticError) as error:
-        return [*empty, sentence_of(error, studio)]
+        return [*empty, html.escape(sentence_of(error, studio), quote=False)]
