@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,20 @@ def test_cancel_while_waiting(studio, here, end):
         thread.join(10)
     closing.join(10)
     assert outcome and not closing.is_alive() and not list(studio.folder.rglob("photo-*"))
+
+
+def test_closing_does_not_wait_for_long(studio, here):
+    def paint():
+        with suppress(Cancelled):
+            studio.paint(here / "photo.png", StyleOptions("slow"), studio.job("me", "paint"))
+
+    (thread,) = in_threads(paint)
+    while not Slow.running:
+        time.sleep(0.01)
+    assert not studio.close()
+    assert studio.close(patience=10)
+    thread.join(10)
+    assert not thread.is_alive() and not list(studio.folder.rglob("photo-*"))
 
 
 def test_cancel_between_frames(studio, here):

@@ -30,7 +30,7 @@ PREVIEW_SIDE = 1600  # pixels: the longer side of the pictures that the page sho
 WORDS = {"--duration": "Length", "--start": "Start"}  # options of the command line, as the page calls them
 POLL = 0.1  # seconds between two looks at whether a waiting job was cancelled
 UPLOADS = "uploads"  # the part of the temporary folder that the browser may see
-SAMPLE = Path(__file__).with_name("sample.jpg")
+SAMPLE = Path(__file__).with_name("sample.jpg")  # a part of examples/chelsea.jpg
 
 
 class Cancelled(Exception):
