@@ -15,6 +15,7 @@ from fastperc._version import __version__
 from fastperc.devices import find_device
 from fastperc.errors import InputError
 from fastperc.files import NotOnlyTensors, PathLike, read_tensors, write_tensors
+from fastperc.hub import SCHEME, Address
 from fastperc.models import SRCNN, SuperResolutionNet, TransformNet
 from fastperc.models.common import WRAPPER_NAMES, unwrapped
 from fastperc.weights import STYLES, SUPER_RESOLUTION
@@ -106,21 +107,23 @@ def _stored_in(dtype: torch.dtype, name: str, tensor: Tensor) -> bool:
 
 
 def load(name_or_path: PathLike, device: str | torch.device = "cpu") -> nn.Module:
-    """Loads a network, in eval mode and float32, from a file or by the name of one that ships with fastperc.
+    """Loads a network, in eval mode and float32, from a file, the Hugging Face Hub, or by the name of one that ships.
 
     Reads fastperc's ``.safetensors`` files and state_dicts of PyTorch's fast_neural_style example at any width. Old
     state_dicts with ``running_mean`` keys and those saved from ``DataParallel`` work too.
 
     Args:
-        name_or_path: such as ``"great_wave"`` or ``"runs/mine/model.safetensors"``.
+        name_or_path: such as ``"great_wave"``, ``"runs/mine/model.safetensors"`` or
+            ``"hf://owner/name/model.safetensors@revision"``, see :class:`fastperc.hub.Address`.
         device: the device to load it on.
 
     Raises:
         InputError: no such file or name, a damaged file, another architecture, weights that are not finite, no such
-            device.
+            device; a file on the hub that cannot be downloaded.
     """
     target = torch.device("meta") if str(device) == "meta" else find_device(str(device))
-    path = Path(name_or_path)
+    on_hub = isinstance(name_or_path, str) and name_or_path.startswith(SCHEME)
+    path = Address.parse(str(name_or_path)).download() if on_hub else Path(name_or_path)
     if not path.exists():
         path = (STYLES | SUPER_RESOLUTION).get(str(name_or_path), path)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import secrets
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fastperc.errors import InputError
 
@@ -218,6 +219,34 @@ def read_tensors(path: PathLike) -> tuple[dict[str, Any], dict[str, str]]:
         raise
     except Exception:  # a damaged file can raise anything in zipfile, zlib, numpy, safetensors or torch
         raise InputError(f"{path}: not a file of tensors (.safetensors, .npz or PyTorch), or damaged") from None
+
+
+class Header(NamedTuple):
+    """What a ``.safetensors`` file says of itself."""
+
+    shapes: dict[str, list[int]]  # of its tensors, by name
+    metadata: dict[str, str]
+
+
+def read_safetensors_header(path: PathLike) -> Header:
+    """Reads the header of a ``.safetensors`` file alone, without PyTorch, which takes long to import.
+
+    Raises:
+        InputError: the file is missing, damaged, or has another format.
+    """
+    path = check_readable(path)
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= path.stat().st_size - 8:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        metadata = {str(name): str(text) for name, text in header.pop("__metadata__", {}).items()}
+        return Header({name: [int(side) for side in entry["shape"]] for name, entry in header.items()}, metadata)
+    except OSError:
+        raise
+    except Exception:  # a damaged header can be anything
+        raise InputError(f"{path}: not a .safetensors file, or damaged") from None
 
 
 def write_tensors(path: PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:

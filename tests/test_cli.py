@@ -119,10 +119,13 @@ def test_help_takes_less_than_a_tenth_of_a_second():
     assert min(seconds() for _ in range(3)) < 0.1
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["stylize", "train", "figure2", "sr", "sr train", "sr upscale", "sr eval", "optimize", "tune", "bench", "doctor"],
-)
+ALL_COMMANDS = [
+    *("stylize", "styles", "train", "figure2", "sr", "sr train", "sr upscale", "sr eval", "optimize", "convert"),
+    *("export", "push", "tune", "bench", "doctor", "completion"),
+]
+
+
+@pytest.mark.parametrize("command", ALL_COMMANDS)
 def test_help_of_each_command(run, command):
     status, out, err = run(*command.split(), "--help")
     assert (status, err) == (0, "") and out.startswith(f"usage: fastperc {command}")

@@ -17,7 +17,8 @@ from fastperc.cli import build_parser
 from fastperc.models.vgg_weights import convolutions, indices, names
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", *PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 ABBREVIATED = re.compile(r"…|\.\.\.|COMMAND")
 
 

@@ -24,6 +24,8 @@ SR = TRAIN.replace("16", "64")
 COMMANDS = {
     "stylize {} -o new.png --model model": "photo.png",
     "stylize photo.png -o new.png --model {}": "model",
+    "stylize photo.png -o new.png --model model --mask {}": "mask.png",
+    "styles -o new.png --size 16 --photo {}": "photo.png",
     "bench --sizes 16 --device cpu --model {}": "model",
     "export -o new.pt2 --model {}": "model",
     "convert {} -o new.safetensors": "example.pth",
@@ -55,6 +57,7 @@ def project(vgg_file, model, sr_model, tmp_path_factory):
     (folder / "photos").mkdir(parents=True)
     picture(70, 66).save(folder / "photo.png")
     picture(40, 30).save(folder / "painting.png")
+    picture(40, 30).convert("L").save(folder / "mask.png")
     picture(70, 66).save(folder / "photos" / "a.jpg")
     fastperc.save(fastperc.TransformNet("paper", width=4), folder / "start")
     torch.save(PyTorchNet().state([*EXAMPLE, *DECONVS], EXAMPLE_NORMS), folder / "example.pth")

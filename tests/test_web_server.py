@@ -203,6 +203,8 @@ def test_the_stream_of_the_camera(networks):
         ("stylize photo.png --port 8000", "--port is for --webcam"),
         ("stylize --webcam 0 --style monet", "no style 'monet'; use "),
         ("stylize --webcam 0 --crf 9", "--crf is for clips"),
+        ("stylize --webcam 0 --mask photo.png", "--mask is for photos and clips, not for --webcam"),
+        ("stylize --webcam 0 --style great_wave --style starry_night", "give each network one mask"),
     ],
 )
 def test_refused(refused, command, message):

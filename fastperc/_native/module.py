@@ -44,6 +44,7 @@ def build_info() -> dict[str, Any]:
     return {"missing": _missing} if _missing else {**_C.build_info()}
 
 
+@lru_cache  # a second call would change nothing, and take as long as a small layer
 def reuse_freed_memory(block: int, kept: int) -> None:
     """Makes malloc serve up to ``block`` bytes from freed memory, and keep up to ``kept`` bytes of it in the process.
 

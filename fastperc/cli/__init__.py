@@ -13,12 +13,42 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
 from fastperc._version import __version__
-from fastperc.cli import bench, convert, doctor, export, figure2, optimize, sr, stylize, train, tune, web
+from fastperc.cli import (
+    bench,
+    completion,
+    convert,
+    doctor,
+    export,
+    figure2,
+    optimize,
+    push,
+    sr,
+    styles,
+    stylize,
+    train,
+    tune,
+    web,
+)
 from fastperc.cli.options import EXIT_STATUS
 from fastperc.cli.terminal import guarded, print_any_name
 from fastperc.errors import BAD_INPUT, INTERRUPTED, InputError
 
-COMMANDS = stylize, web, train, figure2, sr, optimize, convert, export, tune, bench, doctor  # in the order of --help
+COMMANDS = (
+    stylize,
+    styles,
+    web,
+    train,
+    figure2,
+    sr,
+    optimize,
+    convert,
+    export,
+    push,
+    tune,
+    bench,
+    doctor,
+    completion,
+)  # in the order of --help
 FAILED, PIPE_CLOSED = 1, 141  # exit statuses, with BAD_INPUT and INTERRUPTED
 
 
@@ -141,6 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
         + EXIT_STATUS,
     )
     parser.add_argument("--version", action="version", version=f"fastperc {__version__}")
+    parser.set_defaults(parser=parser)  # for ``completion``
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         command.add(commands)

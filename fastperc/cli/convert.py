@@ -14,8 +14,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "convert",
         help="turn other people's checkpoints into fastperc's",
-        description="Turns a checkpoint of another project into a network for `fastperc stylize --model`. It reads "
-        "numbers only: no code in a file is run.",
+        description="Turns a checkpoint of another project into a network for `fastperc stylize --model`.\n"
+        "It reads numbers only: no code in a file is run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="what it reads:\n"
         "  pytorch/examples fast_neural_style, of any age     .model, .pth\n"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastperc.cli.networks import add_style_network, shipped_file, style_file
-from fastperc.cli.options import path, sizes
+from fastperc.cli.options import path, sizes, suggest
+from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 FIXED = 512  # pixels a side, of --size fixed
 LICENSE = "BSD-3-Clause"  # of the networks that ship
@@ -19,8 +20,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser(
         "export",
         help="write a network for other programs: ONNX, or an archive of torch.export",
-        description="Writes a network for other programs: an .onnx file, or an archive of torch.export (.pt2). Its "
-        "pictures are compared with PyTorch's at several sizes before the file is kept.",
+        description="Writes a network for other programs: an .onnx file, or an archive of torch.export (.pt2).\n"
+        "Its pictures are compared with PyTorch's at several sizes before the file is kept.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  fastperc export --style great_wave -o great_wave.onnx\n"
@@ -30,9 +31,10 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         ".onnx needs three packages: pip install 'fastperc[onnx]'",
     )
     network = add_style_network(parser)
-    network.add_argument(
+    shipped = network.add_argument(
         "--network", metavar="NAME", help="any network that ships, such as x4_pixel, which enlarges four times"
     )
+    suggest(shipped, STYLES | SUPER_RESOLUTION)
     parser.add_argument(
         "-o", "--out", required=True, type=path, metavar="FILE", help="the file to write: NAME.onnx or NAME.pt2"
     )

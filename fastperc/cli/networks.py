@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastperc.cli.options import path
+from fastperc.cli.options import network_file, path, suggest
 from fastperc.errors import InputError
+from fastperc.hub import Address
 from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 if TYPE_CHECKING:
@@ -28,25 +29,64 @@ ARCHIVES = (
 )
 
 
-def add_style_network(parser: argparse.ArgumentParser, archives: bool = False) -> argparse._MutuallyExclusiveGroup:
-    """Adds ``--style`` and ``--model``, which name a style network; returns their group, of which one can be given.
+TRAINED = (
+    "a trained network: fastperc's .safetensors, on disk or as hf://OWNER/NAME/FILE on the Hugging Face Hub, or a "
+    "state_dict of PyTorch's fast_neural_style example"
+)
 
-    Args:
-        parser: of the command.
-        archives: whether ``--model`` takes archives too, see :mod:`fastperc.archives`.
-    """
+
+def add_style_network(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Adds ``--style`` and ``--model``, which name a style network; returns their group, of which one can be given."""
     model = parser.add_mutually_exclusive_group()
-    model.add_argument(
+    style = model.add_argument(
         "--style", default=DEFAULT_STYLE, metavar="NAME", help=f"one of {', '.join(STYLES)}; default: %(default)s"
     )
-    model.add_argument(
-        "--model",
-        type=path,
-        metavar="FILE",
-        help="a trained network: fastperc's .safetensors, or a state_dict of PyTorch's fast_neural_style example"
-        + (f", {ARCHIVES}" if archives else ""),
-    )
+    suggest(style, STYLES)
+    model.add_argument("--model", type=network_file, metavar="FILE", help=TRAINED)
     return model
+
+
+def add_masked_networks(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--style`` and ``--model``, stored in order as ``networks``, and ``--mask``, stored as ``masks``.
+
+    Each can be given several times. ``networks`` holds names of styles and what :func:`network_file` returns.
+    """
+    style = parser.add_argument(
+        "--style",
+        dest="networks",
+        action="append",
+        metavar="NAME",
+        help=f"one of {', '.join(STYLES)}; default: {DEFAULT_STYLE}",
+    )
+    suggest(style, STYLES)
+    parser.add_argument(
+        "--model", dest="networks", action="append", type=network_file, metavar="FILE", help=f"{TRAINED}, {ARCHIVES}"
+    )
+    parser.add_argument(
+        "--mask",
+        dest="masks",
+        action="append",
+        type=path,
+        default=[],
+        metavar="FILE",
+        help="an image of any size: paint where it is white, in part where it is gray; with a mask for each, several "
+        "--style and --model share a picture",
+    )
+
+
+def network_files(arguments: argparse.Namespace) -> list[Path]:
+    """The files of the networks that the options of :func:`add_masked_networks` name.
+
+    Raises:
+        InputError: no style of that name, or not a mask for each network.
+    """
+    sources, count = arguments.networks or [DEFAULT_STYLE], len(arguments.masks)
+    if count != len(sources) and (count or len(sources) > 1):
+        raise InputError(
+            f"--style and --model name {len(sources)} in all, and --mask is given {count} times; give each network "
+            "one mask, in the same order"
+        )
+    return [style_of_name(source) if isinstance(source, str) else local_file(source) for source in sources]
 
 
 def style_file(arguments: argparse.Namespace) -> Path:
@@ -55,15 +95,33 @@ def style_file(arguments: argparse.Namespace) -> Path:
     Raises:
         InputError: no style of that name.
     """
-    if arguments.model is None and arguments.style not in STYLES:
-        message = f"no style {arguments.style!r}; use {', '.join(STYLES)} or --model FILE"
-        if Path(arguments.style).is_file() or Path(arguments.style).suffix.lower() in IMAGE_SUFFIXES:
+    return style_of_name(arguments.style) if arguments.model is None else local_file(arguments.model)
+
+
+def local_file(source: Path | Address) -> Path:
+    """``source``, or the local copy of a file on the Hugging Face Hub, which is downloaded if need be.
+
+    Raises:
+        InputError: it cannot be downloaded.
+    """
+    return source.download() if isinstance(source, Address) else source
+
+
+def style_of_name(name: str) -> Path:
+    """The file of the style called ``name`` that ships.
+
+    Raises:
+        InputError: no style of that name.
+    """
+    if name not in STYLES:
+        message = f"no style {name!r}; use {', '.join(STYLES)} or --model FILE"
+        if Path(name).is_file() or Path(name).suffix.lower() in IMAGE_SUFFIXES:
             message = (
                 f"--style takes a name ({', '.join(STYLES)}), not a file; give --model FILE for a trained network; "
                 "for a painting use `fastperc optimize`, or train a network by `fastperc train`"
             )
         raise InputError(message)
-    return arguments.model or STYLES[arguments.style]
+    return STYLES[name]
 
 
 def load_style(source: Path, device: torch.device) -> nn.Module:
@@ -97,6 +155,21 @@ def load_style_painter(source: Path, device: torch.device) -> Painter:
     if painter.scale != 1:
         raise InputError(f"{source}: enlarges {painter.scale} times; use `fastperc sr upscale --model {source}`")
     return painter
+
+
+def load_masked_painter(sources: Sequence[Path], masks: Sequence[Path], device: torch.device) -> Painter:
+    """Loads the networks in the files ``sources`` as a painter that gives each its mask; without masks, the only one.
+
+    Raises:
+        InputError: a file cannot be read, or holds another kind of network.
+    """
+    if not masks:
+        return load_style_painter(sources[0], device)
+
+    from fastperc.photos.masks import MaskedPainter, read_mask
+
+    images = [read_mask(mask) for mask in masks]
+    return MaskedPainter([(load_style_painter(source, device), image) for source, image in zip(sources, images)])
 
 
 def shipped(names: Sequence[str]) -> list[Path]:

@@ -6,14 +6,22 @@ Imports neither torch nor anything else that is slow before a command runs, beca
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from fastperc.errors import InputError
+from fastperc.hub import SCHEME, Address
 from fastperc.presets import MINIMUM_SIDE
 
 # Parts of the commands' epilogs.
 EXIT_STATUS = "Exit status: 0 success, 1 failure while running, 2 bad input, 130 Ctrl-C."
 SEVERAL_INPUTS = "With several photos, unusable ones are named and skipped, and the exit status is 2."
+
+
+def suggest(action: argparse.Action, values: Iterable[str]) -> None:
+    """Has ``fastperc completion`` complete the value of an option or argument with ``values``; others stay allowed."""
+    vars(action)["suggestions"] = tuple(values)
 
 
 def path(text: str) -> Path:
@@ -25,6 +33,16 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return Path(text)
+
+
+def network_file(text: str) -> Path | Address:
+    """A path, or the address of a file on the Hugging Face Hub, which begins with ``hf://``."""
+    if not text.startswith(SCHEME):
+        return path(text)
+    try:
+        return Address.parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def output(text: str) -> str:

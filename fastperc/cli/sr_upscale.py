@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastperc.cli.clips import add_clips, run_photos_and_clips
-from fastperc.cli.networks import ARCHIVES, METHODS, load_painter, super_resolution_file
-from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_match, add_tile, path
+from fastperc.cli.networks import ARCHIVES, METHODS, load_painter, local_file, super_resolution_file
+from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_match, add_tile, network_file
 from fastperc.errors import InputError
 from fastperc.presets import SCALES
 
@@ -41,7 +41,11 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "as in the paper), or SRCNN; default: %(default)s",
     )
     network.add_argument(
-        "--model", type=path, metavar="FILE", help=f"a network trained by `fastperc sr train`, {ARCHIVES}"
+        "--model",
+        type=network_file,
+        metavar="FILE",
+        help=f"a network trained by `fastperc sr train`, on disk or as hf://OWNER/NAME/FILE on the Hugging Face Hub, "
+        f"{ARCHIVES}",
     )
     add_match(parser)
     add_tile(parser, "enlarge")
@@ -62,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc.video.formats import ClipFormats
     from fastperc.video.painters import EnlargeFrames
 
-    source = arguments.model or super_resolution_file(arguments.method, arguments.scale or 4)
+    scale = arguments.scale or 4
+    source = local_file(arguments.model) if arguments.model else super_resolution_file(arguments.method, scale)
     painter = load_painter(source, arguments.scale, find_device(arguments.device))
 
     def paint(path: Path, watch: Watch) -> Photo:

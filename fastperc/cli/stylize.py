@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastperc.cli.clips import add_clips, run_photos_and_clips
-from fastperc.cli.networks import add_style_network, load_style_painter, style_file
+from fastperc.cli.networks import add_masked_networks, load_masked_painter, network_files
 from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_tile, fraction, positive
 from fastperc.cli.web import add_webcam, run_webcam
 from fastperc.errors import InputError
@@ -27,11 +27,13 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "  fastperc stylize holiday/ -o painted/ --strength 0.7 --keep-colors\n"
         "  fastperc stylize photo.jpg -o out.jpg --model runs/mine/model.safetensors\n"
         "  fastperc stylize photo.jpg -o out.jpg --model exported.pt2\n"
+        "  fastperc stylize photo.jpg -o out.jpg --mask sky.png    where the mask is white\n"
+        "  fastperc stylize photo.jpg --style great_wave --mask sea.png --style starry_night --mask sky.png\n"
         "  fastperc stylize clip.mp4 -o out.mp4 --smooth 0.5       with its sound\n"
         "  fastperc stylize --webcam 0                             a camera, in the browser\n\n" + SEVERAL_INPUTS,
     )
     add_files(parser, required=False)
-    add_style_network(parser, archives=True)
+    add_masked_networks(parser)
     parser.add_argument(
         "--size",
         type=positive,
@@ -73,11 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc.video.formats import ClipFormats
     from fastperc.video.painters import StyleFrames
 
-    source = style_file(arguments)
-    jobs = plan_jobs(arguments.inputs, arguments.out, source.stem, STYLES, ClipFormats())
+    sources = network_files(arguments)
+    label = "-".join(dict.fromkeys(source.stem for source in sources))
+    jobs = plan_jobs(arguments.inputs, arguments.out, label, STYLES, ClipFormats())
     targets = dict(jobs)
-    check_overwrites(targets.values(), [source])
-    painter = load_style_painter(source, find_device(arguments.device))
+    check_overwrites(targets.values(), [*sources, *arguments.masks])
+    painter = load_masked_painter(sources, arguments.masks, find_device(arguments.device))
 
     def paint(path: Path, watch: Watch) -> Photo:
         photo = read_photo(path, arguments.size)

@@ -11,10 +11,11 @@ from fastperc.cli.networks import (
     DEFAULT_STYLE,
     load_painter,
     load_style_painter,
-    style_file,
+    local_file,
+    network_files,
     super_resolution_file,
 )
-from fastperc.cli.options import add_device, add_tile, path, positive
+from fastperc.cli.options import add_device, add_tile, network_file, positive
 from fastperc.errors import InputError
 from fastperc.weights import STYLES
 
@@ -58,7 +59,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument(
         "--model",
-        type=path,
+        type=network_file,
         metavar="FILE",
         action="append",
         default=[],
@@ -98,8 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
     from fastperc.web.guard import Address
 
-    styles = {DEFAULT_STYLE: STYLES[DEFAULT_STYLE]} | STYLES | named(arguments.model)
-    selected = next(reversed(named(arguments.model)), DEFAULT_STYLE)
+    own = named([local_file(model) for model in arguments.model])
+    styles = {DEFAULT_STYLE: STYLES[DEFAULT_STYLE]} | STYLES | own
+    selected = next(reversed(own), DEFAULT_STYLE)
     return serve(arguments, styles, Address(arguments.host, arguments.port), selected)
 
 
@@ -190,7 +192,9 @@ def run_webcam(arguments: argparse.Namespace) -> int:
     if arguments.inputs or arguments.out is not None:
         raise InputError("--webcam takes the place of INPUT and --out; leave them out")
     check_no_clip_options(argparse.Namespace(**{**vars(arguments), "smooth": None}))
-    source = style_file(arguments)
+    if arguments.masks:
+        raise InputError("--mask is for photos and clips, not for --webcam")
+    (source,) = network_files(arguments)
     address = Address(HOST, PORT if arguments.port is None else arguments.port)
     styles = {source.stem: source} | {name: file for name, file in STYLES.items() if name != source.stem}
     return serve(arguments, styles, address, source.stem, arguments.smooth or 0.0)

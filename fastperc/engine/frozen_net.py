@@ -7,7 +7,7 @@ import inspect
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,8 @@ from fastperc.rewriting.trace import export, trace
 SHAPES = 32  # the shapes whose programs are kept
 REUSED_BYTES, KEPT_BYTES = 64 << 20, 256 << 20  # memory that passes use again: largest block, in all
 CLEARLY = 0.97  # of the time of what is kept anyway; with less, another way is taken
-TIMED_RUNS = 4
+TIMED_RUNS = 4  # at most, and not more than two that take longer than this together:
+TIMED_SECONDS = 0.5
 
 
 class Choice(NamedTuple):
@@ -67,6 +68,10 @@ class FrozenNet:
         self._original = copy.deepcopy(net).eval().requires_grad_(False)
         _check_weights(self._original)
         self._signature = inspect.signature(self._original.forward)
+        parameters = self._signature.parameters.values()
+        self._positional = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+        if len(self._positional) < len(parameters):
+            self._positional = []
         self._lock = threading.RLock()
         self._networks: OrderedDict[Hashable, Network] = OrderedDict()
         self._choices: OrderedDict[Hashable, Choice] = OrderedDict()
@@ -146,6 +151,8 @@ class FrozenNet:
 
     def _bound(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments by the names that the forward gives them."""
+        if not kwargs and len(args) == len(self._positional):
+            return dict(zip(self._positional, args))  # what `bind` does, in a tenth of the time
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.arguments
@@ -220,48 +227,62 @@ class FrozenNet:
         network = self._network(arguments)
         measures = self.tune and backends.forced() is None and not network.mutates
         apart = measures and self.device.type == "cpu"  # on a GPU a layer by itself says too little about a graph
-        shapes: dict[fx.Node, torch.Size] = {}
-        fused = set(network.groups)
+        shapes, slower = self._shapes(network, arguments, apart)
+        programs = {alone: self._program(network, shapes, alone) for alone in dict.fromkeys(((), slower))}
+        if not measures:
+            return Choice(programs[()], (), None)
+        # Layers in a row run as one call, so the whole decides whether one of them is better left out.
+        runs = {alone: self._seconds_whole(program, arguments) for alone, program in programs.items()}
+        alone = min(runs, key=runs.__getitem__)
+        try:
+            plain = self._seconds_whole(self._plainly, arguments)
+        except RuntimeError:  # a view that channels-last memory does not allow
+            return Choice(programs[alone], alone, None)
+        if plain < CLEARLY * runs[alone]:
+            return Choice(None, alone, (runs[alone], plain))
+        if all(one.program is not None for one in self._choices.values()):
+            self._plain = None  # nothing needs it
+        return Choice(programs[alone], alone, (runs[alone], plain))
 
-        def watch(step: Step, values: list[Any]) -> Any:
-            value = step.run(values)
-            if apart and step.node in fused:
-                alone = run_group(network.groups[step.node], network)
-                if self._seconds(lambda: alone(values)) < CLEARLY * self._seconds(lambda: step.run(values)):
-                    slower.add(step.node)
-            if isinstance(value, Tensor):
-                shapes[step.node] = value.shape
-            return value
-
-        slower: set[fx.Node] = set()
-        Program(network, fused)(_mapped(torch.clone, arguments), watch)
-        shapes |= {
+    def _shapes(
+        self, network: Network, arguments: dict[str, Any], apart: bool
+    ) -> tuple[dict[fx.Node, torch.Size], tuple[fx.Node, ...]]:
+        """The shapes of the network's maps, and, if measured ``apart``, its groups that are slower as layers."""
+        shapes = {
             node: arguments[str(node.target)].shape
             for node in network.nodes
             if node.op == "placeholder" and isinstance(arguments.get(str(node.target)), Tensor)
         }
-        fused -= slower
+        slower: list[fx.Node] = []
+
+        def watch(step: Step, values: list[Any]) -> Any:
+            value = step.run(values)
+            if apart and step.node in network.groups:
+                alone, layer = run_group(network.groups[step.node], network), program.replay(step)
+                if self._seconds(lambda: alone(values)) < CLEARLY * self._seconds(lambda: layer(values)):
+                    slower.append(step.node)
+            if isinstance(value, Tensor):
+                shapes[step.node] = value.shape
+            return value
+
+        program = Program(network, network.groups)
+        program(_mapped(torch.clone, arguments), watch)
+        return shapes, tuple(slower)
+
+    def _program(self, network: Network, shapes: dict[fx.Node, torch.Size], alone: Collection[fx.Node]) -> Program:
+        """The network for these shapes, its groups as layers but for those that run call by call."""
+        fused = network.groups.keys() - alone
         writers = {node for node in fused if network.layers[node].writes_to_places}
-        program = Program(network, fused, plan_places(network.calls, shapes, writers, (self.device, self.dtype)))
-        if not measures:
-            return Choice(program, tuple(slower), None)
-        try:
-            ours, plain = (
-                self._seconds(lambda: self._replayed(graphs, run, arguments))  # noqa: B023 - it is called at once
-                for run, graphs in ((program, Graphs()), (self._plainly, Graphs()))
-            )
-        except RuntimeError:  # a view that channels-last memory does not allow
-            return Choice(program, tuple(slower), None)
-        if plain < CLEARLY * ours:
-            return Choice(None, tuple(slower), (ours, plain))
-        if all(one.program is not None for one in self._choices.values()):
-            self._plain = None  # nothing needs it
-        return Choice(program, tuple(slower), (ours, plain))
+        return Program(network, fused, plan_places(network.calls, shapes, writers, (self.device, self.dtype)))
+
+    def _seconds_whole(self, run: Callable[[Any], Any], arguments: dict[str, Any]) -> float:
+        graphs = Graphs()
+        return self._seconds(lambda: self._replayed(graphs, run, arguments))
 
     def _seconds(self, run: Callable[[], Any]) -> float:
         """The shortest time of a few runs; on a GPU the last of them replay a graph."""
-        times = []
-        for _ in range(TIMED_RUNS):
+        times: list[float] = []
+        while len(times) < TIMED_RUNS and (len(times) < 2 or sum(times) < TIMED_SECONDS):
             start = time.perf_counter()
             run()
             if self.device.type == "cuda":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastperc import ops
 from fastperc.errors import InputError
-from fastperc.files import read_tensors, write_tensors
+from fastperc.files import make_folder, read_tensors, write_tensors
 from fastperc.models.image_range import check_range
 from fastperc.models.vgg_weights import PREPROCESSING, convolutions, indices, names, vgg_weights
 from fastperc.modules.norms import WideStatistics
@@ -238,7 +238,7 @@ def fetch_torchvision_weights(arch: str = "vgg16") -> dict[str, Tensor]:
     cache = Path(torch.hub.get_dir(), "checkpoints", f"{arch}_features-{digest}.safetensors")
     if not cache.exists():
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(cache.parent)
             with TemporaryDirectory(dir=cache.parent) as folder:
                 tensors = torch.hub.load_state_dict_from_url(
                     url, folder, map_location="cpu", check_hash=True, weights_only=True

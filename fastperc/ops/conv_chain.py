@@ -166,7 +166,7 @@ def _of_its_kind(conv: Any, x: Tensor) -> Tensor:
 def _is_a_product(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a 1×1 convolution of an ``x`` in NHWC runs as one matrix product, which is a single call of MKL.
 
-    oneDNN's convolutions copy the gradient of the weights to the layout of the weights, and took 1.4 times as long.
+    oneDNN's convolutions copy the gradient of the weights to the layout of the weights, which takes longer.
     """
     pointwise = (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
     if not pointwise or x.shape[1] != conv.in_channels or not torch.backends.mkl.is_available():

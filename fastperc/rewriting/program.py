@@ -91,7 +91,7 @@ class Program:
             fused: the last nodes of the groups that run as layers.
             places: of layers' outputs in concatenated tensors.
         """
-        self.network, self._places = network, places
+        self.network, self._fused, self._places = network, fused, places
         self._values: list[Any] = [None] * (len(network.nodes) + len(places.buffers))
         self._inputs: list[tuple[int, str]] = []
         self._result: Any = None
@@ -109,7 +109,7 @@ class Program:
                 name = network.groups[node].name if node in fused else node.name
                 read.append((name, node, self._run_of(node, node in fused), self._read_by(node, node in fused)))
         self.steps = self._with_last_reads(read)
-        self._replays = [self._replay_of(step, step.node in fused) for step in self.steps]
+        self._replays = [self.replay(step) for step in self.steps]
         self._finished = 0  # runs of the replays
         self._series: list[Callable[[list[Any]], None]] | None = None
 
@@ -170,9 +170,9 @@ class Program:
         inputs = self.network.groups[node].inputs if fused else node.all_input_nodes
         return [self.network.number[one] for one in inputs] + self._places.buffers_of(node, len(self.network.nodes))
 
-    def _replay_of(self, step: Step, fused: bool) -> Run:
+    def replay(self, step: Step) -> Run:
         """What runs a step again and again."""
-        if not fused:
+        if step.node not in self._fused:
             return step.run
         group, number = self.network.groups[step.node], self.network.number
         return Replay(step.run, number[group.x], None if group.skip is None else number[group.skip])

@@ -20,6 +20,7 @@ from fastperc.files import make_folder
 from fastperc.photos.formats import check_size
 from fastperc.photos.jobs import Painter, writable_name
 from fastperc.photos.photo import Photo, read_first_frame, write_image
+from fastperc.photos.sheet import SAMPLE
 from fastperc.photos.stylize import read_photo, stylize
 from fastperc.photos.upscale import upscale
 from fastperc.progress import Watch, unwatched
@@ -30,7 +31,6 @@ PREVIEW_SIDE = 1600  # pixels: the longer side of the pictures that the page sho
 WORDS = {"--duration": "Length", "--start": "Start"}  # options of the command line, as the page calls them
 POLL = 0.1  # seconds between two looks at whether a waiting job was cancelled
 UPLOADS = "uploads"  # the part of the temporary folder that the browser may see
-SAMPLE = Path(__file__).with_name("sample.jpg")  # a part of examples/chelsea.jpg
 
 
 class Cancelled(Exception):
@@ -218,7 +218,7 @@ class Studio:
         Raises:
             InputError: the file of a style cannot be read.
         """
-        photo = read_photo(SAMPLE)
+        photo = read_photo(SAMPLE, THUMBNAIL_SIDE)
         return [(stylize(self.engine(style), photo).rgb, style) for style in self.networks.styles]
 
     # Photos
