@@ -28,6 +28,7 @@ from fastperc.web.limits import Limits, check_decoded, check_photo, check_pixels
 
 ENGINES = 4  # networks that stay in memory
 PREVIEW_SIDE = 1600  # pixels: the longer side of the pictures that the page shows
+THUMBNAIL_SIDE = 360  # pixels: the longer side
 WORDS = {"--duration": "Length", "--start": "Start"}  # options of the command line, as the page calls them
 POLL = 0.1  # seconds between two looks at whether a waiting job was cancelled
 UPLOADS = "uploads"  # the part of the temporary folder that the browser may see
