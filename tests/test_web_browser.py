@@ -106,13 +106,17 @@ def test_a_photo_is_painted_as_by_the_command_line(page, run):
 
 
 def test_another_style_strength_size_and_colors(page, run):
+    from playwright.sync_api import expect
+
     picture(96, 64, seed=6).save("mine.jpg", quality=95)
     open_tab(page, "Paint")
     upload(page, "paint-photo", "mine.jpg")
     tab = page.get_by_role("tabpanel").filter(has=page.locator("#paint-start"))
+    size = tab.get_by_label("number input for Longer side in pixels")
+    expect(size).to_have_value("96", timeout=PATIENCE)  # it follows the photo
     tab.get_by_text("Starry night").click()
     tab.get_by_label("number input for Strength").fill("0.5")
-    tab.get_by_label("number input for Longer side in pixels").fill("80")
+    size.fill("80")
     tab.get_by_label("Keep the colours of the original").check()
     assert run_tab(page, "paint") == ""
     content, name = downloaded(page, "paint")
