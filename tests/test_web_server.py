@@ -242,7 +242,7 @@ def test_ctrl_c(tmp_path, model):
         assert list(tmp_path.glob("fastperc-web-*"))
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
-    assert (process.returncode, rest) == (130, "fastperc web: interrupted\n")
+    assert (rest, process.returncode) == ("fastperc web: interrupted\n", 130)
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")]  # PyTorch's
 
 

@@ -72,11 +72,13 @@ def networks_for_tests(seconds=0.3):
 @contextmanager
 def served(networks, limits=None, source=None):
     """Serves the page in a thread while the block runs; yields its address."""
-    from fastperc.web.server import prepared, running
+    from fastperc.web.server import prepared, running, server_thread
 
-    with prepared(networks, Address(port=0), limits or Limits(), source) as site, running(site) as thread:
-        while not site.server.started:
-            assert thread.is_alive()
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{site.listener.getsockname()[1]}"
+    with prepared(networks, Address(port=0), limits or Limits(), source) as site:
+        thread = server_thread(site)
+        with running(site, thread):
+            while not site.server.started:
+                assert thread.is_alive()
+                time.sleep(0.02)
+            yield f"http://127.0.0.1:{site.listener.getsockname()[1]}"
     assert not thread.is_alive()

@@ -212,18 +212,28 @@ def prepared(
         yield Site(uvicorn.Server(config), listener, studio)
 
 
-@contextmanager
-def running(site: Site) -> Iterator[threading.Thread]:
-    """Serves a page in a thread while the block runs; yields the thread.
+def server_thread(site: Site) -> threading.Thread:
+    """The thread that serves a page, not started yet.
 
     It is a daemon, and so are those in which Gradio runs the work: the end need not wait for a large picture.
     """
-    thread = threading.Thread(
-        target=site.server.run, kwargs={"sockets": [site.listener]}, name="fastperc-web", daemon=True
-    )
+
+    def run() -> None:
+        try:
+            site.server.run(sockets=[site.listener])
+        except BaseException:
+            if not site.server.should_exit:  # what a connection says that is cut off at the end helps nobody
+                raise
+
+    return threading.Thread(target=run, name="fastperc-web", daemon=True)
+
+
+@contextmanager
+def running(site: Site, thread: threading.Thread) -> Iterator[None]:
+    """Serves a page in ``thread``, that of :func:`server_thread`, while the block runs."""
     thread.start()
     try:
-        yield thread
+        yield
     finally:
         site.studio.close()
         site.server.should_exit = True
@@ -240,12 +250,14 @@ def serve(
     """
     with prepared(networks, address, limits, source, selected) as site:
         say(f"{address._replace(port=site.listener.getsockname()[1]).url()} shows the page; Ctrl-C stops it")
+        thread = server_thread(site)
         try:
             # What is said of an upload is for the person in the browser.
-            with silent(), running(site) as thread:
+            with silent(), running(site, thread):
                 while thread.is_alive():
                     thread.join(LOOK)  # on Windows, Ctrl-C does not end one that has no limit
         except KeyboardInterrupt as stop:
-            if not site.studio.close(PATIENCE):  # PyTorch still runs, and would not bear that the process tidies up
+            # A thread that still runs would not bear that the process tidies up.
+            if thread.is_alive() or not site.studio.close(PATIENCE):
                 atexit.register(os._exit, 128 + getattr(stop, "number", signal.SIGINT))
             raise
