@@ -27,6 +27,7 @@ from fastperc.cli import (
     stylize,
     train,
     tune,
+    web,
 )
 from fastperc.cli.options import EXIT_STATUS
 from fastperc.cli.terminal import guarded, print_any_name
@@ -35,6 +36,7 @@ from fastperc.errors import BAD_INPUT, INTERRUPTED, InputError
 COMMANDS = (
     stylize,
     styles,
+    web,
     train,
     figure2,
     sr,

@@ -174,11 +174,11 @@ def add_device(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_files(parser: argparse.ArgumentParser) -> None:
-    """Adds the input photos and ``--out``."""
+def add_files(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds the input photos and ``--out``. ``required`` says whether the parser refuses a command without inputs."""
     parser.add_argument(
         "inputs",
-        nargs="+",
+        nargs="+" if required else "*",
         type=path,
         metavar="INPUT",
         help="photos and clips, or folders of them; earlier results of other INPUTs are skipped",

@@ -9,6 +9,8 @@ from typing import Any
 from fastperc.cli.clips import add_clips, run_photos_and_clips
 from fastperc.cli.networks import add_masked_networks, load_masked_painter, network_files
 from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_tile, fraction, positive
+from fastperc.cli.web import add_webcam, run_webcam
+from fastperc.errors import InputError
 from fastperc.weights import STYLES
 
 
@@ -27,9 +29,10 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         "  fastperc stylize photo.jpg -o out.jpg --model exported.pt2\n"
         "  fastperc stylize photo.jpg -o out.jpg --mask sky.png    where the mask is white\n"
         "  fastperc stylize photo.jpg --style great_wave --mask sea.png --style starry_night --mask sky.png\n"
-        "  fastperc stylize clip.mp4 -o out.mp4 --smooth 0.5       with its sound\n\n" + SEVERAL_INPUTS,
+        "  fastperc stylize clip.mp4 -o out.mp4 --smooth 0.5       with its sound\n"
+        "  fastperc stylize --webcam 0                             a camera, in the browser\n\n" + SEVERAL_INPUTS,
     )
-    add_files(parser)
+    add_files(parser, required=False)
     add_masked_networks(parser)
     parser.add_argument(
         "--size",
@@ -50,11 +53,18 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     add_tile(parser, "paint")
     add_device(parser)
     add_clips(parser)
+    add_webcam(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
+    if arguments.webcam is not None:
+        return run_webcam(arguments)
+    if not arguments.inputs:
+        raise InputError("the following arguments are required: INPUT, or --webcam DEVICE")
+    if arguments.port is not None:
+        raise InputError("--port is for --webcam")
     from fastperc.devices import find_device
     from fastperc.files import check_overwrites
     from fastperc.photos.formats import check_size
