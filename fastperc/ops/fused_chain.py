@@ -12,8 +12,9 @@ from torch import Tensor
 from fastperc import backends, kernels, reference
 from fastperc.collective import gathered
 from fastperc.ops.common import channels_last, compute_dtype, siblings
-from fastperc.ops.kinds import STEM, GradientTarget, Layer, Weight, partials_of
+from fastperc.ops.kinds import STEM, GradientTarget, Layer, partials_of
 from fastperc.ops.norm_relu import group_of
+from fastperc.ops.weight_forms import Weight, in_forms
 from fastperc.types import Deferred
 
 
@@ -60,7 +61,7 @@ class _ConvChain(torch.autograd.Function):
         if counters:
             torch._foreach_add_(counters, 1)
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            weights = _weights(parameters, x.dtype)
+            weights = in_forms([layer.kind.forms(layer) for layer in layers], parameters[::4], x.dtype)
             outputs: list[Output] = []
             inputs = _Inputs(x, layers, outputs)
             for i, (layer, others) in enumerate(zip(layers, _by_layer(parameters))):
@@ -88,14 +89,6 @@ class _ConvChain(torch.autograd.Function):
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
             grad_x, *others = _Backward(x, layers, parameters, ctx.weights, outputs, needed).run(grad)
         return grad_x, None, *others
-
-
-def _weights(parameters: Sequence[Any], dtype: torch.dtype) -> list[Weight]:
-    """The convolutions' weights, and copies in ``dtype``."""
-    masters = [weight.detach() for weight in parameters[::4]]
-    copies = [torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last) for weight in masters]
-    torch._foreach_copy_(copies, masters)  # one kernel for all
-    return [Weight(*pair) for pair in zip(masters, copies)]
 
 
 def _updates_statistics(layer: Layer) -> bool:

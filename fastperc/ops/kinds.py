@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastperc import kernels, reference
+from fastperc.ops import weight_forms
 from fastperc.ops.common import empty_like
 from fastperc.ops.norm_relu import BATCH_NORMS, NORMS, has_hooks
-from fastperc.ops.subpixel_conv_bn_relu import as_transposed
+from fastperc.ops.weight_forms import Forms, Weight
 from fastperc.types import NO_EPILOGUE, RELU, Activation, Deferred, Destination, Padding, Window, same_sides
 
 WIDE = 5  # taps in a row: from here on a convolution of 3 channels, or to 3, has a kernel of its own
@@ -86,13 +87,6 @@ class Layer(NamedTuple):
         return self.conv.weight, self.conv.bias, *norm
 
 
-class Weight(NamedTuple):
-    """A convolution's weight in its own shape."""
-
-    master: Tensor
-    copy: Tensor  # in the dtype of the computation, channels-last
-
-
 class GradientTarget(NamedTuple):
     """What a data gradient becomes part of."""
 
@@ -104,11 +98,6 @@ class GradientTarget(NamedTuple):
 def partials_of(out: Tensor, tiles: int, rows: int) -> Tensor:
     """Memory for what each of ``tiles`` of each image of ``out`` sums up."""
     return torch.empty(len(out), tiles, rows, out.shape[1], device=out.device)
-
-
-def turned(weight: Tensor) -> Tensor:
-    """``weight`` rotated by 180°, in and out exchanged, as the gradient to the input needs it."""
-    return weight.flip(2, 3).transpose(0, 1)
 
 
 def prepared_rgb(x: Tensor, padding: Padding, runs: Any = None) -> Tensor:
@@ -125,6 +114,10 @@ def rgb_weight_gradient(dense: Tensor, rgb: Tensor, padding: Padding, kernel: in
 
 class Kind:
     """What kernels do for a layer."""
+
+    def forms(self, layer: Layer) -> Forms:
+        """The forms of its weight."""
+        return Forms()
 
     def why_not_geometry(self, layer: Layer) -> str | None:
         """Why its kernels cannot take the layer's size, stride and padding, or ``None``."""
@@ -197,6 +190,9 @@ def sums_of(out: Tensor, target: GradientTarget, tiles: Callable[[], int]) -> Te
 class Stem(Kind):
     """A wide convolution of 3 channels."""
 
+    def forms(self, layer: Layer) -> Forms:
+        return Forms(weight_forms.stem_form, weight_forms.turned_head_form)
+
     def why_not_geometry(self, layer: Layer) -> str | None:
         return _why_not_stride_1(layer)
 
@@ -205,13 +201,13 @@ class Stem(Kind):
 
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         stem = kernels.rgb_conv_stem
-        stem.rgb_conv_stem_fwd(prepared_rgb(x, layer.border), stem.pack(weight.copy), bias, out, None, partials)
+        stem.rgb_conv_stem_fwd(prepared_rgb(x, layer.border), weight.forward, bias, out, None, partials)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
         head, zeros = kernels.rgb_conv_head, layer.kernel - 1 - (0 if border else layer.padding)
-        head.rgb_conv_head_fwd(grad, head.pack(turned(weight.copy)), None, out, same_sides(zeros), None)
+        head.rgb_conv_head_fwd(grad, weight.backward, None, out, same_sides(zeros), None)
         return None
 
     def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
@@ -221,20 +217,21 @@ class Stem(Kind):
 class Head(Kind):
     """A wide convolution to 3 channels."""
 
+    def forms(self, layer: Layer) -> Forms:
+        return Forms(weight_forms.head_form, weight_forms.turned_stem_form)
+
     def why_not_geometry(self, layer: Layer) -> str | None:
         return _why_not_stride_1(layer)
 
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
-        head = kernels.rgb_conv_head
-        head.rgb_conv_head_fwd(x, head.pack(weight.copy), bias, out, layer.border, None)
+        kernels.rgb_conv_head.rgb_conv_head_fwd(x, weight.forward, bias, out, layer.border, None)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
         stem, zeros = kernels.rgb_conv_stem, layer.kernel - 1 - (0 if border else layer.padding)
         partials = sums_of(out, target, lambda: stem.rgb_conv_stem_tiles(out))
-        picture, packed = prepared_rgb(grad, same_sides(zeros)), stem.pack(turned(weight.copy))
-        stem.rgb_conv_head_bwd(picture, packed, target.saved, out, partials)
+        stem.rgb_conv_head_bwd(prepared_rgb(grad, same_sides(zeros)), weight.backward, target.saved, out, partials)
         return partials
 
     def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
@@ -246,6 +243,9 @@ class Head(Kind):
 class Conv(Kind):
     """A convolution of stride 1, or a 3×3 one of stride 2."""
 
+    def forms(self, layer: Layer) -> Forms:
+        return Forms(None, weight_forms.transposed_form if layer.stride == 2 else None)
+
     def why_not_geometry(self, layer: Layer) -> str | None:
         if (layer.kernel, layer.stride, layer.padding) == (3, 2, 1):
             return None
@@ -256,7 +256,7 @@ class Conv(Kind):
 
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         conv = kernels.conv_bn_relu
-        conv.conv_bn_relu_fwd(x, weight.copy, bias, out, layer.stride, layer.border, NO_EPILOGUE, partials)
+        conv.conv_bn_relu_fwd(x, weight.forward, bias, out, layer.stride, layer.border, NO_EPILOGUE, partials)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
@@ -264,11 +264,10 @@ class Conv(Kind):
         if layer.stride == 2:
             subpixel = kernels.subpixel_conv_bn_relu
             partials = sums_of(out, target, lambda: subpixel.strided_conv_bwd_tiles(grad, out, border))
-            packed = subpixel.pack(weight.copy, "transposed")
-            subpixel.strided_conv_bwd(grad, packed, target.saved, out, border, partials)
+            subpixel.strided_conv_bwd(grad, weight.backward, target.saved, out, border, partials)
             return partials
         zeros = layer.kernel - 1 - (0 if border else layer.padding)
-        return _conv_gradient(grad, weight.copy, target, out, 1, zeros, turned=True)
+        return _conv_gradient(grad, weight.backward, target, out, 1, zeros, turned=True)
 
     def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
         return _gathered_weight_gradient(layer, x, grad, nearest=False)
@@ -278,6 +277,9 @@ class Transposed(Kind):
     """The ½-stride convolution: ``nn.ConvTranspose2d`` of 3×3, stride 2, padding 1, output padding 1."""
 
     upsample = "transposed"
+
+    def forms(self, layer: Layer) -> Forms:
+        return Forms(weight_forms.transposed_form)
 
     def why_not_geometry(self, layer: Layer) -> str | None:
         geometry = layer.kernel, layer.stride, layer.padding, layer.conv.output_padding
@@ -294,13 +296,12 @@ class Transposed(Kind):
 
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         subpixel, mode = kernels.subpixel_conv_bn_relu, layer.border.mode
-        packed = subpixel.pack(weight.master, self.upsample).to(x.dtype)  # sums of weights: rounded once
-        subpixel.subpixel_conv_bn_relu_fwd(x, packed, bias, out, self.upsample, mode, None, partials)
+        subpixel.subpixel_conv_bn_relu_fwd(x, weight.forward, bias, out, self.upsample, mode, None, partials)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
-        return _conv_gradient(grad, weight.copy, target, out, 2, 1)
+        return _conv_gradient(grad, weight.backward, target, out, 2, 1)
 
     def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
         module = kernels.weight_gradient
@@ -312,6 +313,9 @@ class Nearest(Transposed):
     """Nearest-neighbour upsampling ×2 and a 3×3 convolution of padding 1."""
 
     upsample = "nearest"
+
+    def forms(self, layer: Layer) -> Forms:
+        return Forms(weight_forms.nearest_form, weight_forms.as_transposed_form)
 
     def why_not_geometry(self, layer: Layer) -> str | None:
         geometry = layer.kernel, layer.stride, layer.padding
@@ -327,8 +331,7 @@ class Nearest(Transposed):
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
-        packed = as_transposed(weight.master).to(grad.dtype, memory_format=torch.channels_last)
-        return _conv_gradient(grad, packed, target, out, 2, 3 if border else 1)
+        return _conv_gradient(grad, weight.backward, target, out, 2, 3 if border else 1)
 
     def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
         return _gathered_weight_gradient(layer, x, grad, nearest=True)
