@@ -187,27 +187,29 @@ def gradient_coefficients_kernel(
     tl.store(coefficient_ptrs + 2 * CHANNELS, of_x, mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["height", "width"])
-def instance_norm_kernel(
-    x_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    other_ptr,  # as x; or None
-    coefficients_ptr,  # [N or 1, rows, C] fp32
-    skip_ptr,  # [N, H, W, C] with strides for all but C; or None
-    out_ptr,  # [N, H, W, C]; may be x_ptr
+@triton.jit
+def instance_norm_tile(
+    x_ptr,
+    other_ptr,
+    coefficients_ptr,
+    skip_ptr,
+    out_ptr,
+    pid,
     coefficients_stride,
     height,
     width,
     skip_stride_image,
     skip_stride_row,
     skip_stride_column,
-    slopes,  # [C] fp32 of "prelu", a number of "leaky_relu", or None
+    slopes,
     CHANNELS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """What program ``pid`` of :func:`instance_norm_kernel` does."""
     pixels = height * width
-    image, _, offs_p, offs_c = place(tl.program_id(0), pixels, CHANNELS, BLOCK_P, BLOCK_C)
+    image, _, offs_p, offs_c = place(pid, pixels, CHANNELS, BLOCK_P, BLOCK_C)
     mask = (offs_p[:, None] < pixels) & (offs_c[None, :] < CHANNELS)
     coefficients_ptr += image * coefficients_stride
     scale = coefficient(coefficients_ptr, 0, offs_c, CHANNELS)
@@ -228,13 +230,54 @@ def instance_norm_kernel(
     tl.store(out_ptr + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["height", "width"])
+def instance_norm_kernel(
+    x_ptr,  # [N, H, W, C] fp16|bf16|fp32
+    other_ptr,  # as x; or None
+    coefficients_ptr,  # [N or 1, rows, C] fp32
+    skip_ptr,  # [N, H, W, C] with strides for all but C; or None
+    out_ptr,  # [N, H, W, C]; may be x_ptr
+    coefficients_stride,
+    height,
+    width,
+    skip_stride_image,
+    skip_stride_row,
+    skip_stride_column,
+    slopes,  # [C] fp32 of "prelu", a number of "leaky_relu", or None
+    CHANNELS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    instance_norm_tile(
+        x_ptr,
+        other_ptr,
+        coefficients_ptr,
+        skip_ptr,
+        out_ptr,
+        tl.program_id(0),
+        coefficients_stride,
+        height,
+        width,
+        skip_stride_image,
+        skip_stride_row,
+        skip_stride_column,
+        slopes,
+        CHANNELS,
+        ACTIVATION,
+        BLOCK_P,
+        BLOCK_C,
+    )
+
+
 def block_of(channels: int, elements: int = BLOCK) -> dict[str, int]:
     """BLOCK_P and BLOCK_C of a pass, for so many elements per program."""
     block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_CHANNELS)
     return dict(BLOCK_P=elements // block_c, BLOCK_C=block_c)
 
 
-def _programs(shape: Sequence[int]) -> int:
+def programs_of(shape: Sequence[int]) -> int:
+    """How many programs a pass over maps of ``shape`` [N, C, H, W] has."""
     return shape[0] * statistics_tiles(shape) * triton.cdiv(shape[1], block_of(shape[1])["BLOCK_C"])
 
 
@@ -246,7 +289,7 @@ def statistics_tiles(x_shape: Sequence[int]) -> int:
 def statistics_fwd(x: Tensor, partials: Tensor) -> None:
     """Fills ``partials`` [N, tiles, 3, C] with the count, mean and M2 of each tile of ``x`` [N, C, H, W]."""
     _, channels, height, width = x.shape
-    statistics_kernel[(_programs(x.shape),)](
+    statistics_kernel[(programs_of(x.shape),)](
         x, partials, height * width, CHANNELS=channels, **block_of(channels), **PASS_OPTIONS
     )
 
@@ -328,7 +371,7 @@ def instance_norm_fwd(x: Deferred, skip: Tensor | None, out: Tensor, activation:
     activation = RELU if x.relu else activation
     _, channels, height, width = x.x.shape
     skip_strides = (0, 0, 0) if skip is None else (skip.stride(0), skip.stride(2), skip.stride(3))
-    instance_norm_kernel[(_programs(x.x.shape),)](
+    instance_norm_kernel[(programs_of(x.x.shape),)](
         x.x,
         x.other,
         x.coefficients,

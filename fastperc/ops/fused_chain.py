@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,11 @@ from fastperc.ops.kinds import STEM, GradientTarget, Layer, partials_of
 from fastperc.ops.norm_relu import group_of
 from fastperc.ops.weight_forms import Weight, in_forms
 from fastperc.types import Deferred
+
+if TYPE_CHECKING:
+    from fastperc.kernels.instance_norm_pair import Pass
+
+MOST_BYTES_IN_PARTS = 64 << 20  # that gradients of weights in parts take; no more than half of what is kept
 
 
 def fused_chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -110,8 +115,15 @@ class _Inputs:
         self.kept = {0: x if layers[0].kind is STEM else channels_last(x)}  # this and those that a skip adds
 
     def __getitem__(self, i: int) -> Tensor:
+        layer_input, normalises = self.begin(i)
+        if normalises is not None:
+            normalises.run()
+        return layer_input
+
+    def begin(self, i: int) -> tuple[Tensor, Pass | None]:
+        """The input of layer i, and the pass that fills it if there is one, which is to be run."""
         if i in self.kept:
-            return self.kept[i]
+            return self.kept[i], None
         before, (raw, coefficients) = self.layers[i - 1], self.outputs[i - 1]
         skip = None
         if before.skip:
@@ -119,10 +131,9 @@ class _Inputs:
             skip = cropped(self.kept[i - 2], raw)
         activation = Deferred(raw, coefficients, before.activation is not None)
         layer_input = torch.empty_like(raw)
-        kernels.instance_norm.instance_norm_fwd(activation, skip, layer_input)
         if i < len(self.layers) - 1 and self.layers[i + 1].skip:
             self.kept[i] = layer_input
-        return layer_input
+        return layer_input, kernels.instance_norm_pair.Pass(activation, skip, layer_input)
 
     def forget_before(self, i: int) -> None:
         """Drops those that no layer after layer ``i`` adds; the chain's own input is not computed here."""
@@ -172,10 +183,13 @@ class _Backward:
             for layer, (raw, coefficients) in zip(layers, outputs)
         ]
         self.grads: list[Tensor | None] = [None] * len(needed)  # of the input, then four for each layer
+        kept = sum(output.raw.nbytes for output in outputs)
+        self.split_sums = kernels.sum_parts.SplitSums(min(MOST_BYTES_IN_PARTS, kept // 2), x.device)
         # The gradients of all norms' biases and weights, for each image, and zeros for the convolutions' biases: filled
-        # and added up together.
+        # together. A batch norm takes all images as one.
         channels = [layer.conv.out_channels for layer in layers]
-        buffer = torch.zeros(1 + len(x), 2, sum(channels), device=x.device)
+        images = 1 if all(layer.batch or layer.norm is None for layer in layers) else len(x)
+        buffer = torch.zeros(1 + images, 2, sum(channels), device=x.device)
         self.zeros = buffer[0, 0].split(channels)
         self.sums_of_all = buffer[1:]
         self.sums = self.sums_of_all.split(channels, dim=2)
@@ -189,16 +203,18 @@ class _Backward:
             layer, first = self.layers[i], 1 + 4 * i
             if layer.skip:
                 skips[i - 1] = _uncropped(grad_y, self._input_shape(i - 1))
-            raw_grad = self._through_norm(i, grad_y, partials)
-            if self.needed[first]:
-                self.grads[first] = layer.kind.weight_gradient(layer, self.inputs[i], raw_grad)
+            layer_input, normalises = self.inputs.begin(i) if self.needed[first] else (None, None)
+            raw_grad = self._through_norm(i, grad_y, partials, normalises)
+            if layer_input is not None:
+                destination = kernels.sum_parts.SumOf(self.split_sums, first)
+                layer.kind.weight_gradient(layer, layer_input, raw_grad, destination)
             if deepest >= first:
                 break
             target = GradientTarget(self._input_shape(i), self.activations[i - 1] if i else None, skips.pop(i, None))
             grad_y, partials = layer.kind.data_gradient(layer, raw_grad, self.weights[i], target)
             if i == 0:
                 self.grads[0] = grad_y
-        self._finish_norms()
+        self._finish_sums()
         return [
             grad.to(leaf.dtype) if needs and grad is not None else None
             for grad, leaf, needs in zip(self.grads, self.leaves, self.needed)
@@ -218,8 +234,8 @@ class _Backward:
         fold.fold_gradient(grad, None, activation, out, (0, 0, 0, 0), False, partials)
         return out, partials
 
-    def _through_norm(self, i: int, grad_y: Tensor, partials: Tensor | None) -> Tensor:
-        """The gradient of layer i's raw output, from that after its norm.
+    def _through_norm(self, i: int, grad_y: Tensor, partials: Tensor | None, normalises: Pass | None) -> Tensor:
+        """The gradient of layer i's raw output, from that after its norm; runs ``normalises`` too.
 
         Stores the gradients of the convolution's bias and of the norm's weight and bias.
         """
@@ -227,6 +243,8 @@ class _Backward:
         if layer.norm is None:
             if self.needed[first + 1]:
                 self.grads[first + 1] = grad_y.sum((0, 2, 3), dtype=torch.float32)
+            if normalises is not None:
+                normalises.run()
             return grad_y
         activation, module, scale = self.activations[i], kernels.instance_norm, self.norms[i].float()
         assert partials is not None and activation.coefficients is not None
@@ -243,11 +261,18 @@ class _Backward:
             coefficients = module.gradient_coefficients(total, scale, activation.coefficients, False, ours)
         raw_grad = torch.empty_like(grad_y) if layer.skip else grad_y  # the skip's own gradient is used later
         other = None if layer.frozen else activation.x
-        module.instance_norm_fwd(Deferred(grad_y, coefficients, other=other), None, raw_grad)
+        pair = kernels.instance_norm_pair
+        gradient = pair.Pass(Deferred(grad_y, coefficients, other=other), None, raw_grad)
+        if normalises is None:
+            gradient.run()
+        else:
+            pair.run_both(gradient, normalises)
         return raw_grad
 
-    def _finish_norms(self) -> None:
-        """Stores the gradients of the norms' weights and biases."""
+    def _finish_sums(self) -> None:
+        """Stores the gradients of the convolutions' weights, and of the norms' weights and biases."""
+        for position, grad in self.split_sums.add_up().items():
+            self.grads[position] = grad.permute(0, 3, 1, 2)
         channels = [layer.conv.out_channels for layer in self.layers]
         sums = self.sums_of_all[0] if len(self.sums_of_all) == 1 else self.sums_of_all.sum(0)
         for i, (bias, weight) in enumerate(zip(*(row.split(channels) for row in sums))):

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from fastperc.ops.common import empty_like
 from fastperc.ops.norm_relu import BATCH_NORMS, NORMS, has_hooks
 from fastperc.ops.weight_forms import Forms, Weight
 from fastperc.types import NO_EPILOGUE, RELU, Activation, Deferred, Destination, Padding, Window, same_sides
+
+if TYPE_CHECKING:
+    from fastperc.kernels.sum_parts import SumOf
 
 WIDE = 5  # taps in a row: from here on a convolution of 3 channels, or to 3, has a kernel of its own
 
@@ -105,11 +108,13 @@ def prepared_rgb(x: Tensor, padding: Padding, runs: Any = None) -> Tensor:
     return kernels.rgb_conv_stem.rgb_prepare(x, Window(0, 0, *x.shape[2:]), padding, (1.0, 0.0), x.dtype, runs)
 
 
-def rgb_weight_gradient(dense: Tensor, rgb: Tensor, padding: Padding, kernel: int, border: int = 0) -> Tensor:
-    """[D, k, k, 3] float32 from a map [N, D, H, W] with a reflected border, and the image or gradient ``rgb``."""
+def rgb_weight_gradient(
+    dense: Tensor, rgb: Tensor, padding: Padding, kernel: int, border: int, to_rgb: bool, destination: SumOf
+) -> None:
+    """The weight's gradient from a map [N, D, H, W] with a reflected border, and the image or gradient ``rgb``."""
     module = kernels.rgb_weight_gradient
     picture = prepared_rgb(rgb, padding, module.picture_runs(dense.shape[3] + 2 * border, kernel))
-    return module.rgb_weight_gradient(dense, picture, kernel, border)
+    module.rgb_weight_gradient(dense, picture, kernel, border, to_rgb, destination)
 
 
 class Kind:
@@ -177,8 +182,8 @@ class Kind:
         """Fills ``out`` with the gradient of the input with its reflected ``border``; returns its sums by tiles."""
         raise NotImplementedError
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of the weight, float32."""
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
+        """Makes ``destination`` the gradient of the weight, NHWC."""
         raise NotImplementedError
 
 
@@ -210,8 +215,8 @@ class Stem(Kind):
         head.rgb_conv_head_fwd(grad, weight.backward, None, out, same_sides(zeros), None)
         return None
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
-        return rgb_weight_gradient(grad, x, layer.border, layer.kernel).permute(0, 3, 1, 2)
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
+        rgb_weight_gradient(grad, x, layer.border, layer.kernel, 0, False, destination)
 
 
 class Head(Kind):
@@ -234,10 +239,10 @@ class Head(Kind):
         stem.rgb_conv_head_bwd(prepared_rgb(grad, same_sides(zeros)), weight.backward, target.saved, out, partials)
         return partials
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
         border = layer.padding if layer.reflect else 0
         zeros = same_sides(layer.kernel - 1 - layer.padding + border)
-        return rgb_weight_gradient(x, grad, zeros, layer.kernel, border).flip(1, 2).permute(3, 0, 1, 2)
+        rgb_weight_gradient(x, grad, zeros, layer.kernel, border, True, destination)
 
 
 class Conv(Kind):
@@ -269,8 +274,8 @@ class Conv(Kind):
         zeros = layer.kernel - 1 - (0 if border else layer.padding)
         return _conv_gradient(grad, weight.backward, target, out, 1, zeros, turned=True)
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
-        return _gathered_weight_gradient(layer, x, grad, nearest=False)
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
+        _gathered_weight_gradient(layer, x, grad, False, destination)
 
 
 class Transposed(Kind):
@@ -303,10 +308,10 @@ class Transposed(Kind):
     ) -> Tensor | None:
         return _conv_gradient(grad, weight.backward, target, out, 2, 1)
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
         module = kernels.weight_gradient
         geometry = module.Geometry((layer.kernel, layer.kernel), 1, 1, 2)
-        return module.weight_gradient(x, grad, geometry).permute(0, 3, 1, 2)
+        module.weight_gradient(x, grad, geometry, destination)
 
 
 class Nearest(Transposed):
@@ -333,8 +338,8 @@ class Nearest(Transposed):
     ) -> Tensor | None:
         return _conv_gradient(grad, weight.backward, target, out, 2, 3 if border else 1)
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
-        return _gathered_weight_gradient(layer, x, grad, nearest=True)
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
+        _gathered_weight_gradient(layer, x, grad, True, destination)
 
 
 STEM, CONV, TRANSPOSED, NEAREST, HEAD = Stem(), Conv(), Transposed(), Nearest(), Head()
@@ -361,10 +366,10 @@ def _conv_gradient(
     return partials
 
 
-def _gathered_weight_gradient(layer: Layer, x: Tensor, grad: Tensor, nearest: bool) -> Tensor:
+def _gathered_weight_gradient(layer: Layer, x: Tensor, grad: Tensor, nearest: bool, destination: SumOf) -> None:
     module, taps = kernels.weight_gradient, (layer.kernel, layer.kernel)
     geometry = module.Geometry(taps, layer.padding, layer.padding, layer.stride, 2 if nearest else 1, layer.reflect)
-    return module.weight_gradient(grad, x, geometry).permute(0, 3, 1, 2)
+    module.weight_gradient(grad, x, geometry, destination)
 
 
 def why_not_layer(layer: Layer, channels: int, first: bool, last: bool) -> str | None:
