@@ -71,10 +71,11 @@ class CountedCalls(TorchDispatchMode):
         self.launched = launched
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2]
-        if count := launches_of(func, name, args):
+        name, result = func._schema.name.partition("::")[2], func(*args, **(kwargs or {}))
+        is_empty = isinstance(result, Tensor) and result.numel() == 0
+        if not is_empty and (count := launches_of(func, name, args)):
             self.launched.append(Launched("library" if name in LIBRARY else "other", name, place(), count))
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def launches_of(func: Any, name: str, args: Any) -> int:
