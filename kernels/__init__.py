@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastperc.kernels import (
+        chain_passes,
         configs,
         conv_bn_relu,
         deferred,
         fold_gradient,
         gram_loss,
         instance_norm,
-        instance_norm_pair,
         lpips_distance,
+        norm_coefficients,
         pack_weights,
         rgb_conv_head,
         rgb_conv_stem,
@@ -30,14 +31,15 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "chain_passes",
     "configs",
     "conv_bn_relu",
     "deferred",
     "fold_gradient",
     "gram_loss",
     "instance_norm",
-    "instance_norm_pair",
     "lpips_distance",
+    "norm_coefficients",
     "pack_weights",
     "rgb_conv_head",
     "rgb_conv_stem",

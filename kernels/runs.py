@@ -365,4 +365,4 @@ def _several_processes() -> None:
     channels = 128
     partials, weight, bias = torch.empty(1, 64, 3, channels), torch.ones(channels), torch.zeros(channels)
     statistics = torch.empty(1, 3, channels)
-    kernels.instance_norm.norm_coefficients(partials, weight, bias, 1e-5, statistics=statistics)
+    kernels.norm_coefficients.norm_coefficients(partials, weight, bias, 1e-5, statistics=statistics)

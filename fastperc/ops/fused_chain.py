@@ -18,7 +18,7 @@ from fastperc.ops.weight_forms import Weight, in_forms
 from fastperc.types import Deferred
 
 if TYPE_CHECKING:
-    from fastperc.kernels.instance_norm_pair import Pass
+    from fastperc.kernels.chain_passes import Norm, Pass
 
 MOST_BYTES_IN_PARTS = 64 << 20  # that gradients of weights in parts take; no more than half of what is kept
 
@@ -69,8 +69,14 @@ class _ConvChain(torch.autograd.Function):
             weights = in_forms([layer.kind.forms(layer) for layer in layers], parameters[::4], x.dtype)
             outputs: list[Output] = []
             inputs = _Inputs(x, layers, outputs)
-            for i, (layer, others) in enumerate(zip(layers, _by_layer(parameters))):
-                outputs.append(_forward(layer, inputs[i], weights[i], *others[1:]))
+            zeros = torch.zeros(len(layers), kernels.chain_passes.COUNTERS, dtype=torch.int32, device=x.device)
+            for i, (layer, (_, bias, scale, shift)) in enumerate(zip(layers, _by_layer(parameters))):
+                raw, partials = layer.kind.forward(layer, inputs[i], weights[i], bias.float())
+                coefficients = None
+                if layer.norm is not None:
+                    inputs.norms[i] = _norm(layer, partials, scale.float(), shift.float(), zeros[i])
+                    coefficients = inputs.norms[i].empty_coefficients()
+                outputs.append(Output(raw, coefficients))
                 inputs.forget_before(i)
             result = inputs[len(layers)] if layers[-1].norm else outputs[-1].raw
         ctx.layers, ctx.weights = layers, weights
@@ -112,6 +118,7 @@ class _Inputs:
 
     def __init__(self, x: Tensor, layers: Sequence[Layer], outputs: Sequence[Output]) -> None:
         self.layers, self.outputs = layers, outputs
+        self.norms: dict[int, Norm] = {}  # by layer: those whose coefficients are still to be computed
         self.kept = {0: x if layers[0].kind is STEM else channels_last(x)}  # this and those that a skip adds
 
     def __getitem__(self, i: int) -> Tensor:
@@ -133,7 +140,7 @@ class _Inputs:
         layer_input = torch.empty_like(raw)
         if i < len(self.layers) - 1 and self.layers[i + 1].skip:
             self.kept[i] = layer_input
-        return layer_input, kernels.instance_norm_pair.Pass(activation, skip, layer_input)
+        return layer_input, kernels.chain_passes.Pass(activation, skip, layer_input, self.norms.pop(i - 1, None))
 
     def forget_before(self, i: int) -> None:
         """Drops those that no layer after layer ``i`` adds; the chain's own input is not computed here."""
@@ -142,16 +149,10 @@ class _Inputs:
                 del self.kept[known]
 
 
-def _forward(layer: Layer, x: Tensor, weight: Weight, bias: Tensor, norm_weight: Any, norm_bias: Any) -> Output:
-    raw, partials = layer.kind.forward(layer, x, weight, bias.float())
-    if layer.norm is None:
-        return Output(raw, None)
-    return Output(raw, _norm_coefficients(layer, partials, norm_weight.float(), norm_bias.float()))
-
-
-def _norm_coefficients(layer: Layer, partials: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """The coefficients of a layer's norm, from its output's statistics by tiles; updates the running statistics."""
-    norm, running, module = layer.norm, None, kernels.instance_norm
+def _norm(layer: Layer, partials: Tensor | None, weight: Tensor, bias: Tensor, counters: Tensor) -> Norm:
+    """A layer's norm, from its output's statistics by tiles; its coefficients are computed by the pass that needs them,
+    which updates the running statistics."""
+    norm, running, module = layer.norm, None, kernels.norm_coefficients
     if layer.batch and norm.track_running_stats:
         running = module.RunningStatistics(norm.running_mean, norm.running_var, norm.momentum, norm.num_batches_tracked)
     if layer.batch and partials is not None:
@@ -160,7 +161,7 @@ def _norm_coefficients(layer: Layer, partials: Tensor | None, weight: Tensor, bi
             statistics = partials.new_empty(1, 3, len(weight))
             module.norm_coefficients(partials, weight, bias, norm.eps, statistics=statistics)
             partials = gathered(statistics[0], group)[None]
-    return module.norm_coefficients(partials, weight, bias, norm.eps, running)
+    return kernels.chain_passes.Norm(counters, partials, weight, bias, norm.eps, running)
 
 
 class _Backward:
@@ -189,7 +190,10 @@ class _Backward:
         # together. A batch norm takes all images as one.
         channels = [layer.conv.out_channels for layer in layers]
         images = 1 if all(layer.batch or layer.norm is None for layer in layers) else len(x)
-        buffer = torch.zeros(1 + images, 2, sum(channels), device=x.device)
+        numbers, counters = (1 + images) * 2 * sum(channels), len(layers) * kernels.chain_passes.COUNTERS
+        buffer, self.counters = torch.zeros(numbers + counters, device=x.device).split([numbers, counters])
+        buffer = buffer.view(1 + images, 2, sum(channels))
+        self.counters = self.counters.view(torch.int32).view(len(layers), -1)
         self.zeros = buffer[0, 0].split(channels)
         self.sums_of_all = buffer[1:]
         self.sums = self.sums_of_all.split(channels, dim=2)
@@ -246,27 +250,22 @@ class _Backward:
             if normalises is not None:
                 normalises.run()
             return grad_y
-        activation, module, scale = self.activations[i], kernels.instance_norm, self.norms[i].float()
+        activation, passes, scale = self.activations[i], kernels.chain_passes, self.norms[i].float()
         assert partials is not None and activation.coefficients is not None
         if layer.batch:
             partials = partials.flatten(0, 1)[None]
         sums = self.sums[i][: len(partials)]
-        coefficients = module.gradient_coefficients(partials, scale, activation.coefficients, layer.frozen, sums)
-        self.grads[first + 1] = self.zeros[i]  # the norm subtracts the bias again
-        if layer.frozen:
-            self.grads[first + 1] = coefficients[0, 0] * sums[0, 0]
-        elif (group := group_of(layer.norm)) is not None:
+        norm = passes.GradientNorm(self.counters[i], partials, scale, activation.coefficients, layer.frozen, sums)
+        if not layer.frozen and (group := group_of(layer.norm)) is not None:
+            kernels.norm_coefficients.gradient_coefficients(*norm[1:])  # for this process's sums
             total = gathered(sums[0], group)[None]
             ours = torch.empty_like(sums)  # what the other processes computed is not this one's gradient
-            coefficients = module.gradient_coefficients(total, scale, activation.coefficients, False, ours)
+            norm = norm._replace(partials=total, sums=ours)
         raw_grad = torch.empty_like(grad_y) if layer.skip else grad_y  # the skip's own gradient is used later
-        other = None if layer.frozen else activation.x
-        pair = kernels.instance_norm_pair
-        gradient = pair.Pass(Deferred(grad_y, coefficients, other=other), None, raw_grad)
-        if normalises is None:
-            gradient.run()
-        else:
-            pair.run_both(gradient, normalises)
+        coefficients, other = norm.empty_coefficients(), None if layer.frozen else activation.x
+        gradient = passes.Pass(Deferred(grad_y, coefficients, other=other), None, raw_grad)
+        passes.before_norm(norm, gradient, normalises)
+        self.grads[first + 1] = coefficients[0, 0] * sums[0, 0] if layer.frozen else self.zeros[i]  # subtracted again
         return raw_grad
 
     def _finish_sums(self) -> None:

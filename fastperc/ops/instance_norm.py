@@ -85,7 +85,7 @@ def _triton_apply(x: Tensor, partials: Tensor, epilogue: Epilogue, out: Tensor) 
     norm = epilogue.norm
     assert norm is not None
     with backends.on_device(x):
-        coefficients = kernels.instance_norm.norm_coefficients(
+        coefficients = kernels.norm_coefficients.norm_coefficients(
             partials, norm.weight.float(), norm.bias.float(), norm.eps
         )
         normalised, skip = Deferred(x, coefficients), channels_adjacent(epilogue.skip)
@@ -127,7 +127,13 @@ INSTANCE_NORM = register(
             lambda batch, size: [((batch, c, size // s, size // s),) for c, s in ((32, 1), (64, 2), (128, 4))],
             lambda x: (x, Epilogue(InstanceNorm(x.new_ones(x.shape[1]), x.new_zeros(x.shape[1]), 1e-5))),
         ),
-        (*COMMON_CPP_SOURCES, "csrc/norm_relu*", "kernels/instance_norm.py", "fastperc/ops/instance_norm.py"),
+        (
+            *COMMON_CPP_SOURCES,
+            "csrc/norm_relu*",
+            "kernels/instance_norm.py",
+            "kernels/norm_coefficients.py",
+            "fastperc/ops/instance_norm.py",
+        ),
         frozen=True,
     )
 )
