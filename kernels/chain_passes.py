@@ -28,7 +28,9 @@ from fastperc.kernels.norm_coefficients import (
 )
 from fastperc.types import Deferred, stride_of
 
-COUNTERS = 2  # int32, zero before a launch: programs that began, and coefficients that are there
+# int32 zeros for a launch: programs that began, and that announced their coefficients. Two more keep those of the next
+# launch at a whole vector, so that Triton does not compile for other addresses too.
+COUNTERS = 4
 
 
 @triton.jit

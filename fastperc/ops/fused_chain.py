@@ -191,9 +191,9 @@ class _Backward:
         channels = [layer.conv.out_channels for layer in layers]
         images = 1 if all(layer.batch or layer.norm is None for layer in layers) else len(x)
         numbers, counters = (1 + images) * 2 * sum(channels), len(layers) * kernels.chain_passes.COUNTERS
-        buffer, self.counters = torch.zeros(numbers + counters, device=x.device).split([numbers, counters])
+        zeros, buffer = torch.zeros(counters + numbers, device=x.device).split([counters, numbers])
+        self.counters = zeros.view(torch.int32).view(len(layers), -1)
         buffer = buffer.view(1 + images, 2, sum(channels))
-        self.counters = self.counters.view(torch.int32).view(len(layers), -1)
         self.zeros = buffer[0, 0].split(channels)
         self.sums_of_all = buffer[1:]
         self.sums = self.sums_of_all.split(channels, dim=2)
