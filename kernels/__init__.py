@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastperc.kernels import (
+        chain_passes,
         configs,
         conv_bn_relu,
         deferred,
@@ -17,15 +18,20 @@ if TYPE_CHECKING:
         gram_loss,
         instance_norm,
         lpips_distance,
+        norm_coefficients,
+        pack_weights,
         rgb_conv_head,
         rgb_conv_stem,
         rgb_weight_gradient,
         subpixel_conv_bn_relu,
+        sum_parts,
+        tv_loss,
         vgg_loss,
         weight_gradient,
     )
 
 __all__ = [
+    "chain_passes",
     "configs",
     "conv_bn_relu",
     "deferred",
@@ -33,10 +39,14 @@ __all__ = [
     "gram_loss",
     "instance_norm",
     "lpips_distance",
+    "norm_coefficients",
+    "pack_weights",
     "rgb_conv_head",
     "rgb_conv_stem",
     "rgb_weight_gradient",
     "subpixel_conv_bn_relu",
+    "sum_parts",
+    "tv_loss",
     "vgg_loss",
     "weight_gradient",
 ]

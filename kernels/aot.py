@@ -1,6 +1,6 @@
 """Compiles every kernel that real runs launch, for every architecture, with no GPU, and reports what came of it.
 
-    python -m fastperc.kernels.aot [--json FILE] [--arch 80,86] [--only NAME]…
+    python -m fastperc.kernels.aot [--json FILE] [--table FILE] [--arch 80,86] [--only NAME]…
 
 ``fastperc.kernels.runs`` lists the runs. Fails on a kernel that does not compile, that spills registers, that asks for
 more shared memory than a block may have, or whose products in half precision missed the tensor cores.
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastperc.files import write_atomically
+from fastperc.kernels import static_table
 from fastperc.kernels.configs import SHARED_MEMORY
 from fastperc.progress import track
 
@@ -54,6 +55,8 @@ class Row(NamedTuple):
     spill_bytes: int  # of local memory a thread
     shared_bytes: int  # a block
     instructions: dict[str, int]  # tensor-core instructions and asynchronous copies in the machine code, where listed
+    ctas: int = 0  # blocks that a multiprocessor runs at a time; of Triton's kernels
+    loop: float = 0.0  # instructions for each of the tensor cores', in the loop
 
     @property
     def name(self) -> str:
@@ -71,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compiles, prints the table, and returns the exit status: 0, 1 for a fault, 2 for bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m fastperc.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="also write the static table, CSV, there")
     parser.add_argument(
         "--arch",
         type=architectures,
@@ -99,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         with write_atomically(arguments.json) as temporary:
             temporary.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    if arguments.table:
+        with write_atomically(arguments.table) as temporary:
+            temporary.write_text(static_table.as_csv(static_rows(rows)))
     for fault in faults:
         print(f"fault: {fault}", file=sys.stderr)
     return 1 if faults else 0
@@ -172,6 +179,8 @@ def compile_launch(launch: Launch, config: str, arch: int) -> Compiled:
         config=config,
         shared_bytes=found.shared_bytes + kernel.metadata.shared,
     )
+    warps = launch.options.num_warps
+    row = row._replace(ctas=static_table.ctas(arch, row.registers, row.shared_bytes, warps))
     faults = faults_of(row, matrix)
     if (columns := getattr(kernel.metadata, "tmem_size", None) or 0) > TENSOR_MEMORY_COLUMNS:
         faults.append(f"{name}: {columns} columns of tensor memory, an SM has {TENSOR_MEMORY_COLUMNS}")
@@ -243,7 +252,8 @@ def inspect(cubin: Path, arch: int, listing: bool = True) -> list[Row]:
         reserved = RESERVED if arch >= 90 else 0
         shared_bytes = max(int(shared) - reserved, 0)
         spill_bytes = int(stack) + int(local)
-        rows.append(Row(function, "", arch, int(registers), spill_bytes, shared_bytes, dict(sorted(words.items()))))
+        row = Row(function, "", arch, int(registers), spill_bytes, shared_bytes, dict(sorted(words.items())))
+        rows.append(row._replace(loop=static_table.loop_length(code.get(function, ""))))
     return rows
 
 
@@ -265,6 +275,15 @@ def faults_of(row: Row, matrix: bool) -> list[str]:
     if matrix and not any(re.fullmatch(instruction, name) for name in row.instructions):
         faults.append(f"{row.name}: a matrix kernel without {instruction}")
     return faults
+
+
+def static_rows(rows: Iterable[Row]) -> list[static_table.StaticRow]:
+    """What the static table has of ``rows``."""
+    return [
+        static_table.StaticRow(row.kernel, row.config, row.arch, row.registers, row.ctas, row.loop)
+        for row in rows
+        if row.loop
+    ]
 
 
 def _last_line(text: str) -> str:

@@ -5,12 +5,11 @@
 In a row of the picture, the taps of a pixel and their colours are 3·k consecutive numbers. Two neighbouring pixels
 share a run of 3·(k + 1) of them, which the prepared picture has in a piece: that is a row of the product's right side,
 for four of the k rows at a time. The left side has the channels of both pixels. So the sum for a tap is at two places,
-one for each pixel, which are added up afterwards together with the parts, in order.
+one for each pixel, which ``fastperc.kernels.sum_parts`` adds up together with the parts, in order.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from fastperc.kernels.configs import register_options, shared_memory
 from fastperc.kernels.conv_bn_relu import reflect_once
 from fastperc.kernels.rgb_conv_stem import Runs
+from fastperc.kernels.sum_parts import SumOf, Wide
 from fastperc.kernels.weight_gradient import parts_of
 
 PIXELS = tl.constexpr(2)  # that share a row of the product
@@ -94,18 +94,22 @@ def picture_runs(width: int, kernel: int) -> Runs:
     return Runs(triton.cdiv(width, pixels), 3 * pixels, max(triton.next_power_of_2(3 * (kernel + pixels - 1)), 4))
 
 
-def rgb_weight_gradient(dense: Tensor, picture: Tensor, kernel: int, border: int = 0) -> Tensor:
-    """[D, k, k, 3] float32 from ``dense`` [N, D, H, W], dense in NHWC, and a ``picture`` prepared in
-    :func:`picture_runs`, [N, H + 2 · border + k - 1, numbers].
+def rgb_weight_gradient(
+    dense: Tensor, picture: Tensor, kernel: int, border: int, to_rgb: bool, destination: SumOf
+) -> None:
+    """Makes ``destination`` [D, k, k, 3] or, ``to_rgb`` and turned by 180°, [3, k, k, D].
 
-    ``border`` is how many reflected pixels ``dense`` has on each side.
+    ``dense`` is [N, D, H, W] in NHWC, ``picture`` as prepared in :func:`picture_runs`,
+    [N, H + 2 · border + k - 1, numbers]. ``border`` is how many reflected pixels ``dense`` has on each side.
     """
     images, channels, height, width = dense.shape
     pixels, (pairs, _, run) = PIXELS.value, picture_runs(width + 2 * border, kernel)
     block = _block(dense.element_size())
     blocks = triton.cdiv(channels, BLOCK_CHANNELS) * triton.cdiv(kernel, ROWS.value)
     parts, part_pairs = parts_of((height + 2 * border) * pairs, images, blocks, block["BLOCK_P"])
-    partials = torch.empty(images * parts, pixels, channels, kernel, run, device=dense.device)
+    shape = (3, kernel, kernel, channels) if to_rgb else (channels, kernel, kernel, 3)
+    wide = Wide(kernel, run, channels, to_rgb)
+    partials = destination.empty(images * parts, (pixels, channels, kernel, run), shape, wide)
     rgb_weight_gradient_kernel[(images * parts * blocks,)](
         dense,
         picture,
@@ -123,6 +127,3 @@ def rgb_weight_gradient(dense: Tensor, picture: Tensor, kernel: int, border: int
         **block,
         **register_options(shared_memory(dense.device)),
     )
-    sums = partials.sum(0)  # [pixels, D, k, run]
-    first, second = (sums[p, ..., 3 * p : 3 * (p + kernel)] for p in range(pixels))
-    return (first + second).unflatten(2, (kernel, 3))

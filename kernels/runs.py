@@ -359,10 +359,11 @@ def residual_block(size: int, name: str, change: Callable[[nn.Module], object]) 
 
 
 def _several_processes() -> None:
-    """A norm that gives its statistics, for other processes."""
-    from fastperc import kernels
+    """A norm that gives its statistics, and its gradient's sums, for other processes."""
+    from fastperc.kernels import norm_coefficients as module
 
     channels = 128
     partials, weight, bias = torch.empty(1, 64, 3, channels), torch.ones(channels), torch.zeros(channels)
     statistics = torch.empty(1, 3, channels)
-    kernels.instance_norm.norm_coefficients(partials, weight, bias, 1e-5, statistics=statistics)
+    norm = module.norm_coefficients(partials, weight, bias, 1e-5, statistics=statistics)
+    module.gradient_coefficients(partials[:, :, :2].contiguous(), weight, norm, False, torch.empty(1, 2, channels))

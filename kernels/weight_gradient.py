@@ -4,20 +4,20 @@
 
 One of the maps is the layer's input, the other the gradient of its output. A convolution gathers the input, a ½-stride
 convolution the gradient. A program takes a tap, a block of out and a part of an image's pixels. The parts are added up
-afterwards, in order. ``fastperc.kernels.rgb_weight_gradient`` serves a network's two ends.
+afterwards, in order: by ``fastperc.kernels.sum_parts``. ``rgb_weight_gradient`` beside it serves a network's two ends.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastperc.kernels.configs import register_options, shared_memory
 from fastperc.kernels.conv_bn_relu import reflect_once
+from fastperc.kernels.sum_parts import SumOf
 
 PROGRAMS = 264  # to aim at: two per multiprocessor of the largest GPUs
 FEWEST_STEPS = 4  # of a program, so that adding up the parts does not outweigh the products
@@ -117,15 +117,16 @@ def parts_of(pixels: int, images: int, blocks: int, step: int) -> tuple[int, int
     return triton.cdiv(pixels, part_pixels), part_pixels
 
 
-def weight_gradient(dense: Tensor, gathered: Tensor, geometry: Geometry) -> Tensor:
-    """[D, rows, columns, G] float32 from two maps [N, C, H, W] that are dense in NHWC."""
+def weight_gradient(dense: Tensor, gathered: Tensor, geometry: Geometry, destination: SumOf) -> None:
+    """Makes ``destination`` [D, rows, columns, G] from two maps [N, C, H, W] that are dense in NHWC."""
     images, dense_channels, height, width = dense.shape
     _, channels, gathered_height, gathered_width = gathered.shape
     block = _block(dense.element_size(), dense_channels, channels)
     taps_h, taps_w = geometry.taps
     blocks = triton.cdiv(dense_channels, block["BLOCK_D"]) * triton.cdiv(channels, block["BLOCK_G"]) * taps_h * taps_w
     parts, part_pixels = parts_of(height * width, images, blocks, block["BLOCK_P"])
-    partials = torch.empty(images * parts, dense_channels, taps_h, taps_w, channels, device=dense.device)
+    shape = (dense_channels, taps_h, taps_w, channels)
+    partials = destination.empty(images * parts, shape, shape)
     weight_gradient_kernel[(images * parts * blocks,)](
         dense,
         gathered,
@@ -148,4 +149,3 @@ def weight_gradient(dense: Tensor, gathered: Tensor, geometry: Geometry) -> Tens
         **block,
         **register_options(shared_memory(dense.device)),
     )
-    return partials.sum(0)

@@ -2,7 +2,7 @@
 
 ``python tests/capture.py [--spoiled] [CASE ...]`` runs the engine's pass and whole training steps on CPU tensors that
 say they are on a GPU (``fastperc.kernels.launches``), and prints what each would do that a capture refuses, as JSON.
-``--spoiled``: packing ½-stride weights makes a constant on the GPU from the host's memory, as it once did.
+``--spoiled``: packing the weights makes a constant on the GPU from the host's memory, as it once did.
 """
 
 from __future__ import annotations
@@ -212,15 +212,16 @@ def cases() -> dict[str, Callable[[], list[str]]]:
 
 
 def spoiled() -> Any:
-    """In the block, packing ½-stride weights makes a constant on the GPU from the host's memory."""
-    from fastperc.kernels import subpixel_conv_bn_relu
+    """In the block, packing a step's weights makes a constant on the GPU from the host's memory."""
+    from fastperc.kernels import pack_weights
 
-    phases = subpixel_conv_bn_relu._phases
+    pack = pack_weights.pack_weights
 
-    def with_constant(weight: Tensor, axis: int, upsample: str) -> Tensor:
-        return phases(weight * weight.new_tensor([1.0]), axis, upsample)
+    def with_constant(weights: Any, packs: Any, dtype: torch.dtype) -> Any:
+        weights[0].new_tensor([1.0])
+        return pack(weights, packs, dtype)
 
-    return mock.patch.object(subpixel_conv_bn_relu, "_phases", with_constant)
+    return mock.patch.object(pack_weights, "pack_weights", with_constant)
 
 
 def main(arguments: list[str]) -> None:

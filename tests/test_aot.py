@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-from fastperc.kernels import aot
+from fastperc.kernels import aot, static_table
 from fastperc.kernels.aot import Row, faults_of, plain_name
 from fastperc.kernels.configs import SHARED_MEMORY
+from fastperc.kernels.static_table import StaticRow
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
@@ -80,6 +82,8 @@ def rows_of(file, *archs: int) -> list[dict]:
         "spill_bytes": int,
         "shared_bytes": int,
         "instructions": dict,
+        "ctas": int,
+        "loop": float,
     }
     for row in rows:
         assert {key: type(value) for key, value in row.items()} == types
@@ -123,6 +127,15 @@ def test_what_ships_is_clean(tmp_path):
         instruction = "HGMMA" if arch == 90 else "HMMA"
         on_tensor_cores = {row["kernel"] for row in rows if row["arch"] == arch and instruction in row["instructions"]}
         assert {"gram_partials_kernel", "gram_loss_bwd_kernel", "conv_bn_relu_kernel"} <= on_tensor_cores
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    table = Path(__file__).resolve().parent.parent / "benchmarks" / "static" / f"triton-{version}.csv"
+    if table.exists():  # else write it: python -m fastperc.kernels.aot --arch 80,86,90 --table FILE
+        committed = static_table.from_csv(table.read_text())
+        in_table = {row.arch for row in committed}
+        compiled = aot.static_rows([Row(**row) for row in rows if row["arch"] in in_table])
+        assert not static_table.regressions(compiled, committed)
     if shutil.which("nvcc") and aot.CSRC.is_dir():
         assert "tv_loss_kernel" in {row["kernel"] for row in rows}
 
@@ -225,3 +238,54 @@ def test_names_of_cuda_kernels(function, kernel, config):
 def test_refuses(arguments, message):
     done = run_aot("-m", "fastperc.kernels.aot", *arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;      /* 0x00000a0000017a02 */
+                                                               /* 0x000fe20000000f00 */
+        /*0010*/                   LDS R2, [R1] ;              /* 0x0000000001027984 */
+        /*0020*/                   HMMA.16816.F32 R4, R2 ;     /* 0x000000020404723c */
+        /*0030*/              @!P0 BRA 0x90 ;                  /* 0x0000005000008947 */
+        /*0040*/                   HMMA.16816.F32 R8, R2 ;     /* 0x000000020808723c */
+        /*0050*/               @P0 BRA 0x10 ;                  /* 0xffffffb000000947 */
+        /*0060*/                   STG [R1], R4 ;              /* 0x0000000401007986 */
+        /*0070*/                   EXIT ;                      /* 0x000000000000794d */
+        /*0080*/                   NOP ;                       /* 0x0000000000007918 */
+        /*0090*/                   BRA 0x40;                   /* 0xfffffff000007947 */
+"""
+
+
+def test_the_loop_of_a_listing():
+    """Its five instructions for two products; the jump back from its end belongs to a wait."""
+    assert static_table.loop_length(LISTING) == 2.5
+    assert static_table.loop_length(LISTING.replace("@P0 BRA 0x10", "@P0 BRA 0x60").replace("BRA 0x40;", "NOP ;")) == 5
+    assert static_table.loop_length(LISTING.replace("HMMA", "FFMA")) == static_table.loop_length("") == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "expected"),
+    [
+        (90, 168, 0, 4, 2 + 1),
+        (90, 255, 0, 8, 1),
+        (90, 32, 114 * 1024 - 1024, 4, 2),
+        (86, 32, 0, 8, 6),
+        (80, 32, 0, 1, 32),
+    ],
+    ids=["registers", "half", "shared", "warps", "blocks"],
+)
+def test_blocks_of_a_multiprocessor(arch, registers, shared, warps, expected):
+    assert static_table.ctas(arch, registers, shared, warps) == expected
+
+
+def test_a_kernel_that_got_worse_is_told():
+    row = StaticRow("k", "bf16", 90, 128, 2, 20.0)
+    table = static_table.from_csv(static_table.as_csv([row]))
+    assert table == [row] and not static_table.regressions([row._replace(registers=136, ctas=3, loop=21.0)], table)
+    worse = row._replace(registers=137, ctas=1, loop=21.1)
+    assert [line.partition(": ")[2] for line in static_table.regressions([worse], table)] == [
+        "1 blocks a multiprocessor, the table has 2",
+        "137 registers, the table has 128",
+        "21.1 instructions for each product, the table has 20.0",
+    ]
+    (new, gone) = static_table.regressions([row._replace(config="fp16")], table)
+    assert new.endswith("(fp16) on sm_90: is not in the table") or gone.endswith("is not in the table")

@@ -53,7 +53,7 @@ def test_a_forced_backend_serves_or_says_why_not():
         with pytest.raises(RuntimeError, match="op cannot run on the native backend: too small"):
             operation(native="too small", triton=None)(X)
     with use_backend("triton"), pytest.raises(backends.CannotServe, match="tv_loss cannot run on the triton backend"):
-        ops.tv_loss(torch.rand(1, 3, 8, 8))
+        ops.tv_loss(torch.rand(1, 3, 8, 8).double())
 
 
 def test_what_is_made_of_other_operations_serves_every_backend_that_it_has_no_kernel_of():

@@ -39,9 +39,9 @@ def test_a_capture_refuses_nothing_of_the_engine_and_the_training_step():
 @needs_triton
 @pytest.mark.slow
 def test_a_constant_from_the_host_is_found():
-    """The packing of ½-stride weights once made one on the GPU in each step."""
+    """The packing of weights once made one on the GPU in each step."""
     (calls,) = calls_of("--spoiled", "step, paper").values()
-    assert any(call.startswith("aten.lift_fresh.default at kernels/subpixel_conv_bn_relu.py") for call in calls)
+    assert any(call.startswith("aten.lift_fresh.default at") for call in calls)
 
 
 @pytest.mark.parametrize(

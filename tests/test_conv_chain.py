@@ -163,6 +163,19 @@ def test_a_frozen_norm_on_triton():
     assert torch.equal(net.parts[0].norm.running_mean, before)
 
 
+def test_statistics_of_several_processes_on_triton(monkeypatch):
+    """Of two processes with the same images: the gradients of one are those without the other."""
+    from fastperc.ops import fused_chain
+
+    net, x = varied(ConvBNReLU(4, 8, 3, padding=1)), torch.randn(2, 4, 6, 7, device=DEVICE)
+    alone, _ = run(net, x, "triton", torch.float32)
+    monkeypatch.setattr(fused_chain, "group_of", lambda norm: "a group")
+    monkeypatch.setattr(fused_chain, "gathered", lambda mine, group: torch.stack([mine, mine]))
+    together, _ = run(net, x, "triton", torch.float32)
+    for name, gradient in alone.items():
+        assert error(together[name], gradient) < 1e-5 or gradient.abs().max() < 1e-5, name
+
+
 def test_weights_that_want_no_gradient_on_triton_get_none():
     net = varied(Row(ConvBNReLU(4, 8, 3, padding=1), ConvBNReLU(8, 8, 3, padding=1)))
     net.parts[0].requires_grad_(False)

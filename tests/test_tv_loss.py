@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -48,6 +49,39 @@ def test_any_memory_layout(device, layout, norm):
     expected, grad = by_formula(x, norm)
     assert error(loss, expected) <= LOSS_ERROR[torch.float32]
     assert error(x.grad, grad) <= GRAD_ERROR[torch.float32]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_triton(layout, dtype, norm):
+    """The same bits in each run; a gradient of any size; and one that can be differentiated again."""
+    x = LAYOUTS[layout](torch.rand(2, 3, 9, 67).to(DEVICES[-1], dtype)).detach().requires_grad_()
+    results = []
+    with use_backend("triton"):
+        for _ in range(2):
+            loss = ops.tv_loss(x, norm)
+            results.append((loss, *torch.autograd.grad(3 * loss, x)))
+        (again,) = torch.autograd.grad(ops.tv_loss(x, norm), x, create_graph=True)
+    (loss, gradient), repeated = results
+    assert torch.equal(loss, repeated[0]) and torch.equal(gradient, repeated[1])
+    expected, exact = by_formula(x, norm)
+    assert loss.dtype == torch.float32 and error(loss, expected) <= LOSS_ERROR[dtype]
+    assert gradient.dtype == dtype and error(gradient, 3 * exact) <= GRAD_ERROR[dtype]
+    assert again.requires_grad and error(again, exact) <= GRAD_ERROR[dtype]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 3, 1, 5), (2, 4, 7, 1)], ids=shape_id)
+def test_rows_and_columns_on_triton(shape):
+    x = torch.rand(shape, device=DEVICES[-1]).requires_grad_()
+    with use_backend("triton"):
+        loss = ops.tv_loss(x, reduction="mean")
+    loss.backward()
+    expected, grad = by_formula(x, "l2")
+    assert error(loss, expected / x.numel()) <= LOSS_ERROR[torch.float32]
+    assert error(x.grad, grad / x.numel()) <= GRAD_ERROR[torch.float32]
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])

@@ -221,30 +221,33 @@ class PerceptualLoss(WideStatistics):
         for layer in styles:
             gram = None if self.style_is_target else self.get_buffer(f"gram_{layer}")
             terms.append(GramTerm(taps[layer], summed(self.criteria.gram), gram))
-        content_term = style_term = output.new_zeros((), dtype=torch.promote_types(output.dtype, torch.float32))
+        content_term = style_term = None
         if not terms:
-            return content_term, style_term
+            zero = zero_term(output)
+            return zero, zero
         convs, normalized = self.features.frozen(), self.features.normalized
         relative = self.convention == "relative" and (bool(contents) or self.style_is_target)
         values, sizes = ops.vgg_loss(normalized(output), normalized(content), convs, terms, relative, content_gradient)
         number = len(contents)
+        content_values, gram_values = values.split([number, len(terms) - number])
         if contents:
             counts = [math.prod(shape_at(taps[layer], convs, output.shape)) for layer in contents]
             parts = [Part(weight, count) for weight, count in zip(contents.values(), counts)]
-            content_term = self._sum(values[:number], sizes[:number], parts, self.criteria.content)
+            content_term = self._sum(content_values, sizes[:number], parts, self.criteria.content)
         if self.style_is_target and styles:
             channels = [shape_at(taps[layer], convs, output.shape)[1] for layer in styles]
             parts = [Part(weight / self._gram_size(c), len(output)) for weight, c in zip(styles.values(), channels)]
-            style_term = self._sum(values[number:], sizes[number:], parts, self.criteria.gram)
+            style_term = self._sum(gram_values, sizes[number:], parts, self.criteria.gram)
         elif styles:
-            style_term = (as_norm(values[number:], len(output), self.criteria.gram) * self.style_scales).sum()
-        return content_term, style_term
+            style_term = (as_norm(gram_values, len(output), self.criteria.gram) * self.style_scales).sum()
+        content_term = zero_term(output) if content_term is None else content_term
+        return content_term, zero_term(output) if style_term is None else style_term
 
     def _sum(self, values: Tensor, sizes: Tensor, parts: Sequence[Part], criterion: str) -> Tensor:
         """The weighted sum of ``values`` [terms], under ``"relative"`` over their ``sizes``."""
         total = None
-        for i, (weight, numbers) in enumerate(parts):
-            value = as_norm(values[i], numbers, criterion)
+        for i, (value, (weight, numbers)) in enumerate(zip(values.unbind(), parts)):
+            value = as_norm(value, numbers, criterion)
             if self.convention == "relative" and numbers:
                 value = value / as_norm(sizes[i], numbers, criterion)
             value = value if weight == 1 else weight * value
@@ -279,6 +282,11 @@ class Part(NamedTuple):
 
     weight: float
     numbers: int  # whose squares "fro" sums, for each that the term's value sums
+
+
+def zero_term(output: Tensor) -> Tensor:
+    """The value of a term of ``output`` that is not computed."""
+    return output.new_zeros((), dtype=torch.promote_types(output.dtype, torch.float32))
 
 
 def summed(criterion: str) -> str:

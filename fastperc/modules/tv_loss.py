@@ -27,7 +27,8 @@ class TVLoss(nn.Module):
         self.weight, self.norm, self.reduction = weight, norm, reduction
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * ops.tv_loss(x, self.norm, self.reduction)
+        loss = ops.tv_loss(x, self.norm, self.reduction)
+        return loss if self.weight == 1 else self.weight * loss
 
     def extra_repr(self) -> str:
         return f"weight={self.weight}, norm={self.norm!r}, reduction={self.reduction!r}"

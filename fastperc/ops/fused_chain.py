@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,15 @@ from torch import Tensor
 from fastperc import backends, kernels, reference
 from fastperc.collective import gathered
 from fastperc.ops.common import channels_last, compute_dtype, siblings
-from fastperc.ops.kinds import STEM, GradientTarget, Layer, Weight, partials_of
+from fastperc.ops.kinds import STEM, GradientTarget, Layer, partials_of
 from fastperc.ops.norm_relu import group_of
+from fastperc.ops.weight_forms import Weight, in_forms
 from fastperc.types import Deferred
+
+if TYPE_CHECKING:
+    from fastperc.kernels.chain_passes import Norm, Pass
+
+MOST_BYTES_IN_PARTS = 64 << 20  # that gradients of weights in parts take; no more than half of what is kept
 
 
 def fused_chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -60,11 +66,17 @@ class _ConvChain(torch.autograd.Function):
         if counters:
             torch._foreach_add_(counters, 1)
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            weights = _weights(parameters, x.dtype)
+            weights = in_forms([layer.kind.forms(layer) for layer in layers], parameters[::4], x.dtype)
             outputs: list[Output] = []
             inputs = _Inputs(x, layers, outputs)
-            for i, (layer, others) in enumerate(zip(layers, _by_layer(parameters))):
-                outputs.append(_forward(layer, inputs[i], weights[i], *others[1:]))
+            zeros = torch.zeros(len(layers), kernels.chain_passes.COUNTERS, dtype=torch.int32, device=x.device)
+            for i, (layer, (_, bias, scale, shift)) in enumerate(zip(layers, _by_layer(parameters))):
+                raw, partials = layer.kind.forward(layer, inputs[i], weights[i], bias.float())
+                coefficients = None
+                if layer.norm is not None:
+                    inputs.norms[i] = _norm(layer, partials, scale.float(), shift.float(), zeros[i])
+                    coefficients = inputs.norms[i].empty_coefficients()
+                outputs.append(Output(raw, coefficients))
                 inputs.forget_before(i)
             result = inputs[len(layers)] if layers[-1].norm else outputs[-1].raw
         ctx.layers, ctx.weights = layers, weights
@@ -90,14 +102,6 @@ class _ConvChain(torch.autograd.Function):
         return grad_x, None, *others
 
 
-def _weights(parameters: Sequence[Any], dtype: torch.dtype) -> list[Weight]:
-    """The convolutions' weights, and copies in ``dtype``."""
-    masters = [weight.detach() for weight in parameters[::4]]
-    copies = [torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last) for weight in masters]
-    torch._foreach_copy_(copies, masters)  # one kernel for all
-    return [Weight(*pair) for pair in zip(masters, copies)]
-
-
 def _updates_statistics(layer: Layer) -> bool:
     return layer.batch and layer.norm.track_running_stats and layer.norm.training
 
@@ -114,11 +118,19 @@ class _Inputs:
 
     def __init__(self, x: Tensor, layers: Sequence[Layer], outputs: Sequence[Output]) -> None:
         self.layers, self.outputs = layers, outputs
+        self.norms: dict[int, Norm] = {}  # by layer: those whose coefficients are still to be computed
         self.kept = {0: x if layers[0].kind is STEM else channels_last(x)}  # this and those that a skip adds
 
     def __getitem__(self, i: int) -> Tensor:
+        layer_input, normalises = self.begin(i)
+        if normalises is not None:
+            normalises.run()
+        return layer_input
+
+    def begin(self, i: int) -> tuple[Tensor, Pass | None]:
+        """The input of layer i, and the pass that fills it if there is one, which is to be run."""
         if i in self.kept:
-            return self.kept[i]
+            return self.kept[i], None
         before, (raw, coefficients) = self.layers[i - 1], self.outputs[i - 1]
         skip = None
         if before.skip:
@@ -126,10 +138,9 @@ class _Inputs:
             skip = cropped(self.kept[i - 2], raw)
         activation = Deferred(raw, coefficients, before.activation is not None)
         layer_input = torch.empty_like(raw)
-        kernels.instance_norm.instance_norm_fwd(activation, skip, layer_input)
         if i < len(self.layers) - 1 and self.layers[i + 1].skip:
             self.kept[i] = layer_input
-        return layer_input
+        return layer_input, kernels.chain_passes.Pass(activation, skip, layer_input, self.norms.pop(i - 1, None))
 
     def forget_before(self, i: int) -> None:
         """Drops those that no layer after layer ``i`` adds; the chain's own input is not computed here."""
@@ -138,16 +149,10 @@ class _Inputs:
                 del self.kept[known]
 
 
-def _forward(layer: Layer, x: Tensor, weight: Weight, bias: Tensor, norm_weight: Any, norm_bias: Any) -> Output:
-    raw, partials = layer.kind.forward(layer, x, weight, bias.float())
-    if layer.norm is None:
-        return Output(raw, None)
-    return Output(raw, _norm_coefficients(layer, partials, norm_weight.float(), norm_bias.float()))
-
-
-def _norm_coefficients(layer: Layer, partials: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """The coefficients of a layer's norm, from its output's statistics by tiles; updates the running statistics."""
-    norm, running, module = layer.norm, None, kernels.instance_norm
+def _norm(layer: Layer, partials: Tensor | None, weight: Tensor, bias: Tensor, counters: Tensor) -> Norm:
+    """A layer's norm, from its output's statistics by tiles; its coefficients are computed by the pass that needs them,
+    which updates the running statistics."""
+    norm, running, module = layer.norm, None, kernels.norm_coefficients
     if layer.batch and norm.track_running_stats:
         running = module.RunningStatistics(norm.running_mean, norm.running_var, norm.momentum, norm.num_batches_tracked)
     if layer.batch and partials is not None:
@@ -156,7 +161,7 @@ def _norm_coefficients(layer: Layer, partials: Tensor | None, weight: Tensor, bi
             statistics = partials.new_empty(1, 3, len(weight))
             module.norm_coefficients(partials, weight, bias, norm.eps, statistics=statistics)
             partials = gathered(statistics[0], group)[None]
-    return module.norm_coefficients(partials, weight, bias, norm.eps, running)
+    return kernels.chain_passes.Norm(counters, partials, weight, bias, norm.eps, running)
 
 
 class _Backward:
@@ -179,10 +184,16 @@ class _Backward:
             for layer, (raw, coefficients) in zip(layers, outputs)
         ]
         self.grads: list[Tensor | None] = [None] * len(needed)  # of the input, then four for each layer
+        kept = sum(output.raw.nbytes for output in outputs)
+        self.split_sums = kernels.sum_parts.SplitSums(min(MOST_BYTES_IN_PARTS, kept // 2), x.device)
         # The gradients of all norms' biases and weights, for each image, and zeros for the convolutions' biases: filled
-        # and added up together.
+        # together. A batch norm takes all images as one.
         channels = [layer.conv.out_channels for layer in layers]
-        buffer = torch.zeros(1 + len(x), 2, sum(channels), device=x.device)
+        images = 1 if all(layer.batch or layer.norm is None for layer in layers) else len(x)
+        numbers, counters = (1 + images) * 2 * sum(channels), len(layers) * kernels.chain_passes.COUNTERS
+        zeros, buffer = torch.zeros(counters + numbers, device=x.device).split([counters, numbers])
+        self.counters = zeros.view(torch.int32).view(len(layers), -1)
+        buffer = buffer.view(1 + images, 2, sum(channels))
         self.zeros = buffer[0, 0].split(channels)
         self.sums_of_all = buffer[1:]
         self.sums = self.sums_of_all.split(channels, dim=2)
@@ -196,16 +207,18 @@ class _Backward:
             layer, first = self.layers[i], 1 + 4 * i
             if layer.skip:
                 skips[i - 1] = _uncropped(grad_y, self._input_shape(i - 1))
-            raw_grad = self._through_norm(i, grad_y, partials)
-            if self.needed[first]:
-                self.grads[first] = layer.kind.weight_gradient(layer, self.inputs[i], raw_grad)
+            layer_input, normalises = self.inputs.begin(i) if self.needed[first] else (None, None)
+            raw_grad = self._through_norm(i, grad_y, partials, normalises)
+            if layer_input is not None:
+                destination = kernels.sum_parts.SumOf(self.split_sums, first)
+                layer.kind.weight_gradient(layer, layer_input, raw_grad, destination)
             if deepest >= first:
                 break
             target = GradientTarget(self._input_shape(i), self.activations[i - 1] if i else None, skips.pop(i, None))
             grad_y, partials = layer.kind.data_gradient(layer, raw_grad, self.weights[i], target)
             if i == 0:
                 self.grads[0] = grad_y
-        self._finish_norms()
+        self._finish_sums()
         return [
             grad.to(leaf.dtype) if needs and grad is not None else None
             for grad, leaf, needs in zip(self.grads, self.leaves, self.needed)
@@ -225,8 +238,8 @@ class _Backward:
         fold.fold_gradient(grad, None, activation, out, (0, 0, 0, 0), False, partials)
         return out, partials
 
-    def _through_norm(self, i: int, grad_y: Tensor, partials: Tensor | None) -> Tensor:
-        """The gradient of layer i's raw output, from that after its norm.
+    def _through_norm(self, i: int, grad_y: Tensor, partials: Tensor | None, normalises: Pass | None) -> Tensor:
+        """The gradient of layer i's raw output, from that after its norm; runs ``normalises`` too.
 
         Stores the gradients of the convolution's bias and of the norm's weight and bias.
         """
@@ -234,27 +247,31 @@ class _Backward:
         if layer.norm is None:
             if self.needed[first + 1]:
                 self.grads[first + 1] = grad_y.sum((0, 2, 3), dtype=torch.float32)
+            if normalises is not None:
+                normalises.run()
             return grad_y
-        activation, module, scale = self.activations[i], kernels.instance_norm, self.norms[i].float()
+        activation, passes, scale = self.activations[i], kernels.chain_passes, self.norms[i].float()
         assert partials is not None and activation.coefficients is not None
         if layer.batch:
             partials = partials.flatten(0, 1)[None]
         sums = self.sums[i][: len(partials)]
-        coefficients = module.gradient_coefficients(partials, scale, activation.coefficients, layer.frozen, sums)
-        self.grads[first + 1] = self.zeros[i]  # the norm subtracts the bias again
-        if layer.frozen:
-            self.grads[first + 1] = coefficients[0, 0] * sums[0, 0]
-        elif (group := group_of(layer.norm)) is not None:
+        norm = passes.GradientNorm(self.counters[i], partials, scale, activation.coefficients, layer.frozen, sums)
+        if not layer.frozen and (group := group_of(layer.norm)) is not None:
+            kernels.norm_coefficients.gradient_coefficients(*norm[1:])  # for this process's sums
             total = gathered(sums[0], group)[None]
             ours = torch.empty_like(sums)  # what the other processes computed is not this one's gradient
-            coefficients = module.gradient_coefficients(total, scale, activation.coefficients, False, ours)
+            norm = norm._replace(partials=total, sums=ours)
         raw_grad = torch.empty_like(grad_y) if layer.skip else grad_y  # the skip's own gradient is used later
-        other = None if layer.frozen else activation.x
-        module.instance_norm_fwd(Deferred(grad_y, coefficients, other=other), None, raw_grad)
+        coefficients, other = norm.empty_coefficients(), None if layer.frozen else activation.x
+        gradient = passes.Pass(Deferred(grad_y, coefficients, other=other), None, raw_grad)
+        passes.before_norm(norm, gradient, normalises)
+        self.grads[first + 1] = coefficients[0, 0] * sums[0, 0] if layer.frozen else self.zeros[i]  # subtracted again
         return raw_grad
 
-    def _finish_norms(self) -> None:
-        """Stores the gradients of the norms' weights and biases."""
+    def _finish_sums(self) -> None:
+        """Stores the gradients of the convolutions' weights, and of the norms' weights and biases."""
+        for position, grad in self.split_sums.add_up().items():
+            self.grads[position] = grad.permute(0, 3, 1, 2)
         channels = [layer.conv.out_channels for layer in self.layers]
         sums = self.sums_of_all[0] if len(self.sums_of_all) == 1 else self.sums_of_all.sum(0)
         for i, (bias, weight) in enumerate(zip(*(row.split(channels) for row in sums))):

@@ -93,7 +93,7 @@ def _triton_apply(x: Tensor, partials: Tensor, epilogue: Epilogue, out: Tensor) 
     norm = epilogue.norm
     assert norm is not None
     with backends.on_device(x):
-        coefficients = kernels.instance_norm.norm_coefficients(
+        coefficients = kernels.norm_coefficients.norm_coefficients(
             partials, norm.weight.float(), norm.bias.float(), norm.eps
         )
         normalised, skip = Deferred(x, coefficients), channels_adjacent(epilogue.skip)
@@ -140,6 +140,7 @@ INSTANCE_NORM = register(
             *COMMON_CUDA_SOURCES,
             "csrc/norm_*",
             "kernels/instance_norm.py",
+            "kernels/norm_coefficients.py",
             "fastperc/ops/instance_norm.py",
         ),
         frozen=True,

@@ -12,17 +12,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastperc import kernels, reference
+from fastperc.ops import weight_forms
 from fastperc.ops.common import empty_like
 from fastperc.ops.norm_relu import BATCH_NORMS, NORMS, has_hooks
-from fastperc.ops.subpixel_conv_bn_relu import as_transposed
+from fastperc.ops.weight_forms import Forms, Weight
 from fastperc.types import NO_EPILOGUE, RELU, Activation, Deferred, Destination, Padding, Window, same_sides
+
+if TYPE_CHECKING:
+    from fastperc.kernels.sum_parts import SumOf
 
 WIDE = 5  # taps in a row: from here on a convolution of 3 channels, or to 3, has a kernel of its own
 
@@ -86,13 +90,6 @@ class Layer(NamedTuple):
         return self.conv.weight, self.conv.bias, *norm
 
 
-class Weight(NamedTuple):
-    """A convolution's weight in its own shape."""
-
-    master: Tensor
-    copy: Tensor  # in the dtype of the computation, channels-last
-
-
 class GradientTarget(NamedTuple):
     """What a data gradient becomes part of."""
 
@@ -106,25 +103,26 @@ def partials_of(out: Tensor, tiles: int, rows: int) -> Tensor:
     return torch.empty(len(out), tiles, rows, out.shape[1], device=out.device)
 
 
-def turned(weight: Tensor) -> Tensor:
-    """``weight`` rotated by 180°, in and out exchanged, as the gradient to the input needs it."""
-    return weight.flip(2, 3).transpose(0, 1)
-
-
 def prepared_rgb(x: Tensor, padding: Padding, runs: Any = None) -> Tensor:
     """An image or a gradient [N, 3, H, W] as the wide kernels load it."""
     return kernels.rgb_conv_stem.rgb_prepare(x, Window(0, 0, *x.shape[2:]), padding, (1.0, 0.0), x.dtype, runs)
 
 
-def rgb_weight_gradient(dense: Tensor, rgb: Tensor, padding: Padding, kernel: int, border: int = 0) -> Tensor:
-    """[D, k, k, 3] float32 from a map [N, D, H, W] with a reflected border, and the image or gradient ``rgb``."""
+def rgb_weight_gradient(
+    dense: Tensor, rgb: Tensor, padding: Padding, kernel: int, border: int, to_rgb: bool, destination: SumOf
+) -> None:
+    """The weight's gradient from a map [N, D, H, W] with a reflected border, and the image or gradient ``rgb``."""
     module = kernels.rgb_weight_gradient
     picture = prepared_rgb(rgb, padding, module.picture_runs(dense.shape[3] + 2 * border, kernel))
-    return module.rgb_weight_gradient(dense, picture, kernel, border)
+    module.rgb_weight_gradient(dense, picture, kernel, border, to_rgb, destination)
 
 
 class Kind:
     """What kernels do for a layer."""
+
+    def forms(self, layer: Layer) -> Forms:
+        """The forms of its weight."""
+        return Forms()
 
     def why_not_geometry(self, layer: Layer) -> str | None:
         """Why its kernels cannot take the layer's size, stride and padding, or ``None``."""
@@ -184,8 +182,8 @@ class Kind:
         """Fills ``out`` with the gradient of the input with its reflected ``border``; returns its sums by tiles."""
         raise NotImplementedError
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of the weight, float32."""
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
+        """Makes ``destination`` the gradient of the weight, NHWC."""
         raise NotImplementedError
 
 
@@ -197,6 +195,9 @@ def sums_of(out: Tensor, target: GradientTarget, tiles: Callable[[], int]) -> Te
 class Stem(Kind):
     """A wide convolution of 3 channels."""
 
+    def forms(self, layer: Layer) -> Forms:
+        return Forms(weight_forms.stem_form, weight_forms.turned_head_form)
+
     def why_not_geometry(self, layer: Layer) -> str | None:
         return _why_not_stride_1(layer)
 
@@ -205,46 +206,50 @@ class Stem(Kind):
 
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         stem = kernels.rgb_conv_stem
-        stem.rgb_conv_stem_fwd(prepared_rgb(x, layer.border), stem.pack(weight.copy), bias, out, None, partials)
+        stem.rgb_conv_stem_fwd(prepared_rgb(x, layer.border), weight.forward, bias, out, None, partials)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
         head, zeros = kernels.rgb_conv_head, layer.kernel - 1 - (0 if border else layer.padding)
-        head.rgb_conv_head_fwd(grad, head.pack(turned(weight.copy)), None, out, same_sides(zeros), None)
+        head.rgb_conv_head_fwd(grad, weight.backward, None, out, same_sides(zeros), None)
         return None
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
-        return rgb_weight_gradient(grad, x, layer.border, layer.kernel).permute(0, 3, 1, 2)
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
+        rgb_weight_gradient(grad, x, layer.border, layer.kernel, 0, False, destination)
 
 
 class Head(Kind):
     """A wide convolution to 3 channels."""
 
+    def forms(self, layer: Layer) -> Forms:
+        return Forms(weight_forms.head_form, weight_forms.turned_stem_form)
+
     def why_not_geometry(self, layer: Layer) -> str | None:
         return _why_not_stride_1(layer)
 
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
-        head = kernels.rgb_conv_head
-        head.rgb_conv_head_fwd(x, head.pack(weight.copy), bias, out, layer.border, None)
+        kernels.rgb_conv_head.rgb_conv_head_fwd(x, weight.forward, bias, out, layer.border, None)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
         stem, zeros = kernels.rgb_conv_stem, layer.kernel - 1 - (0 if border else layer.padding)
         partials = sums_of(out, target, lambda: stem.rgb_conv_stem_tiles(out))
-        picture, packed = prepared_rgb(grad, same_sides(zeros)), stem.pack(turned(weight.copy))
-        stem.rgb_conv_head_bwd(picture, packed, target.saved, out, partials)
+        stem.rgb_conv_head_bwd(prepared_rgb(grad, same_sides(zeros)), weight.backward, target.saved, out, partials)
         return partials
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
         border = layer.padding if layer.reflect else 0
         zeros = same_sides(layer.kernel - 1 - layer.padding + border)
-        return rgb_weight_gradient(x, grad, zeros, layer.kernel, border).flip(1, 2).permute(3, 0, 1, 2)
+        rgb_weight_gradient(x, grad, zeros, layer.kernel, border, True, destination)
 
 
 class Conv(Kind):
     """A convolution of stride 1, or a 3×3 one of stride 2."""
+
+    def forms(self, layer: Layer) -> Forms:
+        return Forms(None, weight_forms.transposed_form if layer.stride == 2 else None)
 
     def why_not_geometry(self, layer: Layer) -> str | None:
         if (layer.kernel, layer.stride, layer.padding) == (3, 2, 1):
@@ -256,7 +261,7 @@ class Conv(Kind):
 
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         conv = kernels.conv_bn_relu
-        conv.conv_bn_relu_fwd(x, weight.copy, bias, out, layer.stride, layer.border, NO_EPILOGUE, partials)
+        conv.conv_bn_relu_fwd(x, weight.forward, bias, out, layer.stride, layer.border, NO_EPILOGUE, partials)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
@@ -264,20 +269,22 @@ class Conv(Kind):
         if layer.stride == 2:
             subpixel = kernels.subpixel_conv_bn_relu
             partials = sums_of(out, target, lambda: subpixel.strided_conv_bwd_tiles(grad, out, border))
-            packed = subpixel.pack(weight.copy, "transposed")
-            subpixel.strided_conv_bwd(grad, packed, target.saved, out, border, partials)
+            subpixel.strided_conv_bwd(grad, weight.backward, target.saved, out, border, partials)
             return partials
         zeros = layer.kernel - 1 - (0 if border else layer.padding)
-        return _conv_gradient(grad, weight.copy, target, out, 1, zeros, turned=True)
+        return _conv_gradient(grad, weight.backward, target, out, 1, zeros, turned=True)
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
-        return _gathered_weight_gradient(layer, x, grad, nearest=False)
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
+        _gathered_weight_gradient(layer, x, grad, False, destination)
 
 
 class Transposed(Kind):
     """The ½-stride convolution: ``nn.ConvTranspose2d`` of 3×3, stride 2, padding 1, output padding 1."""
 
     upsample = "transposed"
+
+    def forms(self, layer: Layer) -> Forms:
+        return Forms(weight_forms.transposed_form)
 
     def why_not_geometry(self, layer: Layer) -> str | None:
         geometry = layer.kernel, layer.stride, layer.padding, layer.conv.output_padding
@@ -294,24 +301,26 @@ class Transposed(Kind):
 
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         subpixel, mode = kernels.subpixel_conv_bn_relu, layer.border.mode
-        packed = subpixel.pack(weight.master, self.upsample).to(x.dtype)  # sums of weights: rounded once
-        subpixel.subpixel_conv_bn_relu_fwd(x, packed, bias, out, self.upsample, mode, None, partials)
+        subpixel.subpixel_conv_bn_relu_fwd(x, weight.forward, bias, out, self.upsample, mode, None, partials)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
-        return _conv_gradient(grad, weight.copy, target, out, 2, 1)
+        return _conv_gradient(grad, weight.backward, target, out, 2, 1)
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
         module = kernels.weight_gradient
         geometry = module.Geometry((layer.kernel, layer.kernel), 1, 1, 2)
-        return module.weight_gradient(x, grad, geometry).permute(0, 3, 1, 2)
+        module.weight_gradient(x, grad, geometry, destination)
 
 
 class Nearest(Transposed):
     """Nearest-neighbour upsampling ×2 and a 3×3 convolution of padding 1."""
 
     upsample = "nearest"
+
+    def forms(self, layer: Layer) -> Forms:
+        return Forms(weight_forms.nearest_form, weight_forms.as_transposed_form)
 
     def why_not_geometry(self, layer: Layer) -> str | None:
         geometry = layer.kernel, layer.stride, layer.padding
@@ -327,11 +336,10 @@ class Nearest(Transposed):
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
-        packed = as_transposed(weight.master).to(grad.dtype, memory_format=torch.channels_last)
-        return _conv_gradient(grad, packed, target, out, 2, 3 if border else 1)
+        return _conv_gradient(grad, weight.backward, target, out, 2, 3 if border else 1)
 
-    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor) -> Tensor:
-        return _gathered_weight_gradient(layer, x, grad, nearest=True)
+    def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
+        _gathered_weight_gradient(layer, x, grad, True, destination)
 
 
 STEM, CONV, TRANSPOSED, NEAREST, HEAD = Stem(), Conv(), Transposed(), Nearest(), Head()
@@ -358,10 +366,10 @@ def _conv_gradient(
     return partials
 
 
-def _gathered_weight_gradient(layer: Layer, x: Tensor, grad: Tensor, nearest: bool) -> Tensor:
+def _gathered_weight_gradient(layer: Layer, x: Tensor, grad: Tensor, nearest: bool, destination: SumOf) -> None:
     module, taps = kernels.weight_gradient, (layer.kernel, layer.kernel)
     geometry = module.Geometry(taps, layer.padding, layer.padding, layer.stride, 2 if nearest else 1, layer.reflect)
-    return module.weight_gradient(grad, x, geometry).permute(0, 3, 1, 2)
+    module.weight_gradient(grad, x, geometry, destination)
 
 
 def why_not_layer(layer: Layer, channels: int, first: bool, last: bool) -> str | None:

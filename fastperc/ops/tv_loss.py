@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastperc import _native, reference
+from fastperc import _native, backends, kernels, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
 from fastperc.ops.common import COMMON_CPP_SOURCES, COMMON_CUDA_SOURCES
 
@@ -91,13 +91,48 @@ class _TVLoss(torch.autograd.Function):
         return (reference.widen(grad) * grad_loss).to(grad.dtype), None
 
 
+class _TritonTVLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.norm = norm
+        with backends.on_device(x):
+            return kernels.tv_loss.tv_loss_fwd(x, norm, _native.is_channels_last(x)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            loss = reference.tv_loss(x, ctx.norm)
+            return torch.autograd.grad(loss, x, grad_loss, create_graph=True)[0], None
+        channels_last = _native.is_channels_last(x)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        grad = torch.empty_like(x, memory_format=layout)
+        with backends.on_device(x):
+            kernels.tv_loss.tv_loss_bwd(x, grad_loss, grad, ctx.norm, channels_last)
+        return grad, None
+
+
+def _why_not_triton(x: Tensor, norm: str, reduction: str) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses the formula itself"
+    return backends.why_not_triton(x) or ("the tensor is empty" if x.numel() == 0 else None)
+
+
+def _triton_tv_loss(x: Tensor, norm: str, reduction: str) -> Tensor:
+    return _reduced(_TritonTVLoss.apply(x, norm), x, reduction)
+
+
+def _reduced(loss: Tensor, x: Tensor, reduction: str) -> Tensor:
+    return loss / x.numel() if reduction == "mean" else loss
+
+
 def _why_not_native(x: Tensor, norm: str, reduction: str) -> str | None:
     return _native.why_not(x)
 
 
 def _native_tv_loss(x: Tensor, norm: str, reduction: str) -> Tensor:
-    loss = _TVLoss.apply(x, norm)
-    return loss / x.numel() if reduction == "mean" else loss
+    return _reduced(_TVLoss.apply(x, norm), x, reduction)
 
 
 TV_LOSS = register(
@@ -106,9 +141,10 @@ TV_LOSS = register(
         "Total variation",
         (
             Implementation("native", _native_tv_loss, _why_not_native),
+            Implementation("triton", _triton_tv_loss, _why_not_triton),
             Implementation("reference", reference.tv_loss),
         ),
         TuningCases(lambda batch, size: [((batch, 3, size, size),)], lambda x: (x, "l2", "sum")),
-        (*COMMON_CPP_SOURCES, "csrc/tv_loss*", *COMMON_CUDA_SOURCES, "fastperc/ops/tv_loss.py"),
+        (*COMMON_CPP_SOURCES, *COMMON_CUDA_SOURCES, "csrc/tv_loss*", "kernels/tv_loss.py", "fastperc/ops/tv_loss.py"),
     )
 )

@@ -214,6 +214,15 @@ class _Chunk:
         if not self.problem.saves:
             self.saved.clear()
 
+    def loss_values(self) -> LossValues:
+        """The values of all terms, and the sizes if they are asked for."""
+        values = torch.stack([self.values[i].to(self.wide) for i in range(len(self.problem.terms))])
+        if not self.problem.sized:
+            return LossValues(values, values.new_empty(0))
+        one = None if len(self.sizes) == len(values) else values.new_ones(())
+        sizes = [self.sizes.get(i, one) for i in range(len(values))]
+        return LossValues(values, torch.stack([size.to(self.wide) for size in sizes if size is not None]))
+
     def gram_of_target(self, i: int, term: GramTerm, device: torch.device) -> Tensor:
         """The Gram matrix that term ``i`` compares with."""
         if term.gram is not None:
@@ -227,24 +236,24 @@ class _Chunk:
 def run(output: Tensor, target: Tensor, problem: Problem) -> tuple[LossValues, list[Tape]]:
     """The values, and what their backward needs: a tape for each of the batch's chunks."""
     wide = torch.promote_types(output.dtype, torch.float32)
-    values = output.new_zeros(len(problem.terms), dtype=wide)
-    sizes = values.new_zeros(len(values) if problem.sized else 0)
-    if output.device.type == "cuda":
-        values.add_(0 * output.sum(dtype=wide))  # keeps NaN, which cuDNN's ReLU may drop
-    tapes = []
+    tapes, sums = [], LossValues(output.new_empty(0), output.new_empty(0))
     with backends.on_device(output):
-        for images in chunks(output, IMAGES_ON_CPU):
+        for i, images in enumerate(chunks(output, IMAGES_ON_CPU)):
             own = output[images]
             chunk, share = _Chunk(problem, len(own), wide), len(own) / len(output)
             tape = chunk.forward(own, target[images])
-            for i in range(len(problem.terms)):
-                values[i].add_(chunk.values[i], alpha=share)
-                if problem.sized:
-                    sizes[i].add_(chunk.sizes.get(i, 1.0), alpha=share)
+            values = chunk.loss_values()
+            if i == 0:
+                sums = values if share == 1 else LossValues(*(share * x for x in values))
+            else:
+                for x, y in zip(sums, values):
+                    x.add_(y, alpha=share)
             if problem.saves:
                 tapes.append(tape)
             del chunk, tape
-    return LossValues(values, sizes), tapes
+    if output.device.type == "cuda":
+        sums.values.add_(output.sum(dtype=wide), alpha=0)  # keeps NaN, which cuDNN's ReLU may drop
+    return sums, tapes
 
 
 def gram_backend(features: Sequence[Tensor], targets: Sequence[Tensor], backend: str) -> str:
@@ -278,12 +287,15 @@ class _VGGLoss(torch.autograd.Function):
         tapes, ctx.tapes = ctx.tapes, None
         if tapes is None:
             tapes = run(output, target, problem)[1]
-        grad = torch.empty_like(output)
+        slices = chunks(output, IMAGES_ON_CPU)
+        grad = torch.empty_like(output) if len(slices) > 1 else None
         with backends.on_device(output), torch.autocast(output.device.type, enabled=False):
-            for images in reversed(chunks(output, IMAGES_ON_CPU)):
+            for images in reversed(slices):
                 tape, share = tapes.pop(), len(output[images]) / len(output)
-                functions = tap_gradients(problem.passes, tape, share * grads)
+                functions = tap_gradients(problem.passes, tape, grads if share == 1 else share * grads)
                 gradient = backward_chain(tape.layers, problem.convs, functions, problem.passes.passes)
+                if grad is None:
+                    return torch.zeros_like(output) if gradient is None else gradient, None, None
                 grad[images] = 0 if gradient is None else gradient
                 del tape, functions, gradient
         return grad, None, None

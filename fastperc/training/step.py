@@ -127,7 +127,7 @@ class TrainStep:
             return self.recording.terms
 
     def _run(self, levels: Tensor) -> Any:
-        photos = levels.float() / 255
+        photos = levels / 255
         inputs = photos if self.degrade is None else self.degrade(photos)
         return train_step(self.net, self.loss, self.optimizer, photos, inputs, self.amp)
 
