@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastperc.kernels.conv_bn_relu import activate, slopes_of, store_partials
-from fastperc.kernels.deferred import GRADIENT_ROWS, NORM_ROWS, coefficient
+from fastperc.kernels.deferred import coefficient
 from fastperc.types import RELU, Activation, Deferred, stride_of
 
 BLOCK = 8192  # elements per program of the passes over memory

@@ -291,5 +291,3 @@ def gradient_coefficients(partials: Tensor, weight: Tensor, norm: Tensor, frozen
         **COEFFICIENTS_OPTIONS,
     )
     return coefficients
-
-

@@ -1,4 +1,4 @@
-"""What can be said of a compiled kernel's speed without a GPU, and the committed tables of it: a regression shows there.
+"""What can be said of a compiled kernel's speed without a GPU, and the committed tables: a regression shows there.
 
 A table has the kernels with matrix products, as one version of Triton compiles them: ``benchmarks/static``.
 """

@@ -160,6 +160,8 @@ class SumOf(NamedTuple):
     sums: SplitSums
     key: int
 
-    def empty(self, parts: int, part_shape: tuple[int, ...], shape: tuple[int, ...], wide: Wide | None = None) -> Tensor:
+    def empty(
+        self, parts: int, part_shape: tuple[int, ...], shape: tuple[int, ...], wide: Wide | None = None
+    ) -> Tensor:
         """Memory [parts, *part_shape] float32 for the parts of the sum, which has ``shape``."""
         return self.sums.empty(self.key, parts, part_shape, shape, wide)

@@ -155,9 +155,7 @@ def tv_loss_fwd(x: Tensor, norm: str, channels_last: bool) -> Tensor:
     """The sum's pieces, float32; ``channels_last`` says in which order ``x`` [N, C, H, W] is read."""
     programs = triton.cdiv(x.numel(), BLOCK)
     pieces = torch.empty(programs, device=x.device)
-    tv_loss_fwd_kernel[(programs,)](
-        x, pieces, x.numel(), *x.shape[1:], *x.stride(), **_constants(norm, channels_last)
-    )
+    tv_loss_fwd_kernel[(programs,)](x, pieces, x.numel(), *x.shape[1:], *x.stride(), **_constants(norm, channels_last))
     return pieces
 
 
