@@ -8,8 +8,8 @@
 
 g is the gradient after the norm, zero where the ReLU stopped the value. Both passes over memory, in
 ``fastperc.kernels.chain_passes`` with the coefficients that they need, are x · row 0 + row 1 + other · row 2 of a
-table of coefficients, one column a channel. An instance norm has a table for each image. A norm's table also holds what its
-backward needs: see ``NORM_ROWS``.
+table of coefficients, one column a channel. An instance norm has a table for each image. A norm's table also holds what
+its backward needs: see ``NORM_ROWS``.
 """
 
 from __future__ import annotations
