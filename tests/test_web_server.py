@@ -79,7 +79,21 @@ def test_large_requests_are_refused(server):
     assert asked(server, "/gradio_api/upload", "POST", boundary, body % bytes(1_500_000))[0] == 413
     assert asked(server, "/gradio_api/upload", "POST", {"Content-Length": str(10**9)})[0] == 413
     assert asked(server, "/gradio_api/queue/join", "POST", {"Content-Length": str(10**8)})[0] == 413
-    assert asked(server, "/gradio_api/upload", "POST", {"Transfer-Encoding": "chunked"})[0] == 413
+    assert asked(server, "/gradio_api/upload", "POST", {"Transfer-Encoding": "chunked"})[0] == 411
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}], ids=str
+)
+def test_pages_of_other_sites_may_send_nothing(server, headers):
+    assert asked(server, "/gradio_api/upload", "POST", headers, b"")[0] == 403
+    assert asked(server, "/", headers=headers)[0] == 200  # a link to the page
+
+
+@pytest.mark.parametrize("own", ["origin", "sec-fetch-site"])
+def test_the_page_itself_may(server, own):
+    headers = {"Origin": server} if own == "origin" else {"Origin": "null", "Sec-Fetch-Site": "same-origin"}
+    assert asked(server, "/gradio_api/upload", "POST", headers, b"")[0] not in (403, 411, 413)
 
 
 @pytest.fixture

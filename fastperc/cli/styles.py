@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastperc.cli.networks import shipped
 from fastperc.cli.options import add_device, path, positive, suggest
 from fastperc.errors import InputError
 from fastperc.weights import STYLES, SUPER_RESOLUTION
@@ -43,9 +43,8 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    names = list(dict.fromkeys(arguments.names))
     if arguments.out is not None:
-        write_sheet(arguments, names or list(STYLES))
+        write_sheet(arguments, files_of(arguments.names, STYLES))
         return 0
     for option in ("photo", "size", "device"):
         if getattr(arguments, option) is not None:
@@ -53,20 +52,31 @@ def run(arguments: argparse.Namespace) -> int:
 
     from fastperc.tools.shipped import Network, details, table
 
-    if names:
-        print("\n\n".join(details(Network.read(file)) for file in shipped(names)))
-    else:
-        print(table(Network.read(file) for file in (STYLES | SUPER_RESOLUTION).values()))
+    networks = map(Network.read, files_of(arguments.names, STYLES | SUPER_RESOLUTION))
+    print("\n\n".join(map(details, networks)) if arguments.names else table(networks))
     return 0
 
 
-def write_sheet(arguments: argparse.Namespace, names: list[str]) -> None:
-    """Writes the sheet of the styles called ``names``.
+def files_of(names: Sequence[str], known: Mapping[str, Path]) -> list[Path]:
+    """The files of the ``known`` networks that are named; of all of them for no name, and for ``all``.
 
     Raises:
-        InputError: no such style, or a file that cannot be read or written.
+        InputError: no such name.
     """
-    from fastperc.cli.networks import load_style_painter, style_of_name
+    if not names or "all" in names:
+        return list(known.values())
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"no {'style' if known is STYLES else 'network'} {unknown[0]!r} ships; use {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def write_sheet(arguments: argparse.Namespace, files: Sequence[Path]) -> None:
+    """Writes the sheet of the styles in ``files``.
+
+    Raises:
+        InputError: a file that cannot be read or written.
+    """
+    from fastperc.cli.networks import load_style_painter
     from fastperc.devices import find_device
     from fastperc.files import check_overwrites
     from fastperc.photos.jobs import run_jobs
@@ -75,7 +85,6 @@ def write_sheet(arguments: argparse.Namespace, names: list[str]) -> None:
     from fastperc.photos.stylize import read_photo, stylize
     from fastperc.progress import Watch
 
-    files = [style_of_name(name) for name in names]
     source, device = arguments.photo or SAMPLE, find_device(arguments.device)
     check_overwrites([check_format(arguments.out)], [source])
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from fastperc.web.studio import Studio
 
@@ -51,6 +52,7 @@ class Guard:
 
     - Where only this machine is served, only its own names are: a page of another site could have its name point here,
       and read what is served.
+    - Only the page itself may send anything: a page of another site could fill the disk.
     - Requests have a largest size.
     - A file that a request names must be an upload: Gradio would download an address.
     - The browser is told to ask no other server for anything.
@@ -94,13 +96,17 @@ class Guard:
         headers = {name: value.decode("latin1") for name, value in scope["headers"]}
         if self.names is not None and _name(headers.get(b"host", "")) not in self.names:
             return Refusal(421, "this page is served to this machine alone")
+        sends = scope["method"] not in ("GET", "HEAD")
+        if sends and _is_of_another_site(headers):
+            return Refusal(403, "only the page itself may send anything")
         if ":/" in scope["path"]:  # of a file on another server
             return Refusal(404, "no addresses here")
-        megabytes = self.studio.limits.megabytes
-        most = megabytes * MIB + FEW_BYTES if scope["path"] == UPLOAD else FEW_BYTES
         length = headers.get(b"content-length", "0")
-        if not length.isdecimal() or int(length) > most or b"transfer-encoding" in headers:
-            return Refusal(413, f"larger than {megabytes} MB")
+        if not length.isdecimal() or b"transfer-encoding" in headers:
+            return Refusal(411, "a request must say its length")
+        megabytes = self.studio.limits.megabytes if scope["path"] == UPLOAD else 0
+        if int(length) > megabytes * MIB + FEW_BYTES:
+            return Refusal(413, f"larger than {megabytes or FEW_BYTES // MIB} MB")
         return None
 
     def why_not_body(self, body: bytes) -> Refusal | None:
@@ -151,6 +157,14 @@ def again(body: bytes, receive: Any) -> Any:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive_again
+
+
+def _is_of_another_site(headers: Mapping[bytes, str]) -> bool:
+    """Whether a browser says that a page of another site, or of another port, sends this request."""
+    if (site := headers.get(b"sec-fetch-site")) is not None:
+        return site not in ("same-origin", "none")
+    origin = headers.get(b"origin")
+    return origin is not None and urlsplit(origin).netloc != headers.get(b"host")
 
 
 def _name(host: str) -> str:
