@@ -215,7 +215,7 @@ def _pages(path: Path) -> Iterator[Page]:
 def _load(file: BinaryIO, header: bytes, offset: int, budget: int) -> tuple[ImageFileDirectory_v2, int]:
     """The tags of the page at ``offset``, and what is left of the ``budget`` of bytes to read."""
     tags = ImageFileDirectory_v2(header)
-    tags._tag_data_limit = budget  # Pillow 13 sets it alike for the pages that it reads
+    vars(tags)["_tag_data_limit"] = budget  # Pillow 13 sets it alike for the pages that it reads; others do not know it
     file.seek(offset)
     tags.load(file)
     return tags, budget - (file.tell() - offset) - getattr(tags, "_tag_data_size", 0)
