@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_convs import compare, reads_and_writes_slices, same_with_any_layout_of_the_skip, same_with_any_threads
 from frozen import ACTIVATION_NAMES, activations, features, filters
 
-from fastperc import backends, ops, reference
+from fastperc import backends, ops
 from fastperc.types import NO_EPILOGUE, RELU, Activation, Epilogue, Geometry, Padding, same_sides
 
 # batch, channels, kernel, height, width, stride, padding
@@ -42,35 +43,6 @@ def arguments(case):
     return x, weight, bias, geometry, features(*geometry.output_shape(x, weight), device="cpu", dtype=torch.float32)
 
 
-def compare(x, weight, bias, geometry, epilogue):
-    """The result of the kernel, after a comparison with float64."""
-    call = x, weight, bias, geometry, epilogue
-    ours = ops.conv_bn_relu(*call).clone()
-    wide = reference.pad(x.double(), geometry.padding)
-    y = torch.nn.functional.conv2d(wide, weight.double(), bias.double(), geometry.stride, groups=geometry.groups)
-    if epilogue.skip is not None:
-        y = y + epilogue.skip.double()
-    expected = activated(y, epilogue.activation)
-    assert ours.shape == expected.shape
-    assert (ours - expected).abs().max() <= 3e-6 * expected.abs().max().clamp_min(1)
-    assert torch.equal(ours, ops.conv_bn_relu(*call))
-    return ours
-
-
-def activated(y, activation):
-    """``y`` after ``activation``, by PyTorch's own functions."""
-    functions = {
-        "relu": torch.relu,
-        "leaky_relu": lambda y: torch.where(y > 0, y, activation.slope * y),
-        "prelu": lambda y: torch.where(y > 0, y, activation.slopes.double().view(1, -1, 1, 1) * y),
-        "relu6": lambda y: y.clamp(0, 6),
-        "silu": lambda y: y * torch.sigmoid(y),
-        "sigmoid": torch.sigmoid,
-        "tanh": torch.tanh,
-    }
-    return y if activation is None else functions[activation.name](y)
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("with_skip", [False, True])
 @pytest.mark.parametrize("case", CASES)
@@ -91,14 +63,7 @@ def test_every_activation(case, name):
 @pytest.mark.parametrize("case", CASES)
 def test_the_number_of_threads_changes_no_bit(case):
     *call, skip = arguments(case)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(ops.conv_bn_relu(*call, Epilogue(activation=None, skip=skip)))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[0]) for result in results)
+    same_with_any_threads(lambda: ops.conv_bn_relu(*call, Epilogue(skip=skip)))
 
 
 def test_a_pixel_is_the_same_wherever_it_lies():
@@ -112,19 +77,7 @@ def test_a_pixel_is_the_same_wherever_it_lies():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_reads_and_writes_slices_of_one_map(stride):
     x, weight, bias, geometry, _ = arguments("B1-C24-K3-H9-W11-stride2")
-    geometry = geometry._replace(stride=stride)
-    out = features(*geometry.output_shape(x, weight), device="cpu", dtype=torch.float32)
-    expected = compare(x, weight, bias, geometry, NO_EPILOGUE)
-    wide = torch.cat([out, out], 1).contiguous(memory_format=torch.channels_last)
-    before = wide.clone()
-    read = torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, 24:]
-    result = ops.conv_bn_relu(read, weight, bias, geometry, NO_EPILOGUE._replace(out=wide[:, 24:]))
-    assert torch.equal(result, expected) and result.data_ptr() == wide[:, 24:].data_ptr()
-    assert torch.equal(wide[:, :24], before[:, :24])
-    if stride == 1:
-        shared = torch.cat([x, out], 1).contiguous(memory_format=torch.channels_last)
-        ops.conv_bn_relu(shared[:, :24], weight, bias, geometry, NO_EPILOGUE._replace(out=shared[:, 24:]))
-        assert torch.equal(shared[:, 24:], expected) and torch.equal(shared[:, :24], x)
+    reads_and_writes_slices(x, weight, bias, geometry._replace(stride=stride))
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate"])
@@ -135,10 +88,7 @@ def test_borders_of_pixels(mode):
 
 def test_any_layout_of_the_skip_gives_the_same():
     *call, skip = arguments("B2-C37-K3-H17-W30-stride2")
-    expected = compare(*call, Epilogue(skip=skip))
-    cropped = torch.nn.functional.pad(skip, (1, 2, 2, 1))[:, :, 2:-1, 1:-2]
-    for other in (skip.contiguous(), cropped, cropped.contiguous(memory_format=torch.channels_last)):
-        assert torch.equal(ops.conv_bn_relu(*call, Epilogue(skip=other)), expected)
+    same_with_any_layout_of_the_skip(*call, skip=skip)
 
 
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "prelu", "relu6"])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpu_convs import compare, reads_and_writes_slices, same_with_any_layout_of_the_skip, same_with_any_threads
 from frozen import ACTIVATION_NAMES, activations, features, filters
 
 from fastperc import backends, ops
-from fastperc.types import NO_EPILOGUE, RELU, Activation, Epilogue, Geometry, Padding, same_sides
+from fastperc.types import RELU, Activation, Epilogue, Geometry, Padding, same_sides
 
 # batch, in, out, height, width, stride
 CASES = {
@@ -63,36 +64,6 @@ def larger_arguments(case):
     return x, weight, bias, geometry, skip
 
 
-def compare(x, weight, bias, geometry, epilogue):
-    """The result of the kernel, after a comparison with float64."""
-    call = x, weight, bias, geometry, epilogue
-    ours = ops.conv_bn_relu(*call).clone()
-    bordered = torch.nn.functional.pad(x.double(), geometry.padding.sides)
-    options = {"stride": geometry.stride, "dilation": geometry.dilation}
-    y = torch.nn.functional.conv2d(bordered, weight.double(), bias.double(), **options)
-    if epilogue.skip is not None:
-        y = y + epilogue.skip.double()
-    expected = activated(y, epilogue.activation)
-    assert ours.shape == expected.shape
-    assert (ours - expected).abs().max() <= 3e-6 * expected.abs().max().clamp_min(1)
-    assert torch.equal(ours, ops.conv_bn_relu(*call))
-    return ours
-
-
-def activated(y, activation):
-    """``y`` after ``activation``, by PyTorch's own functions."""
-    functions = {
-        "relu": torch.relu,
-        "leaky_relu": lambda y: torch.where(y > 0, y, activation.slope * y),
-        "prelu": lambda y: torch.where(y > 0, y, activation.slopes.double().view(1, -1, 1, 1) * y),
-        "relu6": lambda y: y.clamp(0, 6),
-        "silu": lambda y: y * torch.sigmoid(y),
-        "sigmoid": torch.sigmoid,
-        "tanh": torch.tanh,
-    }
-    return y if activation is None else functions[activation.name](y)
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("with_skip", [False, True])
 @pytest.mark.parametrize("case", CASES)
@@ -134,50 +105,21 @@ def test_the_number_of_threads_changes_no_bit_of_larger_kernels(case):
         same_with_any_threads(lambda: ops.conv_bn_relu(*call, Epilogue(activation=None, skip=skip)))
 
 
-def same_with_any_threads(run):
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results.append(run())
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[0]) for result in results)
-
-
 def test_a_larger_kernel_reads_and_writes_slices_of_one_map():
     x, weight, bias, *_ = larger_arguments("3x3-of-512")
-    geometry = Geometry(1, same_sides(1))
     with backends.use_implementation("conv_bn_relu", "direct"):
-        expected = compare(x, weight, bias, geometry, NO_EPILOGUE)
-        shared = torch.cat([x, expected * 0], 1).contiguous(memory_format=torch.channels_last)
-        ops.conv_bn_relu(shared[:, :512], weight, bias, geometry, NO_EPILOGUE._replace(out=shared[:, 512:]))
-    assert torch.equal(shared[:, 512:], expected) and torch.equal(shared[:, :512], x)
+        reads_and_writes_slices(x, weight, bias, Geometry(1, same_sides(1)))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_reads_and_writes_slices_of_one_map(stride):
-    x, weight, bias, _, _ = arguments("B1-I24-O144-H9-W11")
-    out = features(1, 144, -(-9 // stride), -(-11 // stride), device="cpu", dtype=torch.float32)
-    expected = compare(x, weight, bias, Geometry(stride), NO_EPILOGUE)
-    wide = torch.cat([out, out], 1).contiguous(memory_format=torch.channels_last)
-    before = wide.clone()
-    read = torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, 24:]
-    result = ops.conv_bn_relu(read, weight, bias, Geometry(stride), NO_EPILOGUE._replace(out=wide[:, 144:]))
-    assert torch.equal(result, expected) and result.data_ptr() == wide[:, 144:].data_ptr()
-    assert torch.equal(wide[:, :144], before[:, :144])
-    if stride == 1:
-        shared = torch.cat([x, out], 1).contiguous(memory_format=torch.channels_last)
-        ops.conv_bn_relu(shared[:, :24], weight, bias, Geometry(), NO_EPILOGUE._replace(out=shared[:, 24:]))
-        assert torch.equal(shared[:, 24:], expected) and torch.equal(shared[:, :24], x)
+    x, weight, bias, geometry, _ = arguments("B1-I24-O144-H9-W11")
+    reads_and_writes_slices(x, weight, bias, geometry._replace(stride=stride))
 
 
 def test_any_layout_of_the_skip_gives_the_same():
     *call, skip = arguments("B2-I40-O50-H11-W8-stride2")
-    expected = compare(*call, Epilogue(skip=skip))
-    cropped = torch.nn.functional.pad(skip, (1, 2, 2, 1))[:, :, 2:-1, 1:-2]
-    for other in (skip.contiguous(), cropped, cropped.contiguous(memory_format=torch.channels_last)):
-        assert torch.equal(ops.conv_bn_relu(*call, Epilogue(skip=other)), expected)
+    same_with_any_layout_of_the_skip(*call, skip=skip)
 
 
 @pytest.mark.parametrize("name", ["relu", "leaky_relu", "prelu", "relu6"])
