@@ -84,7 +84,7 @@ def luma(levels: Tensor, gray: bool = False) -> Tensor:
 
     Args:
         levels: RGB, uint8 [H, W, 3].
-        gray: return the levels of the first channel instead, as the literature does for Set14's gray images.
+        gray: return the levels of the first channel instead, as the literature does for Set14's files with one channel.
 
     Returns:
         float64 [H, W].

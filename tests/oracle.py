@@ -73,6 +73,12 @@ def transposed(x: Tensor, w: Weights) -> Tensor:
     return F.conv2d(spread, weight.transpose(0, 1).flip(2, 3), bias, padding=1)
 
 
+def doubled(x: Tensor, w: Weights, upsample: str, reflect: bool = False) -> Tensor:
+    if upsample == "nearest":
+        return conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), w, 1, 1, reflect)
+    return transposed(x, w)
+
+
 def transform_net(
     x: Tensor, w: Weights, output: str, residual: bool | str, training: bool, upsample: str, padding: str
 ) -> Tensor:
@@ -86,22 +92,18 @@ def transform_net(
     for _ in range(5):
         x = block(x, w, residual, 0 if border else 1, reflect, training)
     for _ in range(2):
-        if upsample == "nearest":
-            x = conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), w, 1, 1, reflect)
-        else:
-            x = transposed(x, w)
-        x = normalise(x, w, training).clamp_min(0)
+        x = normalise(doubled(x, w, upsample, reflect), w, training).clamp_min(0)
     x = conv(x, w, 1, 4, reflect)[:, :, :height, :width]
     y = 150 * x.tanh()
     return {"linear": x, "tanh": y + 127.5, "caffe": y + mean}[output] / 255
 
 
-def super_resolution_net(x: Tensor, w: Weights, scale: int, training: bool) -> Tensor:
+def super_resolution_net(x: Tensor, w: Weights, scale: int, training: bool, upsample: str) -> Tensor:
     x = normalise(conv(2 * x - 1, w, 1, 4), w, training).clamp_min(0)
     for _ in range(4):
         x = block(x, w, True, 1, False, training)
     for _ in range(scale.bit_length() - 1):
-        x = normalise(transposed(x, w), w, training).clamp_min(0)
+        x = normalise(doubled(x, w, upsample), w, training).clamp_min(0)
     return 0.5 + 150 * conv(x, w, 1, 4).tanh() / 255
 
 

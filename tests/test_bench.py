@@ -10,7 +10,7 @@ from fastperc import backends, devices
 from fastperc.tools import bench
 
 COLUMNS = ["network", "image", "dtype", "PyTorch", "ms", "spread", "fastperc", "ms", "spread", "faster", "pictures/s"]
-SHIPPED = "great_wave, starry_night, the_scream, x4_feature, x4_pixel, x4_srcnn, x8_feature, x8_pixel"
+SHIPPED = "composition_vii, great_wave, starry_night, the_scream, x4_feature, x4_pixel, x4_srcnn, x8_feature, x8_pixel"
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,12 @@ from fastperc.weights import STYLES, SUPER_RESOLUTION
 
 @pytest.mark.parametrize(
     "net",
-    [TransformNet("eccv16", "he", 8, upsample="nearest"), SuperResolutionNet(8, width=4), SRCNN(2, (9, 1, 5))],
+    [
+        TransformNet("eccv16", "he", 8, upsample="nearest"),
+        SuperResolutionNet(8, width=4),
+        SuperResolutionNet(4, 4, "nearest"),
+        SRCNN(2, (9, 1, 5)),
+    ],
     ids=lambda net: type(net).__name__,
 )
 def test_round_trip(tmp_path, net):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+STYLES = "composition_vii, great_wave, starry_night, the_scream"  # written out, so that a lost one is missed
 BAD_OPTIONS = {
     "": "the following arguments are required: COMMAND",
     "paint photo.png": "invalid choice: 'paint'",
@@ -22,8 +23,8 @@ BAD_OPTIONS = {
     "stylize photo.png --tile small": "argument --tile: small is not auto, off or a number from 16 up",
     "stylize photo.png --strength much": "argument --strength: 'much' is not a number",
     "stylize photo.png --style photo.png": "for a painting use `fastperc optimize`, or train a network by",
-    "stylize photo.png --style gone.JPG": "--style takes a name (great_wave, starry_night, the_scream), not a file",
-    "stylize photo.png --style monet": "no style 'monet'; use great_wave, starry_night, the_scream or --model FILE",
+    "stylize photo.png --style gone.JPG": f"--style takes a name ({STYLES}), not a file",
+    "stylize photo.png --style monet": f"no style 'monet'; use {STYLES} or --model FILE",
     "stylize photo.png --style a --model b": "give each network one mask, in the same order",
     "stylize photo.png --style a --style b": "--style and --model name 2 in all, and --mask is given 0 times",
     "stylize photo.png --style a --style b --mask photo.png": "name 2 in all, and --mask is given 1 times",
@@ -59,8 +60,8 @@ BAD_OPTIONS = {
     "sr train --out run": "the following arguments are required: --data",
     "export": "the following arguments are required: -o/--out",
     "export -o net.onx": "net.onx: the name must end in .onnx or .pt2, which chooses the format",
-    "export -o net.pt2 --style monet": "no style 'monet'; use great_wave, starry_night, the_scream or --model FILE",
-    "export -o net.pt2 --network monet": "no network 'monet' ships; use great_wave, starry_night, the_scream, x4",
+    "export -o net.pt2 --style monet": f"no style 'monet'; use {STYLES} or --model FILE",
+    "export -o net.pt2 --network monet": f"no network 'monet' ships; use {STYLES}, x4",
     "export -o net.pt2 --network all": "no network 'all' ships",
     "export -o net.pt2 --network x4_pixel --style great_wave": "not allowed with argument",
     "export -o net.pt2 --size 8": "argument --size: 8 is not a size like 512 or 1920x1080, with 16 pixels or more",

@@ -85,8 +85,9 @@ def test_levels_in_levels_out(preset, dtype, levels):
     assert torch.equal(frozen(image.permute(0, 3, 1, 2)), picture.permute(0, 3, 1, 2))
 
 
-def test_super_resolution(monkeypatch):
-    net = SuperResolutionNet(4, width=16).eval()
+@pytest.mark.parametrize("upsample", ["transposed", "nearest"])
+def test_super_resolution(monkeypatch, upsample):
+    net = SuperResolutionNet(4, 16, upsample).eval()
     x = torch.rand(2, 3, 21, 34)
     exact, stock = outputs(net, x)
     y = freeze(net)(x)

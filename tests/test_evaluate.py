@@ -24,16 +24,32 @@ SET5 = ROOT.parent / "shared" / "sr" / "Set5"  # beside the checkout
 needs_set5 = pytest.mark.skipif(not SET5.exists(), reason="Set5 is not here")
 
 
-def test_a_score_leaves_out_the_border_and_treats_gray_images_apart():
+def test_a_score_leaves_out_the_border():
     truth = np.full((30, 40, 3), 100, dtype=np.uint8)
     other = truth.copy()
     other[:4] += 100
     other[10, 10] += 50
-    gray = evaluate.score(Photo(Image.fromarray(other)), Photo(Image.fromarray(truth)), 4)
-    assert abs(gray.psnr - 10 * math.log10(255**2 / (50**2 / (22 * 32)))) < 1e-9
-    truth[0, 0, 2] = 101  # no longer gray: the luma spans 219 levels
-    colour = evaluate.score(Photo(Image.fromarray(other)), Photo(Image.fromarray(truth)), 4)
-    assert abs(colour.psnr - gray.psnr - 20 * math.log10(50 / 43)) < 1e-9  # 43 = round(219 / 255 · 50)
+    score = evaluate.score(Photo(Image.fromarray(other)), Photo(Image.fromarray(truth)), 4)
+    # The luma spans 219 levels: 43 = round(219 / 255 · 50).
+    assert abs(score.psnr - 10 * math.log10(255**2 / (43**2 / (22 * 32)))) < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "RGB", "P"])
+def test_a_file_with_one_channel_is_compared_by_its_levels_another_by_luma(tmp_path, mode):
+    """Set14's comic and the like: RGB files with three equal channels are compared by luma, as published tables do."""
+    gray = picture(64, 80).convert("L")
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(gray, dtype=np.uint16) * 257)
+    else:
+        image = gray.convert(mode)
+    image.save(tmp_path / "image.png")
+    ((_, _, _, scores),) = evaluate.compare([("image", tmp_path / "image.png")], {"bicubic": evaluate.bicubic(4)}, 4)
+    truth = Photo(gray.convert("RGB"))
+    small = Photo(evaluate._image(reference.to_levels(reference.degrade(truth.tensor(), 4, 0))))
+    x, y = (np.asarray(photo.rgb, dtype=np.float64)[4:-4, 4:-4, 0] for photo in (evaluate.bicubic(4)(small), truth))
+    if mode in ("RGB", "P"):
+        x, y = (np.round(16 + 219 / 255 * levels) for levels in (x, y))
+    assert abs(scores["bicubic"].psnr - 10 * math.log10(255**2 / np.square(x - y).mean())) < 1e-6
 
 
 @needs_set5

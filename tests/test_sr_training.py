@@ -48,6 +48,15 @@ def test_leaves_a_network_that_loads(train, tmp_path, arch, config):
         assert sheet.size == (4 * 68 - 4, 3 * 68 - 4), "rows: inputs, outputs, photos"
 
 
+def test_the_second_upsampling(train, tmp_path):
+    assert train("run", "--upsample", "nearest").status == 0
+    net = load(tmp_path / "run" / "model.safetensors")
+    assert net.config == {"scale": 4, "width": 64, "upsample": "nearest"} and net.up[0].upsample == "nearest"
+    assert train("run", "--resume", "--iterations", 3).status == 0
+    status, _, err = train("run", "--resume", "--iterations", 4, "--upsample", "transposed")
+    assert status == 2 and "upsample" in err
+
+
 def test_feature_loss_from_a_trained_network_and_on(train, tmp_path, vgg_file):
     assert train("pixel", "--scale", 2, "--size", 32).status == 0
     start = tmp_path / "pixel" / "model.safetensors"
@@ -82,12 +91,13 @@ def test_it_learns():
         (("--size", 66), "a side that is a multiple of 4, 64 pixels or more, not 66"),
         (("--size", 60), "a side that is a multiple of 4, 64 pixels or more, not 60"),
         (("--scale", 8), "a side that is a multiple of 8, 128 pixels or more, not 64"),
+        (("--upsample", "nearest", "--arch", "srcnn"), "--upsample is for the paper's network, not for srcnn"),
         (("--scale", 3), "argument --scale: invalid choice: 3"),
         (("--loss", "style"), "argument --loss: invalid choice: 'style'"),
         (("--init", "nowhere.safetensors"), "nowhere.safetensors: no such file"),
         (("--loss", "feature", "--vgg", "nowhere.npz"), "nowhere.npz: no such file"),
     ],
-    ids=["not-a-multiple", "too-small", "too-small-x8", "scale", "loss", "init", "vgg"],
+    ids=["not-a-multiple", "too-small", "too-small-x8", "upsample", "scale", "loss", "init", "vgg"],
 )
 def test_bad_options_are_refused(train, tmp_path, options, message):
     status, out, err = train("run", *options)

@@ -127,9 +127,9 @@ class TestSheet:
     @pytest.mark.parametrize(
         ("options", "says"),
         [
-            ("monet", "no network 'monet' ships; use great_wave"),
-            ("-o new.png monet", "no style 'monet' ships; use great_wave, starry_night, the_scream"),
-            ("-o new.png x4_pixel", "no style 'x4_pixel' ships; use great_wave"),
+            ("monet", "no network 'monet' ships; use composition_vii"),
+            ("-o new.png monet", "no style 'monet' ships; use composition_vii, great_wave, starry_night, the_scream"),
+            ("-o new.png x4_pixel", "no style 'x4_pixel' ships; use composition_vii"),
             ("--photo photo.png", "--photo is for the sheet, which needs --out FILE"),
             ("--size 64", "--size is for the sheet"),
             ("-o new.xyz", "new.xyz: cannot write an image as '.xyz'"),

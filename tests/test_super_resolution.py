@@ -16,13 +16,14 @@ from fastperc.models import super_resolution
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("upsample", ["transposed", "nearest"])
 @pytest.mark.parametrize("scale", [4, 8])
-def test_matches_the_oracle(scale, training):
-    net = SuperResolutionNet(scale, width=8).train(training)
+def test_matches_the_oracle(scale, upsample, training):
+    net = SuperResolutionNet(scale, width=8, upsample=upsample).train(training)
     weights = oracle.Weights(copy.deepcopy(net.state_dict()), "batch")
     x = torch.rand(2, 3, 17, 18)
     y = net(x)
-    expected = oracle.super_resolution_net(x.double(), weights, scale, training)
+    expected = oracle.super_resolution_net(x.double(), weights, scale, training, upsample)
     y.sum().backward()
     expected.sum().backward()
     assert y.shape == (2, 3, 17 * scale, 18 * scale)
@@ -33,8 +34,9 @@ def test_matches_the_oracle(scale, training):
 
 
 @pytest.mark.parametrize(("scale", "count"), [(4, 401_859), (8, 438_915)])
-def test_parameter_counts(scale, count):
-    assert sum(parameter.numel() for parameter in SuperResolutionNet(scale).parameters()) == count
+@pytest.mark.parametrize("upsample", ["transposed", "nearest"])
+def test_parameter_counts(scale, count, upsample):
+    assert sum(parameter.numel() for parameter in SuperResolutionNet(scale, upsample=upsample).parameters()) == count
 
 
 def layers_of_table_2(net, x):
@@ -89,6 +91,11 @@ def test_half_precision(make, dtype):
 def test_refuses_a_scale_that_is_no_power_of_two(scale):
     with pytest.raises(ValueError, match=str(scale)):
         super_resolution.SuperResolutionNet(scale)
+
+
+def test_refuses_another_upsampling():
+    with pytest.raises(ValueError, match="upsample must be 'transposed' or 'nearest', got 'bilinear'"):
+        SuperResolutionNet(upsample="bilinear")
 
 
 @pytest.mark.parametrize("net", [SuperResolutionNet(4, width=4), SRCNN()], ids=["sr", "srcnn"])

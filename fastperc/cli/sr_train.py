@@ -52,6 +52,12 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
         help="the paper's Table 2, or SRCNN with kernels 9-5-5 or 9-1-5; default: %(default)s",
     )
     parser.add_argument(
+        "--upsample",
+        choices=["transposed", "nearest"],
+        help="how the paper's network doubles the size: transposed convolutions, or convolutions after "
+        "nearest-neighbour resizing; default: transposed, as in the paper",
+    )
+    parser.add_argument(
         "--blur",
         type=weight,
         default=1.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,19 +21,26 @@ class SuperResolutionNet(Network):
     Args:
         scale: 4 or 8 in the paper; any power of two from 2 up.
         width: filters of every layer but the last; 64 in the paper.
+        upsample: ``"transposed"``, the paper's ½-stride convs, or ``"nearest"``: each is a 3×3 conv after
+            nearest-neighbour upsampling ×2.
 
     Raises:
-        ValueError: a scale that is no power of two; on forward, a shape that is not [N, 3, H ≥ 16, W ≥ 16].
+        ValueError: a scale that is no power of two; another ``upsample``; on forward, a shape that is not
+            [N, 3, H ≥ 16, W ≥ 16].
     """
 
-    def __init__(self, scale: int = 4, width: int = 64) -> None:
+    def __init__(self, scale: int = 4, width: int = 64, upsample: str = "transposed") -> None:
         super().__init__()
         if scale < 2 or scale & (scale - 1):
             raise ValueError(f"scale must be a power of two, at least 2, got {scale}")
-        self.config = dict(scale=scale, width=width)
+        self.config: dict[str, Any] = dict(scale=scale, width=width)
+        if upsample != "transposed":  # as in files that name none
+            self.config["upsample"] = upsample
         self.stem = ConvBNReLU(3, width, 9, padding=4)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(4)))
-        self.up = nn.Sequential(*(SubpixelConvBNReLU(width, width) for _ in range(scale.bit_length() - 1)))
+        self.up = nn.Sequential(
+            *(SubpixelConvBNReLU(width, width, upsample=upsample) for _ in range(scale.bit_length() - 1))
+        )
         self.head = RGBConv(width, 9, padding=4)
         initialise_as_authors(self)
 

@@ -2,7 +2,8 @@
 
 The protocol crops an image to a multiple of the scale, makes it small with an antialiased cubic filter and rounds it to
 8 bits. Each method enlarges that. The score compares the rounded BT.601 luma and leaves out a border as wide as the
-scale; a gray image is compared by its own levels. With this protocol ×4 bicubic gives the paper's 28.4 dB on Set5.
+scale; a file with one channel is compared by its own levels, an RGB file with three equal ones by luma. With this
+protocol ×4 bicubic gives the paper's 28.4 dB on Set5.
 """
 
 from __future__ import annotations
@@ -50,9 +51,8 @@ PAPER_SCORES: dict[tuple[int, str], dict[str, Score]] = {
 def score(photo: Photo, truth: Photo, border: int) -> Score:
     """The score of ``photo`` against ``truth``, of equal size, without ``border`` pixels on each side."""
     levels, target = photo.levels(), truth.levels()
-    gray = truth.is_gray()
     inside = slice(border, -border or None)
-    x, y = (luma(rgb, gray)[inside, inside] for rgb in (levels, target))
+    x, y = (luma(rgb, truth.gray)[inside, inside] for rgb in (levels, target))
     return Score(psnr(x, y, data_range=255).item(), ssim(x, y, data_range=255).item())
 
 
@@ -97,14 +97,15 @@ def compare(
         InputError: an image cannot be read or is too small.
     """
     for name, path in paths:
-        photo = read_first_frame(path).visible()
+        source = read_first_frame(path)
+        photo = source.visible()
         width, height = (side // scale * scale for side in photo.size)
         if min(width, height) < scale * MINIMUM_SIDE:
             raise InputError(
                 f"{path}: {photo.width}×{photo.height} is too small; "
                 f"both sides need at least {scale * MINIMUM_SIDE} pixels"
             )
-        truth = Photo(photo.crop((0, 0, width, height)))
+        truth = Photo(photo.crop((0, 0, width, height)), gray=source.gray)
         small = Photo(_image(reference.to_levels(reference.degrade(truth.tensor(), scale, blur))))
         pictures = {method: enlarge(small) for method, enlarge in methods.items()}
         scores = {method: score(picture, truth, scale) for method, picture in pictures.items()}

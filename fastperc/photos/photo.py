@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageMode, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -50,6 +50,7 @@ class Photo:
     alpha: Image.Image | None = None
     metadata: dict[str, Any] = field(default_factory=dict)  # icc_profile and exif (bytes), and see read_metadata
     frames: int = 1  # pictures in the file, of which this is the first
+    gray: bool = False  # whether the file has one channel, beside alpha: an RGB file with equal channels has three
 
     def visible(self) -> Image.Image:
         """The RGB image, with the colours of nearby visible pixels where alpha is 0."""
@@ -58,11 +59,6 @@ class Photo:
     def levels(self) -> Tensor:
         """The levels of :meth:`visible`, uint8 [H, W, 3]."""
         return torch.from_numpy(np.array(self.visible()))
-
-    def is_gray(self) -> bool:
-        """Whether red, green and blue are equal in every pixel."""
-        levels = self.levels()
-        return bool((levels == levels[..., :1]).all())
 
     def tensor(self) -> Tensor:
         """The image as RGB in 0–1, float32 [1, 3, H, W]."""
@@ -161,6 +157,7 @@ def _frames(image: Image.Image) -> int:
 def _to_photo(image: Image.Image, samples: Samples) -> Photo:
     """The photo that a decoded ``image`` holds. Pixels are converted as :func:`read_image` describes."""
     metadata = read_metadata(image)
+    gray = ImageMode.getmode(image.mode).basemode == "L"
     profile = image.info.get("icc_profile") or b""
     image, exif = upright(image)
     if exif:
@@ -184,7 +181,7 @@ def _to_photo(image: Image.Image, samples: Samples) -> Photo:
     elif space == b"CMYK" and image.mode == "CMYK":
         rgb = _to_srgb(image, profile) or rgb
     rgb.info = {}  # Image.save would write what it holds
-    return Photo(rgb, alpha, metadata)
+    return Photo(rgb, alpha, metadata, gray=gray)
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
