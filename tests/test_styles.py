@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,15 @@ class TestSheet:
         painted = fastperc.freeze(fastperc.load("great_wave"))(Image.open("photo.png"))
         left = BORDER + 32 + GAP
         assert np.abs(pixels(sheet.crop((left, BORDER, left + 32, BORDER + 24))) - pixels(painted)).mean() < 6  # a JPEG
+
+    @pytest.mark.slow  # paints four photos in every style
+    def test_of_the_documentation_is_drawn_by_its_script(self, here):
+        sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+        import style_sheet
+
+        style_sheet.main(["--out", "sheet.jpg"])
+        drawn, shown = read_image("sheet.jpg").rgb, read_image(style_sheet.EXAMPLES.parent / "docs" / "styles.jpg").rgb
+        assert drawn.size == shown.size and np.abs(pixels(drawn) - pixels(shown)).mean() < 3
 
     @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 3), (6, 3), (9, 3), (12, 4)])
     def test_rows_are_full(self, count, columns):

@@ -15,15 +15,16 @@ FONT_SHARE, SMALLEST_FONT = 20, 13  # of a cell's longer side, one part is the h
 PAPER, INK = "white", "black"
 
 
-def labelled_sheet(cells: Iterable[tuple[str, Image.Image]]) -> Image.Image:
+def labelled_sheet(cells: Iterable[tuple[str, Image.Image]], columns: int | None = None) -> Image.Image:
     """The pictures, which have one size, in rows, each with its label below.
 
     Args:
         cells: pairs of a label and an 8-bit RGB picture; at least one.
+        columns: pictures in a row. Default: so many that the rows are full and the sheet is wider than high.
     """
     labels, pictures = zip(*cells)
     width, height = pictures[0].size
-    columns = _columns(len(pictures), width, height)
+    columns = columns or _columns(len(pictures), width, height)
     size = max(max(width, height) // FONT_SHARE, SMALLEST_FONT)
     font, line = ImageFont.load_default(size), round(1.6 * size)
     rows = math.ceil(len(pictures) / columns)
