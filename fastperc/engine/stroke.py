@@ -1,0 +1,194 @@
+"""Larger or finer strokes: the image is painted at another size, and the painting is brought back to the image's size.
+
+A smaller image is made by antialiased bicubic resampling, and its painting is enlarged the same way. That alone would
+be soft. So the detail that the smaller image has lost, the image's luma minus that of the enlarged smaller image, is
+added to the painting, as far as the painting follows the image there: a gain from 0 to 1, by which the painting's luma
+is best predicted from the image's among neighbouring pixels. Edges stay sharp where the painting keeps them. Where it
+does not, and where the image is flat but for noise, nothing is added.
+
+Each band of rows of the result is computed by itself, so that float numbers are never in memory for the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastperc import reference
+from fastperc.engine.plan import cut
+from fastperc.errors import InputError
+from fastperc.presets import LARGEST_STROKE, MINIMUM_SIDE, SMALLEST_STROKE, STROKE_SIDE
+from fastperc.types import Window
+
+Size = tuple[int, int]  # height and width in pixels
+BAND_PIXELS = 1 << 18  # of a band of rows
+RADIUS = 2  # pixels of the smaller image on each side of the one whose gain is computed
+NOISE = 0.02**2  # a variance of the luma below which the gain is small
+
+
+def painted_size(height: int, width: int, stroke: float | str) -> Size:
+    """The size at which an image of ``height`` × ``width`` is painted.
+
+    Args:
+        height, width: pixels.
+        stroke: how many times as large strokes are, from 0.1 to 100. ``"auto"`` is 1 up to a longer side of 1000
+            pixels, and for larger images the longer side / 1000.
+
+    Raises:
+        ValueError: ``stroke`` is no valid value.
+        InputError: a side of less than 16 pixels would remain.
+    """
+    if stroke == "auto":
+        stroke = max(1.0, min(max(height, width) / STROKE_SIDE, min(height, width) / MINIMUM_SIDE))
+    if not isinstance(stroke, (int, float)) or not SMALLEST_STROKE <= stroke <= LARGEST_STROKE:
+        raise ValueError(
+            f"stroke must be 'auto' or a number from {SMALLEST_STROKE:g} to {LARGEST_STROKE:g}, got {stroke!r}"
+        )
+    if stroke == 1:
+        return height, width
+    size = round(height / stroke), round(width / stroke)
+    if min(size) < MINIMUM_SIDE:
+        largest = min(height, width) / MINIMUM_SIDE
+        raise InputError(
+            f"with stroke {stroke:g}, {width}×{height} is painted at {size[1]}×{size[0]}; both sides need at least "
+            f"{MINIMUM_SIDE} pixels, so use a stroke of at most {math.floor(10 * largest) / 10:g}"
+        )
+    return size
+
+
+def resized(image: Tensor, size: Size) -> Tensor:
+    """``image`` [N, 3, H, W] at another size, by antialiased bicubic resampling.
+
+    Returns:
+        uint8 levels, rounded, of levels; of floating-point numbers float32, or float64 of float64.
+    """
+    columns = [_floats(part).contiguous() for part in image.split(_band_rows(image.shape[3]), dim=2)]
+    y = torch.cat([_resampled(part, (part.shape[2], size[1])) for part in columns], dim=2)
+    y = _resampled(y, size)
+    return reference.to_levels(y) if image.dtype == torch.uint8 else y
+
+
+def painted_whole(image: Tensor, size: Size, dtype: torch.dtype, paint: Callable[[Tensor], Tensor]) -> Tensor:
+    """The pictures of ``image`` [N, 3, H, W] in one piece, with operations that a CUDA graph can record.
+
+    Args:
+        image: uint8 levels, or RGB in 0–1.
+        size: see :func:`painted_size`.
+        dtype: of the pictures, [N, 3, H, W].
+        paint: gives the pictures of a smaller or larger image, RGB in 0–1, in float32 or wider.
+    """
+    small = resized(image, size)
+    layers = _resampled(_layers(paint(small), small, image), tuple(image.shape[2:]))
+    return _as(_with_detail(layers, image), dtype)
+
+
+def tiles(
+    image: Tensor, size: Size, dtype: torch.dtype, paint: Callable[[Tensor], Iterable[tuple[Window, Tensor]]]
+) -> Iterator[tuple[Window, Tensor]]:
+    """The picture of ``image`` [1, 3, H, W] in bands of rows: the place of each, and its pixels [1, 3, h, W].
+
+    Args:
+        image: uint8 levels, or RGB in 0–1.
+        size: see :func:`painted_size`.
+        dtype: of the bands.
+        paint: gives the picture of a smaller or larger image in tiles, RGB in 0–1, in any dtype.
+    """
+    small = resized(image, size)
+    painting = torch.empty(small.shape, dtype=_wide(image.dtype), device=image.device)
+    for window, part in paint(small):
+        cut(painting, Window(0, 0, *size), window).copy_(part)
+    yield from brought_back(painting, small, image, dtype)
+
+
+def brought_back(painting: Tensor, small: Tensor, image: Tensor, dtype: torch.dtype) -> Iterator[tuple[Window, Tensor]]:
+    """``painting`` of ``small``, both [N, 3, h, w], at the size of ``image`` [N, 3, H, W], in bands of rows.
+
+    Args:
+        painting: RGB in 0–1, float32 or float64.
+        small: ``image`` at another size, as :func:`resized` gives it.
+        image: uint8 levels, or RGB in 0–1.
+        dtype: of the bands, [N, 3, rows, W].
+    """
+    height, width = image.shape[2:]
+    layers = _layers(painting, small, image)
+    rows = _band_rows(width)
+    for top in range(0, height, rows):
+        count = min(rows, height - top)
+        first, weights = _row_weights(layers.shape[2], height, top, count)
+        part = layers[:, :, first : first + weights.shape[1]].contiguous()
+        part = _resampled(part, (part.shape[2], width))
+        with torch.autocast(part.device.type, enabled=False):
+            part = weights.to(part) @ part
+        yield Window(top, 0, count, width), _as(_with_detail(part, image[:, :, top : top + count]), dtype)
+
+
+def _layers(painting: Tensor, small: Tensor, image: Tensor) -> Tensor:
+    """``painting`` and, if ``image`` is larger than ``small``, the gain of its detail and the luma of ``small``."""
+    if small.shape[2] >= image.shape[2]:
+        return painting
+    luma, painted = _luma(_floats(small).to(painting)), _luma(painting)
+    mean, painted_mean = _mean(luma), _mean(painted)
+    variance, covariance = _mean(luma * luma) - mean * mean, _mean(luma * painted) - mean * painted_mean
+    return torch.cat([painting, (covariance / (variance + NOISE)).clamp(0, 1), luma], dim=1)
+
+
+def _with_detail(layers: Tensor, image: Tensor) -> Tensor:
+    """The picture of ``layers``, resampled to the size of ``image``."""
+    if layers.shape[1] == 3:
+        return layers
+    painting, gain, luma = layers.split((3, 1, 1), dim=1)
+    return painting.addcmul(gain, _luma(_floats(image).to(layers.dtype)) - luma)
+
+
+def _luma(x: Tensor) -> Tensor:
+    """As :func:`fastperc.reference.luma`, without copying numbers to a GPU, which a CUDA graph cannot record."""
+    red, green, blue = x.split(1, dim=1)
+    return (red * reference.LUMA[0]).add_(green, alpha=reference.LUMA[1]).add_(blue, alpha=reference.LUMA[2])
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean of each pixel's neighbourhood."""
+    return F.avg_pool2d(F.pad(x, (RADIUS,) * 4, mode="replicate"), 2 * RADIUS + 1, 1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _floats(x: Tensor) -> Tensor:
+    """``x``, levels or RGB in 0–1, as RGB in 0–1 in float32 or wider."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x.to(_wide(x.dtype))
+
+
+def _as(y: Tensor, dtype: torch.dtype) -> Tensor:
+    return reference.to_levels(y) if dtype == torch.uint8 else y.to(dtype)
+
+
+def _resampled(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(x, list(size), mode="bicubic", antialias=True)
+
+
+def _band_rows(width: int) -> int:
+    return max(BAND_PIXELS // width, 1)
+
+
+def _row_weights(source: int, target: int, top: int, count: int) -> tuple[int, Tensor]:
+    """How ``count`` rows from ``top`` on, of ``target`` in all, are made of ``source`` rows: the first that is needed,
+    and the weights of it and of those after it, float64 [count, needed].
+
+    They are those of ``F.interpolate`` with ``mode="bicubic"`` and ``antialias=True``.
+    """
+    scale = source / target
+    spread = max(scale, 1.0)
+    centers = (torch.arange(top, top + count, dtype=torch.float64) + 0.5) * scale
+    first = max(int(centers[0] - 2 * spread), 0)
+    last = min(int(centers[-1] + 2 * spread) + 1, source)
+    distances = (torch.arange(first, last, dtype=torch.float64) + 0.5 - centers[:, None]).abs() / spread
+    near = (1.5 * distances - 2.5) * distances**2 + 1
+    far = ((-0.5 * distances + 2.5) * distances - 4) * distances + 2
+    weights = torch.where(distances < 1, near, torch.where(distances < 2, far, 0.0))
+    return first, weights / weights.sum(dim=1, keepdim=True)
