@@ -181,8 +181,9 @@ class Engine:
         """The size at which ``image`` is painted, or ``None`` for its own."""
         if self.scale != 1 and stroke != 1:
             raise ValueError(f"a network that enlarges takes no stroke but 1, got {stroke!r}")
-        size = strokes.painted_size(*image.shape[2:], stroke)
-        return None if size == tuple(image.shape[2:]) else size
+        height, width = image.shape[2:]
+        size = strokes.painted_size(height, width, stroke)
+        return None if size == (height, width) else size
 
     def _in_one_piece(self, image: Tensor, size: strokes.Size | None) -> bool:
         """Whether the whole picture is computed at once: on a GPU, unless bringing it to its size takes much memory."""

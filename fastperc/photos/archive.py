@@ -48,7 +48,9 @@ class ArchivePainter:
         watch: Watch = unwatched,
         stroke: float | str = 1,
     ) -> Iterator[tuple[Window, Tensor]]:
-        """Yields the whole picture as one tile; with another stroke than 1, bands of rows. See :meth:`fastperc.engine.engine.Engine.tiles`.
+        """Yields the whole picture as one tile, or with another stroke than 1 in bands of rows.
+
+        See :meth:`fastperc.engine.engine.Engine.tiles`.
 
         Args:
             image: levels, uint8 [H, W, 3].
@@ -65,8 +67,9 @@ class ArchivePainter:
             raise ValueError(f"a network that enlarges takes no stroke but 1, got {stroke!r}")
         if tile not in ("auto", "off"):
             raise InputError("a network from an archive paints the whole photo at once; leave --tile out")
-        size = strokes.painted_size(*image.shape[:2], 1 if stroke == "auto" and self.size is not None else stroke)
-        if size == image.shape[:2]:
+        height, width, _ = image.shape
+        size = strokes.painted_size(height, width, 1 if stroke == "auto" and self.size is not None else stroke)
+        if size == (height, width):
             yield from self._painted(image, dtype, watch)
         else:
             dtype = dtype or self.archive.dtype
