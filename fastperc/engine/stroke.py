@@ -25,7 +25,8 @@ from fastperc.presets import LARGEST_STROKE, MINIMUM_SIDE, SMALLEST_STROKE, STRO
 from fastperc.types import Window
 
 Size = tuple[int, int]  # height and width in pixels
-BAND_PIXELS = 1 << 18  # of a band of rows
+LEVELS = 255
+BAND_PIXELS = 1 << 19  # of a band of rows
 RADIUS = 2  # pixels of the smaller image on each side of the one whose gain is computed
 NOISE = 0.02**2  # a variance of the luma below which the gain is small
 
@@ -66,10 +67,10 @@ def resized(image: Tensor, size: Size) -> Tensor:
     Returns:
         uint8 levels, rounded, of levels; of floating-point numbers float32, or float64 of float64.
     """
-    columns = [_floats(part).contiguous() for part in image.split(_band_rows(image.shape[3]), dim=2)]
-    y = torch.cat([_resampled(part, (part.shape[2], size[1])) for part in columns], dim=2)
+    wide, bands = _wide(image.dtype), image.split(_band_rows(image.shape[3]), dim=2)
+    y = torch.cat([_resampled(band.contiguous().to(wide), (band.shape[2], size[1])) for band in bands], dim=2)
     y = _resampled(y, size)
-    return reference.to_levels(y) if image.dtype == torch.uint8 else y
+    return reference.to_levels(y / LEVELS) if image.dtype == torch.uint8 else y
 
 
 def painted_whole(image: Tensor, size: Size, dtype: torch.dtype, paint: Callable[[Tensor], Tensor]) -> Tensor:
@@ -130,42 +131,49 @@ def _layers(painting: Tensor, small: Tensor, image: Tensor) -> Tensor:
     """``painting`` and, if ``image`` is larger than ``small``, the gain of its detail and the luma of ``small``."""
     if small.shape[2] >= image.shape[2]:
         return painting
-    luma, painted = _luma(_floats(small).to(painting)), _luma(painting)
-    mean, painted_mean = _mean(luma), _mean(painted)
-    variance, covariance = _mean(luma * luma) - mean * mean, _mean(luma * painted) - mean * painted_mean
+    luma, painted = _luma(small, painting.dtype), _luma(painting, painting.dtype)
+    moments = _mean(torch.cat([luma, painted, luma * luma, luma * painted], dim=1))
+    mean, painted_mean, square, product = moments.split(1, dim=1)
+    variance, covariance = square - mean * mean, product - mean * painted_mean
     return torch.cat([painting, (covariance / (variance + NOISE)).clamp(0, 1), luma], dim=1)
 
 
 def _with_detail(layers: Tensor, image: Tensor) -> Tensor:
-    """The picture of ``layers``, resampled to the size of ``image``."""
+    """The picture of ``layers``, which were resampled to the size of ``image`` and are overwritten."""
     if layers.shape[1] == 3:
         return layers
     painting, gain, luma = layers.split((3, 1, 1), dim=1)
-    return painting.addcmul(gain, _luma(_floats(image).to(layers.dtype)) - luma)
+    return painting.addcmul_(gain, _luma(image, layers.dtype).sub_(luma))
 
 
-def _luma(x: Tensor) -> Tensor:
-    """As :func:`fastperc.reference.luma`, without copying numbers to a GPU, which a CUDA graph cannot record."""
+def _luma(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`fastperc.reference.luma` of levels or of RGB in 0–1, in 0–1.
+
+    It copies no numbers to a GPU, which a CUDA graph could not record.
+    """
+    shares = [share / LEVELS if x.dtype == torch.uint8 else share for share in reference.LUMA]
     red, green, blue = x.split(1, dim=1)
-    return (red * reference.LUMA[0]).add_(green, alpha=reference.LUMA[1]).add_(blue, alpha=reference.LUMA[2])
+    y = red.to(dtype) * shares[0]
+    return y.add_(green, alpha=shares[1]).add_(blue, alpha=shares[2])
 
 
 def _mean(x: Tensor) -> Tensor:
     """The mean of each pixel's neighbourhood."""
-    return F.avg_pool2d(F.pad(x, (RADIUS,) * 4, mode="replicate"), 2 * RADIUS + 1, 1)
+    x = F.pad(x, (RADIUS,) * 4, mode="replicate")
+    for dim in (2, 3):  # on a CPU, sums of slices are faster than F.avg_pool2d
+        x = x.unfold(dim, 2 * RADIUS + 1, 1).mean(dim=-1)
+    return x
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _floats(x: Tensor) -> Tensor:
-    """``x``, levels or RGB in 0–1, as RGB in 0–1 in float32 or wider."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x.to(_wide(x.dtype))
-
-
 def _as(y: Tensor, dtype: torch.dtype) -> Tensor:
-    return reference.to_levels(y) if dtype == torch.uint8 else y.to(dtype)
+    """``y``, RGB in 0–1, in ``dtype``. Overwrites ``y``."""
+    if dtype != torch.uint8:
+        return y.to(dtype)
+    return y.clamp_(0, 1).mul_(LEVELS).round_().to(dtype)  # reference.to_levels, in less memory
 
 
 def _resampled(x: Tensor, size: tuple[int, ...]) -> Tensor:
