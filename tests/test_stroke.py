@@ -166,6 +166,14 @@ def test_refuses_to_paint_less_than_16_pixels(engine):
     assert engine(photo(), stroke=3.8).shape == (1, 3, HEIGHT, WIDTH)
 
 
+def test_too_little_memory_is_told(engine, monkeypatch):
+    monkeypatch.setattr(strokes, "UNCHECKED_BYTES", 0)
+    monkeypatch.setattr(strokes, "free_memory", lambda device: 1e5)
+    assert engine(photo(), stroke=2).shape == (1, 3, HEIGHT, WIDTH)
+    with pytest.raises(InputError, match=r"870×610 pixels are painted, which take .* use a larger stroke"):
+        engine(photo(), stroke=0.1)
+
+
 @pytest.mark.parametrize("stroke", [2, "auto"])
 def test_networks_that_enlarge_take_no_stroke(stroke):
     large = freeze(fastperc.SuperResolutionNet(4, width=4))

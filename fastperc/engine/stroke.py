@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc import reference
+from fastperc.devices import free_memory, gigabytes
 from fastperc.engine.plan import cut
 from fastperc.errors import InputError
 from fastperc.presets import LARGEST_STROKE, MINIMUM_SIDE, SMALLEST_STROKE, STROKE_SIDE
@@ -27,6 +28,7 @@ from fastperc.types import Window
 Size = tuple[int, int]  # height and width in pixels
 LEVELS = 255
 BAND_PIXELS = 1 << 19  # of a band of rows
+UNCHECKED_BYTES = 512 << 20  # less is taken without asking for the free memory, which takes time
 RADIUS = 2  # pixels of the smaller image on each side of the one whose gain is computed
 NOISE = 0.02**2  # a variance of the luma below which the gain is small
 
@@ -83,7 +85,8 @@ def painted_whole(image: Tensor, size: Size, dtype: torch.dtype, paint: Callable
         paint: gives the pictures of a smaller or larger image, RGB in 0–1, in float32 or wider.
     """
     small = resized(image, size)
-    layers = _resampled(_layers(paint(small), small, image), tuple(image.shape[2:]))
+    layers = _layers(paint(small), small, enlarged=size[0] < image.shape[2])
+    layers = _resampled(layers, tuple(image.shape[2:]))
     return _as(_with_detail(layers, image), dtype)
 
 
@@ -97,7 +100,16 @@ def tiles(
         size: see :func:`painted_size`.
         dtype: of the bands.
         paint: gives the picture of a smaller or larger image in tiles, RGB in 0–1, in any dtype.
+
+    Raises:
+        InputError: not enough memory for the other image and its painting.
     """
+    needed = 3 * math.prod(size) * (image.element_size() + _wide(image.dtype).itemsize)
+    if needed > UNCHECKED_BYTES and needed > (free := free_memory(image.device)):
+        raise InputError(
+            f"with this stroke {size[1]}×{size[0]} pixels are painted, which take {gigabytes(needed)}; "
+            f"{gigabytes(free)} are free; use a larger stroke"
+        )
     small = resized(image, size)
     painting = torch.empty(small.shape, dtype=_wide(image.dtype), device=image.device)
     for window, part in paint(small):
@@ -115,21 +127,23 @@ def brought_back(painting: Tensor, small: Tensor, image: Tensor, dtype: torch.dt
         dtype: of the bands, [N, 3, rows, W].
     """
     height, width = image.shape[2:]
-    layers = _layers(painting, small, image)
     rows = _band_rows(width)
     for top in range(0, height, rows):
         count = min(rows, height - top)
-        first, weights = _row_weights(layers.shape[2], height, top, count)
-        part = layers[:, :, first : first + weights.shape[1]].contiguous()
+        first, weights = _row_weights(painting.shape[2], height, top, count)
+        above = min(first, RADIUS)  # rows that only gains need
+        needed = slice(first - above, first + weights.shape[1] + RADIUS)
+        part = _layers(painting[:, :, needed], small[:, :, needed], enlarged=painting.shape[2] < height)
+        part = part[:, :, above : above + weights.shape[1]].contiguous()
         part = _resampled(part, (part.shape[2], width))
         with torch.autocast(part.device.type, enabled=False):
             part = weights.to(part) @ part
         yield Window(top, 0, count, width), _as(_with_detail(part, image[:, :, top : top + count]), dtype)
 
 
-def _layers(painting: Tensor, small: Tensor, image: Tensor) -> Tensor:
-    """``painting`` and, if ``image`` is larger than ``small``, the gain of its detail and the luma of ``small``."""
-    if small.shape[2] >= image.shape[2]:
+def _layers(painting: Tensor, small: Tensor, enlarged: bool) -> Tensor:
+    """``painting`` and, if it will be ``enlarged``, the gain of the image's detail and the luma of ``small``."""
+    if not enlarged:
         return painting
     luma, painted = _luma(small, painting.dtype), _luma(painting, painting.dtype)
     moments = _mean(torch.cat([luma, painted, luma * luma, luma * painted], dim=1))
