@@ -137,7 +137,7 @@ def brought_back(painting: Tensor, small: Tensor, image: Tensor, dtype: torch.dt
         part = part[:, :, above : above + weights.shape[1]].contiguous()
         part = _resampled(part, (part.shape[2], width))
         with torch.autocast(part.device.type, enabled=False):
-            part = weights.to(part) @ part
+            part = weights.to(part.dtype).to(part.device) @ part
         yield Window(top, 0, count, width), _as(_with_detail(part, image[:, :, top : top + count]), dtype)
 
 
