@@ -261,6 +261,14 @@ class TestCommand:
             assert (self.read(f"frames/{number:06}.png") == painted).all()
             assert np.abs(self.read(f"tiled/{number:06}.png") - painted).max() <= 1
 
+    def test_a_clip_that_is_too_small_is_named(self, run, here, model):
+        for name, size in {"small.png": (40, 30), "large.png": (64, 48)}.items():
+            picture(*size).save(name, save_all=True, append_images=[picture(*size, 1)], duration=40)
+        Path("out").mkdir()
+        status, _, said = run("stylize", "small.png", "large.png", "-o", "out/", "--model", model, "--stroke", 2)
+        assert (status, Path("out/large.png").exists(), Path("out/small.png").exists()) == (2, True, False)
+        assert "skipped small.png: with stroke 2, 40×30 is painted at 20×15" in " ".join(said.split())
+
     def test_masks_share_the_stroke(self, run, here, model):
         picture(64, 48).save("in.png")
         Image.new("L", (2, 2), 255).save("white.png")
