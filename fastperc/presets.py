@@ -6,6 +6,10 @@ from typing import Any
 
 MINIMUM_SIDE = 16  # pixels: the smallest height and width that a network accepts
 
+# How many times as large the strokes of a painting may be: the photo is painted at one part in so many of its size.
+SMALLEST_STROKE, LARGEST_STROKE = 0.1, 100.0
+STROKE_SIDE = 1000  # pixels: the longer side of the largest photo that stroke "auto" paints as it is
+
 # The published style networks, as keywords of TransformNet.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(width=32, norm="batch", padding="zero", upsample="transposed", output="tanh"),

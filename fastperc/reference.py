@@ -336,9 +336,12 @@ def reflect_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tens
     return x
 
 
+LUMA = 0.299, 0.587, 0.114  # the shares of red, green and blue, by BT.601
+
+
 def luma(x: Tensor) -> Tensor:
     """BT.601 luma of RGB ``x`` [N, 3, H, W], in ``x``'s own range: [N, 1, H, W]."""
-    weights = x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    weights = x.new_tensor(LUMA).view(1, 3, 1, 1)
     return (x * weights).sum(dim=1, keepdim=True)
 
 

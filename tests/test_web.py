@@ -50,6 +50,14 @@ def test_a_painting_is_the_command_lines(run, here, studio, name):
     assert result.size == (40, 30) and Image.open(result.after).size == (40, 30) == Image.open(result.before).size
 
 
+@pytest.mark.parametrize("stroke", [1.5, "auto"])
+def test_strokes_are_the_command_lines(run, here, studio, stroke):
+    picture(1400, 40).save("wide.png")
+    result = studio.paint(here / "wide.png", WAVE._replace(stroke=stroke), studio.job("me", "paint"))
+    assert run("stylize", "wide.png", "-o", "out.png", "--stroke", stroke).status == 0
+    assert result.file.read_bytes() == Path("out.png").read_bytes()
+
+
 def test_a_large_size_enlarges_nothing(run, here, studio):
     result = studio.paint(here / "photo.png", WAVE._replace(long_side=1024), studio.job("me", "paint"))
     assert run("stylize", "photo.png", "-o", "out.png").status == 0
@@ -134,6 +142,10 @@ def test_values_of_the_browser_are_checked():
     for strength, size in ((2, 512), (None, 512), ("x", 512), (1, 1e9), (1, float("nan")), (1, [])):
         with pytest.raises(InputError, match="is not a number from"):
             style_options("great_wave", strength, size, False)
+    assert style_options("great_wave", 1, 512, False, 2.5).stroke == 2.5
+    for stroke in (0.05, -1, 101, "large", None, float("nan")):
+        with pytest.raises(InputError, match="the stroke size is not a number from"):
+            style_options("great_wave", 1, 512, False, stroke)
     assert number("2", 1, 3, "it") == 2
 
 

@@ -118,9 +118,10 @@ def test_another_style_strength_size_and_colors(page, run):
     tab.get_by_label("number input for Strength").fill("0.5")
     size.fill("80")
     tab.get_by_label("Keep the colours of the original").check()
+    tab.get_by_label("number input for Stroke size").fill("1.5")
     assert run_tab(page, "paint") == ""
     content, name = downloaded(page, "paint")
-    options = "--style", "starry_night", "--strength", 0.5, "--size", 80, "--keep-colors"
+    options = "--style", "starry_night", "--strength", 0.5, "--size", 80, "--keep-colors", "--stroke", 1.5
     assert run("stylize", "mine.jpg", "-o", "out.jpg", *options).status == 0
     assert content == Path("out.jpg").read_bytes() and name == "mine-starry_night.jpg"
 

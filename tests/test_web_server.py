@@ -104,7 +104,7 @@ def client(server, here):
 
 
 def submit(client, upload, style="great_wave"):
-    return client.submit(upload, style, 1, 64, False, api_name="/paint")
+    return client.submit(upload, style, 1, 64, False, 0, api_name="/paint")
 
 
 def test_the_queue_has_an_end(client):

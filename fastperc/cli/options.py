@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastperc.errors import InputError
 from fastperc.hub import SCHEME, Address
-from fastperc.presets import MINIMUM_SIDE
+from fastperc.presets import LARGEST_STROKE, MINIMUM_SIDE, SMALLEST_STROKE, STROKE_SIDE
 
 # Parts of the commands' epilogs.
 EXIT_STATUS = "Exit status: 0 success, 1 failure while running, 2 bad input, 130 Ctrl-C."
@@ -99,6 +99,18 @@ def tile(text: str) -> int | str:
         if int(text) >= MINIMUM_SIDE:
             return int(text)
     raise argparse.ArgumentTypeError(f"{text} is not auto, off or a number from {MINIMUM_SIDE} up")
+
+
+def stroke(text: str) -> float | str:
+    """``auto``, or how many times as large strokes are."""
+    if text == "auto":
+        return text
+    value = _number(text)
+    if not SMALLEST_STROKE <= value <= LARGEST_STROKE:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not auto or a number from {SMALLEST_STROKE:g} to {LARGEST_STROKE:g}"
+        )
+    return value
 
 
 def square(text: str) -> tuple[int, int, int]:
@@ -200,6 +212,19 @@ def add_tile(parser: argparse.ArgumentParser, verb: str) -> None:
         metavar="auto|N|off",
         help=f"{verb} in tiles of N pixels a side: the same picture, in less memory; off: never tile; "
         "auto: tile if the whole would take too much memory, on a CPU 2 GiB; default: %(default)s",
+    )
+
+
+def add_stroke(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--stroke``."""
+    parser.add_argument(
+        "--stroke",
+        type=stroke,
+        default="auto",
+        metavar="auto|S",
+        help="strokes S times as large: paint a picture of 1/S of the size and bring the painting back to the full "
+        "size; below 1: finer strokes; auto: 1 up to a longer side of "
+        f"{STROKE_SIDE:,} pixels, the longer side / {STROKE_SIDE:,} above; default: %(default)s",
     )
 
 

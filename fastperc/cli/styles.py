@@ -90,7 +90,7 @@ def write_sheet(arguments: argparse.Namespace, files: Sequence[Path]) -> None:
 
     def paint(source: Path, watch: Watch) -> Photo:
         photo = read_photo(source, arguments.size or SIZE)
-        paintings = ((file.stem, stylize(load_style_painter(file, device), photo)) for file in files)
+        paintings = ((file.stem, stylize(load_style_painter(file, device), photo, stroke="auto")) for file in files)
         return Photo(labelled_sheet([("photo", photo.visible()), *((name, each.rgb) for name, each in paintings)]))
 
     run_jobs([(source, arguments.out)], "painting", paint)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastperc.cli.clips import add_clips, run_photos_and_clips
 from fastperc.cli.networks import add_masked_networks, load_masked_painter, network_files
-from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_tile, fraction, positive
+from fastperc.cli.options import SEVERAL_INPUTS, add_device, add_files, add_stroke, add_tile, fraction, positive
 from fastperc.cli.web import add_webcam, run_webcam
 from fastperc.errors import InputError
 from fastperc.weights import STYLES
@@ -50,6 +50,7 @@ def add(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--keep-colors", action="store_true", help="keep the photo's colours, take only the lightness of the painting"
     )
+    add_stroke(parser)
     add_tile(parser, "paint")
     add_device(parser)
     add_clips(parser)
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc.photos.formats import check_size
     from fastperc.photos.jobs import plan_jobs
     from fastperc.photos.photo import Photo
-    from fastperc.photos.stylize import read_photo, stylize
+    from fastperc.photos.stylize import check_stroke, read_photo, stylize
     from fastperc.progress import Watch
     from fastperc.video.formats import ClipFormats
     from fastperc.video.painters import StyleFrames
@@ -85,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     def paint(path: Path, watch: Watch) -> Photo:
         photo = read_photo(path, arguments.size)
         check_size(targets[path], *photo.rgb.size)
-        return stylize(painter, photo, arguments.strength, arguments.keep_colors, arguments.tile, watch)
+        check_stroke(path, photo, arguments.stroke)
+        how = arguments.strength, arguments.keep_colors, arguments.tile
+        return stylize(painter, photo, *how, watch, arguments.stroke)
 
-    frames = StyleFrames(painter, arguments.strength, arguments.keep_colors, arguments.tile)
+    frames = StyleFrames(painter, arguments.strength, arguments.keep_colors, arguments.tile, arguments.stroke)
     return run_photos_and_clips(arguments, jobs, "stylizing", paint, frames)

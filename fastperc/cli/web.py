@@ -166,6 +166,7 @@ def live_source(arguments: argparse.Namespace, style: str, smooth: float) -> Liv
         getattr(arguments, "strength", 1.0),
         getattr(arguments, "size", None),
         getattr(arguments, "keep_colors", False),
+        getattr(arguments, "stroke", "auto"),
     )
     return LiveSource(arguments.webcam, LiveOptions(options, smooth))
 

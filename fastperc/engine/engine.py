@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastperc import _native, backends
 from fastperc.devices import find_device, free_memory, gigabytes, widest_dtype
+from fastperc.engine import stroke as strokes
 from fastperc.engine.cuda import Graphs, Pipeline
 from fastperc.engine.frames import DTYPES, as_given, as_nchw, given
 from fastperc.engine.frozen_net import FrozenNet
@@ -31,6 +33,7 @@ GPU_SHARE = 0.7  # on a GPU, the share of its free memory for a pass
 REUSED_BYTES, KEPT_BYTES = 64 << 20, 128 << 20  # memory that a CPU's passes use again: largest block, in all
 BAND_BYTES = 48 << 20  # a map of this size is computed in bands of rows, where that is possible
 BAND_PIXELS = 1 << 15  # of the picture, in a band
+GRAPH_PIXELS = 1 << 25  # on a GPU, larger pictures with another stroke than 1 are brought to their size in bands
 
 
 def freeze(
@@ -101,18 +104,21 @@ class Engine:
         return Engine, (self.plan,)
 
     @torch.no_grad()
-    def __call__(self, images: Any, tile: int | str = "auto") -> Any:
+    def __call__(self, images: Any, tile: int | str = "auto", stroke: float | str = 1) -> Any:
         """The pictures of ``images``.
 
         Args:
             images: see :class:`Engine`.
             tile: ``"auto"`` uses tiles where the whole picture would take too much memory; a number uses tiles of that
                 many pixels of the image a side; ``"off"`` uses none. The picture is the same but for rounding.
+            stroke: strokes this many times as large, from 0.1 to 100: the image is painted at so small a size, and
+                the painting brought back, with detail of the image. ``"auto"``: the longer side / 1000, at least 1.
 
         Raises:
             ValueError: another shape or dtype; pixels that are not finite or far from 0–1 (not checked on a GPU, where
-                those that are not finite stay so); no such tile.
-            InputError: there is not enough memory, or a file cannot be read.
+                those that are not finite stay so); no such tile or stroke; a stroke for a network that enlarges.
+            InputError: there is not enough memory, a file cannot be read, or less than 16 pixels a side would be
+                painted.
             RuntimeError: PyTorch exports or traces the call.
         """
         if exporting():
@@ -120,19 +126,25 @@ class Engine:
         images, like = given(images)
         image = as_nchw(images)
         image = image.to(self.device, non_blocking=True)
-        side = self._side(image, tile)
-        if side is None:
-            picture = self._whole(image, image.dtype)
+        size = self._painted_size(image, stroke)
+        side = self._side(image, tile, size)
+        if side is None and self._in_one_piece(image, size):
+            picture = self._whole(image, image.dtype, size)
         else:
             picture = self._empty(image, image.dtype)
             for one, result in zip(image.split(1), picture.split(1)):
-                for region, part in self._tiles(one, side, image.dtype, unwatched):
+                for region, part in self._regions(one, side, image.dtype, unwatched, size):
                     cut(result, Window(0, 0, *result.shape[2:]), region).copy_(part)
         return like(as_given(picture, images).to(images.device))
 
     @torch.no_grad()
     def tiles(
-        self, image: Any, tile: int | str = "auto", dtype: torch.dtype | None = None, watch: Watch = unwatched
+        self,
+        image: Any,
+        tile: int | str = "auto",
+        dtype: torch.dtype | None = None,
+        watch: Watch = unwatched,
+        stroke: float | str = 1,
     ) -> Iterator[tuple[Window, Tensor]]:
         """The picture tile by tile, for pictures too large to hold as a whole: the place of each tile, and the tile.
 
@@ -150,11 +162,33 @@ class Engine:
         if len(image) != 1:
             raise ValueError(f"expected one image, got {len(image)}")
         image, dtype = image.to(self.device, non_blocking=True), dtype or image.dtype
-        side = self._side(image, tile)
-        if side is None:
+        size = self._painted_size(image, stroke)
+        yield from self._regions(image, self._side(image, tile, size), dtype, watch, size)
+
+    def _regions(
+        self, image: Tensor, side: int | None, dtype: torch.dtype, watch: Watch, size: strokes.Size | None
+    ) -> Iterator[tuple[Window, Tensor]]:
+        """The picture of one image, painted in tiles if there is a ``side``, at ``size`` if that is another one."""
+        if size is not None:
+            wide = torch.promote_types(self.dtype, torch.float32)
+            yield from strokes.tiles(image, size, dtype, lambda x: self._regions(x, side, wide, watch, None))
+        elif side is None:
             yield Window(0, 0, image.shape[2] * self.scale, image.shape[3] * self.scale), self._whole(image, dtype)
         else:
             yield from self._tiles(image, side, dtype, watch)
+
+    def _painted_size(self, image: Tensor, stroke: float | str) -> strokes.Size | None:
+        """The size at which ``image`` is painted, or ``None`` for its own."""
+        if self.scale != 1 and stroke != 1:
+            raise ValueError(f"a network that enlarges takes no stroke but 1, got {stroke!r}")
+        height, width = image.shape[2:]
+        size = strokes.painted_size(height, width, stroke)
+        return None if size == (height, width) else size
+
+    def _in_one_piece(self, image: Tensor, size: strokes.Size | None) -> bool:
+        """Whether the whole picture is computed at once: on a GPU, unless bringing it to its size takes much memory."""
+        pixels = len(image) * math.prod(image.shape[2:])
+        return size is None or len(image) == 0 or (self.device.type == "cuda" and pixels <= GRAPH_PIXELS)
 
     def _tiles(self, image: Tensor, side: int, dtype: torch.dtype, watch: Watch) -> Iterator[tuple[Window, Tensor]]:
         canvas = Canvas(self.plan, image, side)
@@ -169,17 +203,22 @@ class Engine:
             yield region, part
         next(ticks, None)  # the last tile is done
 
-    def _whole(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        """The pictures in one pass; on a GPU by replaying a CUDA graph."""
+    def _whole(self, image: Tensor, dtype: torch.dtype, size: strokes.Size | None = None) -> Tensor:
+        """The pictures in one pass, painted at ``size``; on a GPU by replaying a CUDA graph."""
         if len(image) == 0:
             return self._empty(image, dtype)
         if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            return self._graphs.run(
-                (image.shape, image.stride(), image.dtype, dtype), image, lambda x: self._pass(x, dtype)
-            )
+            key = image.shape, image.stride(), image.dtype, dtype, size
+            return self._graphs.run(key, image, lambda x: self._painted(x, dtype, size))
         if self.device.type == "cpu":  # not for tiles, which must take little memory: this may take more
             _native.reuse_freed_memory(REUSED_BYTES, KEPT_BYTES)
-        return self._pass(image, dtype)
+        return self._painted(image, dtype, size)
+
+    def _painted(self, image: Tensor, dtype: torch.dtype, size: strokes.Size | None) -> Tensor:
+        if size is None:
+            return self._pass(image, dtype)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return strokes.painted_whole(image, size, dtype, lambda x: self._pass(x, wide))
 
     def _pass(self, image: Tensor, dtype: torch.dtype) -> Tensor:
         picture, steps = self._empty(image, dtype), self.plan.steps
@@ -214,14 +253,14 @@ class Engine:
         shape = (n, c, h * self.scale, w * self.scale)
         return torch.empty(shape, dtype=dtype, device=self.device, memory_format=layout)
 
-    def _side(self, image: Tensor, tile: int | str) -> int | None:
-        """The side of the tiles in pixels of ``image``, or ``None`` for one pass over the whole.
+    def _side(self, image: Tensor, tile: int | str, size: strokes.Size | None) -> int | None:
+        """The side of the tiles in pixels of ``image`` at ``size``, or ``None`` for one pass over the whole.
 
         Raises:
             ValueError: ``tile`` is no valid value.
             InputError: not enough memory.
         """
-        n, _, height, width = image.shape
+        n, (height, width) = len(image), size or image.shape[2:]
         frame = math.prod(self.plan.sizes(height, width)[0])
         needed = n * frame * self.plan.bytes_per_pixel
         result = n * 3 * height * width * self.scale**2 * image.element_size()
@@ -262,19 +301,19 @@ class Engine:
         lines += [f"{one.layer:<18}{one.operation:<23}{one.backend:<11}{one.reason}" for one in choices]
         return "\n".join(lines)
 
-    def stream(self, frames: Iterable[Any]) -> Iterator[Any]:
+    def stream(self, frames: Iterable[Any], stroke: float | str = 1) -> Iterator[Any]:
         """The pictures of ``frames``, uint8 [H, W, 3] on the CPU or the like, one by one, for video.
 
         On a GPU, frames are copied to it and back while others are computed; a picture is returned once the next two
-        frames are on their way.
+        frames are on their way. ``stroke`` is that of a call.
 
         Raises:
-            ValueError: as a call does.
+            ValueError, InputError: as a call does.
         """
         if self.device.type != "cuda":
-            yield from map(self, frames)
+            yield from (self(frame, stroke=stroke) for frame in frames)
             return
-        pipeline, likes = Pipeline(self, self.device), deque[Any]()
+        pipeline, likes = Pipeline(partial(self, stroke=stroke), self.device), deque[Any]()
         for frame in frames:
             tensor, like = given(frame)
             likes.append(like)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastperc.archives import Archive, first_line
+from fastperc.engine import stroke as strokes
 from fastperc.errors import InputError
 from fastperc.progress import Watch, unwatched
 from fastperc.types import Window
@@ -40,21 +41,44 @@ class ArchivePainter:
             self.multiple, self.scale = MULTIPLE, self._tried(EVEN)
 
     def tiles(
-        self, image: Tensor, tile: int | str = "auto", dtype: torch.dtype | None = None, watch: Watch = unwatched
+        self,
+        image: Tensor,
+        tile: int | str = "auto",
+        dtype: torch.dtype | None = None,
+        watch: Watch = unwatched,
+        stroke: float | str = 1,
     ) -> Iterator[tuple[Window, Tensor]]:
-        """Yields the whole picture as one tile; see :meth:`fastperc.engine.engine.Engine.tiles`.
+        """Yields the whole picture as one tile, or with another stroke than 1 in bands of rows.
+
+        See :meth:`fastperc.engine.engine.Engine.tiles`.
 
         Args:
             image: levels, uint8 [H, W, 3].
             tile: ``"auto"`` or ``"off"``.
             dtype: of the picture. Default: the network's.
             watch: shows progress.
+            stroke: see the engine. ``"auto"`` is 1 for a network that takes images of one size only.
 
         Raises:
+            ValueError: no such stroke; another than 1 for a network that enlarges.
             InputError: tiles are asked for; the network cannot take the photo; not enough memory.
         """
+        if self.scale != 1 and stroke != 1:
+            raise ValueError(f"a network that enlarges takes no stroke but 1, got {stroke!r}")
         if tile not in ("auto", "off"):
             raise InputError("a network from an archive paints the whole photo at once; leave --tile out")
+        height, width, _ = image.shape
+        size = strokes.painted_size(height, width, 1 if stroke == "auto" and self.size is not None else stroke)
+        if size == (height, width):
+            yield from self._painted(image, dtype, watch)
+        else:
+            dtype = dtype or self.archive.dtype
+            yield from strokes.tiles(
+                image.permute(2, 0, 1)[None], size, dtype, lambda x: self._painted(x[0].permute(1, 2, 0), None, watch)
+            )
+
+    def _painted(self, image: Tensor, dtype: torch.dtype | None, watch: Watch) -> Iterator[tuple[Window, Tensor]]:
+        """The picture of ``image``, uint8 [H, W, 3], as one tile."""
         height, width, _ = image.shape
         if self.size not in (None, (height, width)):
             rows, columns = self.size or (0, 0)

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,20 +31,24 @@ class Painter(Protocol):
     def tiles(
         self, image: Tensor, tile: int | str = ..., dtype: torch.dtype | None = ..., watch: Watch = ...
     ) -> Iterator[tuple[Window, Tensor]]:
-        """Yields the tiles of the picture: where each lies in it, and its pixels [1, 3, h, w]."""
+        """Yields the tiles of the picture: where each lies in it, and its pixels [1, 3, h, w].
+
+        A painter that keeps the size takes the keyword ``stroke`` too, as an engine does. Default: 1.
+        """
         ...
 
 
 def paint_tiles(
-    painter: Painter, levels: Tensor, tile: int | str, watch: Watch
+    painter: Painter, levels: Tensor, tile: int | str, watch: Watch, stroke: float | str = 1
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Paints an image, uint8 [H, W, 3], and yields tiles: rows, columns, and RGB in 0–1, float32 [1, 3, h, w].
 
     Raises:
         FloatingPointError: the network's output holds a NaN.
-        InputError: not enough memory.
+        InputError: not enough memory, or less than 16 pixels a side would be painted.
     """
-    for window, part in painter.tiles(levels, tile, torch.float32, watch):
+    keywords: dict[str, Any] = {} if stroke == 1 else {"stroke": stroke}
+    for window, part in painter.tiles(levels, tile, torch.float32, watch, **keywords):
         if part.isnan().any():
             raise FloatingPointError("the network's output is not a number: the network overflows on this photo")
         rows, columns = slice(window.top, window.top + window.height), slice(window.left, window.left + window.width)

@@ -86,12 +86,19 @@ class MaskedPainter:
         self.masks = [as_mask(mask) for _, mask in layers]
         self._resized: tuple[tuple[int, int], list[Tensor]] = (0, 0), []  # a size, and the masks in that size
 
-    def __call__(self, image: Any, strength: float = 1.0, keep_colors: bool = False, tile: int | str = "auto") -> Any:
+    def __call__(
+        self,
+        image: Any,
+        strength: float = 1.0,
+        keep_colors: bool = False,
+        tile: int | str = "auto",
+        stroke: float | str = 1,
+    ) -> Any:
         """The painting of an image, as an engine returns it.
 
         Args:
             image: levels, uint8 [H, W, 3], as a tensor or a NumPy array; a PIL image; or the path of an image file.
-            strength, keep_colors, tile: see :func:`fastperc.photos.stylize.stylize`.
+            strength, keep_colors, tile, stroke: see :func:`fastperc.photos.stylize.stylize`.
 
         Raises:
             ValueError: another shape or dtype.
@@ -100,22 +107,27 @@ class MaskedPainter:
         levels, like = given(image)
         if levels.dtype != torch.uint8 or levels.dim() != 3 or levels.shape[2] != 3:
             raise ValueError(f"expected one image of uint8 levels [H, W, 3], got {levels.dtype} {list(levels.shape)}")
-        return like(stylize_levels(self, levels, strength, keep_colors, tile))
+        return like(stylize_levels(self, levels, strength, keep_colors, tile, stroke=stroke))
 
     def tiles(
-        self, image: Tensor, tile: int | str = "auto", dtype: torch.dtype | None = None, watch: Watch = unwatched
+        self,
+        image: Tensor,
+        tile: int | str = "auto",
+        dtype: torch.dtype | None = None,
+        watch: Watch = unwatched,
+        stroke: float | str = 1,
     ) -> Iterator[tuple[Window, Tensor]]:
         """Yields the tiles of the last network, blended with the photo and the other networks' pictures.
 
         Args:
             image: levels, uint8 [H, W, 3].
-            tile, watch: see :meth:`fastperc.engine.engine.Engine.tiles`.
+            tile, watch, stroke: see :meth:`fastperc.engine.engine.Engine.tiles`. Masks keep the image's size.
             dtype: of the tiles, RGB in 0–1 [1, 3, h, w]. Default: float32.
         """
         masks = self._masks_of_size(image.shape[1], image.shape[0])
         canvas = image if len(masks) == 1 else image.clone()
         for number, painter in enumerate(self.painters):
-            for rows, columns, y in paint_tiles(painter, image, tile, watch):
+            for rows, columns, y in paint_tiles(painter, image, tile, watch, stroke):
                 y = _over(canvas[rows, columns], y, _share([mask[rows, columns] for mask in masks], number))
                 if number == len(masks) - 1:
                     yield Window(rows.start, columns.start, *y.shape[2:]), y.to(dtype or torch.float32)

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastperc import reference
+from fastperc.engine.stroke import painted_size
 from fastperc.errors import InputError
 from fastperc.photos.jobs import Painter, paint_tiles
 from fastperc.photos.photo import Photo, read_first_frame
@@ -23,6 +24,7 @@ def stylize(
     keep_colors: bool = False,
     tile: int | str = "auto",
     watch: Watch = unwatched,
+    stroke: float | str = 1,
 ) -> Photo:
     """Paints ``photo`` with ``painter``. The picture keeps the photo's size, alpha and metadata.
 
@@ -31,13 +33,13 @@ def stylize(
         photo: at least 16 pixels a side.
         strength: blends photo and painting: 0 gives the photo, 1 the painting.
         keep_colors: take the lightness from the painting and the colours from the photo.
-        tile, watch: see :meth:`fastperc.engine.engine.Engine.tiles`.
+        tile, watch, stroke: see :meth:`fastperc.engine.engine.Engine.tiles`.
 
     Raises:
         FloatingPointError: the network's output holds a NaN.
-        InputError: not enough memory.
+        InputError: not enough memory, or less than 16 pixels a side would be painted.
     """
-    painting = stylize_levels(painter, photo.levels(), strength, keep_colors, tile, watch)
+    painting = stylize_levels(painter, photo.levels(), strength, keep_colors, tile, watch, stroke)
     return Photo(Image.fromarray(painting.numpy()), photo.alpha, photo.metadata)
 
 
@@ -48,10 +50,11 @@ def stylize_levels(
     keep_colors: bool = False,
     tile: int | str = "auto",
     watch: Watch = unwatched,
+    stroke: float | str = 1,
 ) -> Tensor:
     """The painting of ``levels``, both uint8 [H, W, 3]. Arguments and errors are those of :func:`stylize`."""
     painting = torch.empty_like(levels)
-    for rows, columns, y in paint_tiles(painter, levels, tile, watch):
+    for rows, columns, y in paint_tiles(painter, levels, tile, watch, stroke):
         x = levels[rows, columns].permute(2, 0, 1)[None].to(y.device).float() / 255
         if keep_colors:
             y = x + (reference.luma(y) - reference.luma(x))
@@ -76,3 +79,16 @@ def read_photo(path: Path, size: int | None = None) -> Photo:
     if min(width, height) < MINIMUM_SIDE:
         raise InputError(f"{path}: {width}×{height} is too small; both sides need at least {MINIMUM_SIDE} pixels")
     return photo
+
+
+def check_stroke(path: Path, photo: Photo, stroke: float | str) -> None:
+    """Checks that ``photo``, which was read from ``path``, can be painted with ``stroke``.
+
+    Raises:
+        InputError: less than 16 pixels a side would be painted.
+    """
+    width, height = photo.rgb.size
+    try:
+        painted_size(height, width, stroke)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -182,7 +182,8 @@ def run_clips(jobs: Sequence[Job], painter: FramePainter, options: ClipOptions, 
         except InputError as error:
             if alone:
                 raise
-            say(f"skipped {error}")
+            named = str(source) in str(error)  # errors of painting say nothing of the file
+            say(f"skipped {error}" if named else f"skipped {source}: {error}")
     if written:
         say_written(written, time.monotonic() - start)
     return len(jobs) - len(written)

@@ -43,13 +43,14 @@ class StyleFrames:
 
     Args:
         painter: a frozen style network, or another painter that keeps the size.
-        strength, keep_colors, tile: see :func:`fastperc.photos.stylize.stylize`.
+        strength, keep_colors, tile, stroke: see :func:`fastperc.photos.stylize.stylize`.
     """
 
     painter: Painter
     strength: float = 1.0
     keep_colors: bool = False
     tile: int | str = "auto"
+    stroke: float | str = 1
 
     scale = 1
 
@@ -57,8 +58,11 @@ class StyleFrames:
         """See :class:`FramePainter`."""
         stream = getattr(self.painter, "stream", None)
         if stream is not None and self.strength == 1 and not self.keep_colors and self.tile == "auto":
-            return stream(frames)
-        return (stylize_levels(self.painter, x, self.strength, self.keep_colors, self.tile) for x in frames)
+            return stream(frames, self.stroke)
+        return (
+            stylize_levels(self.painter, x, self.strength, self.keep_colors, self.tile, stroke=self.stroke)
+            for x in frames
+        )
 
 
 class EnlargeFrames:

@@ -203,7 +203,8 @@ class Live:
         levels = self._levels(frame, options.long_side or SIDE)
         with self.studio.turn(self._job):
             painter = self.studio.engine(options.style)
-            picture = stylize_levels(painter, levels, options.strength, options.keep_colors, self.studio.networks.tile)
+            how = options.strength, options.keep_colors, self.studio.networks.tile
+            picture = stylize_levels(painter, levels, *how, stroke=options.stroke)
         file = io.BytesIO()
         Image.fromarray(smoother(levels, picture).numpy()).save(file, "JPEG", quality=QUALITY)
         return file.getvalue()

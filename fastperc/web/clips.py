@@ -103,7 +103,7 @@ def paint_upload(
     with studio.turn(job):
         show(0, clip.frames)
         painter: Painter = studio.engine(options.style)
-        frames = StyleFrames(painter, options.strength, options.keep_colors, studio.networks.tile)
+        frames = StyleFrames(painter, options.strength, options.keep_colors, studio.networks.tile, options.stroke)
         paint_clip(
             path,
             target,

@@ -14,6 +14,7 @@ from fastperc.web.values import LARGEST_SIDE, SMALLEST_SIDE, upload_path, with_m
 
 ENGINE = "engine"  # Gradio's name of what one event at a time may use
 PHOTO_SIDE, CLIP_SIDE, CAMERA_SIDE = 1024, 640, 640  # pixels: the longer side that the page suggests
+LARGEST_SHOWN = 10  # the largest stroke that the slider offers
 METHODS = [("Clean", "pixel"), ("Sharp", "feature"), ("SRCNN", "srcnn")]
 PLAYABLE = frozenset({".mp4", ".webm"})  # of what is written, by any browser
 # Options of events that answer at once.
@@ -27,6 +28,7 @@ class StyleControls(NamedTuple):
     strength: gr.Slider
     size: gr.Slider
     keep_colors: gr.Checkbox
+    stroke: gr.Slider
 
 
 class Work(NamedTuple):
@@ -53,7 +55,7 @@ def showing(progress: gr.Progress, verb: str) -> Watch:
 
 
 def style_controls(thumbnails: list[Any], side: int, selected: str) -> StyleControls:
-    """The gallery of styles, the sliders of strength and size, and the choice of colours."""
+    """The gallery of styles, the sliders of strength, size and stroke, and the choice of colours."""
     names = [name for _, name in thumbnails]
     gallery = gr.Gallery(
         [(image, words(name)) for image, name in thumbnails],
@@ -76,7 +78,9 @@ def style_controls(thumbnails: list[Any], side: int, selected: str) -> StyleCont
     gallery.select(select, None, style, **HIDDEN)
     strength = gr.Slider(0, 1, 1, step=0.05, label="Strength", buttons=[])
     size = gr.Slider(SMALLEST_SIDE, max(side, 4096), side, step=1, label="Longer side in pixels", buttons=[])
-    return StyleControls(style, strength, size, gr.Checkbox(False, label="Keep the colours of the original"))
+    stroke = gr.Slider(0, LARGEST_SHOWN, 0, step=0.1, label="Stroke size (0: auto)", buttons=[])
+    keep_colors = gr.Checkbox(False, label="Keep the colours of the original")
+    return StyleControls(style, strength, size, keep_colors, stroke)
 
 
 def words(name: str) -> str:

@@ -54,6 +54,7 @@ class StyleOptions(NamedTuple):
     strength: float = 1.0
     long_side: int | None = None  # pixels to which a larger input is resized
     keep_colors: bool = False
+    stroke: float | str = "auto"
 
 
 class Picture(NamedTuple):
@@ -250,6 +251,7 @@ class Studio:
                 options.keep_colors,
                 self.networks.tile,
                 job.watching(watch),
+                options.stroke,
             )
             return self._written(job, target, photo, painting)
 

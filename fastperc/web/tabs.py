@@ -53,11 +53,13 @@ def photo_tab(studio: Studio, thumbnails: list[Any], selected: str) -> None:
         strength: Any,
         size: Any,
         keep_colors: Any,
+        stroke: Any,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  # how Gradio passes it
     ) -> list[Any]:
         def painted() -> list[Any]:
-            path, options = upload_path(upload, studio, "photo"), style_options(style, strength, size, keep_colors)
+            path = upload_path(upload, studio, "photo")
+            options = style_options(style, strength, size, keep_colors, stroke)
             job = studio.job(str(request.session_hash), "paint")
             return shown_picture(studio.paint(path, options, job, showing(progress, "Painting")))
 
@@ -134,13 +136,14 @@ def clip_handler(studio: Studio) -> Callable[..., list[Any]]:
 
     # Gradio finds these two by their types, wherever they stand.
     def paint(request: gr.Request, progress: gr.Progress = gr.Progress(), *values: Any) -> list[Any]:  # noqa: B008
-        upload, style, strength, size, keep_colors, smooth, start, length = values
+        upload, style, strength, size, keep_colors, stroke, smooth, start, length = values
 
         def show(done: int, total: int) -> None:
             progress((done, total) if total else 0, desc="Painting", unit="frames")
 
         def painted() -> list[Any]:
-            path, options = upload_path(upload, studio, "clip"), style_options(style, strength, size, keep_colors)
+            path = upload_path(upload, studio, "clip")
+            options = style_options(style, strength, size, keep_colors, stroke)
             seconds = number(length, 0, LONGEST, "the length") if length else None
             part = Part(number(start or 0, 0, LONGEST, "the start"), seconds, number(smooth, 0, 1, "the flicker"))
             job = studio.job(str(request.session_hash), "clip")
@@ -164,9 +167,9 @@ def live_tab(live: Live, thumbnails: list[Any]) -> None:
             controls = style_controls(thumbnails, initial.style.long_side or CAMERA_SIDE, initial.style.style)
             smooth = gr.Slider(0, 1, initial.smooth, step=0.05, label="Less flicker", buttons=[])
 
-    def change(style: Any, strength: Any, size: Any, keep_colors: Any, smooth: Any) -> str:
+    def change(style: Any, strength: Any, size: Any, keep_colors: Any, stroke: Any, smooth: Any) -> str:
         def changed() -> list[Any]:
-            options = style_options(style, strength, size, keep_colors)
+            options = style_options(style, strength, size, keep_colors, stroke)
             live.options = LiveOptions(options, number(smooth, 0, 1, "the flicker"))
             return []
 
@@ -181,6 +184,7 @@ def live_tab(live: Live, thumbnails: list[Any]) -> None:
     gr.Timer(POLL).tick(fault, None, message, **HIDDEN)
     inputs: list[Any] = [*controls, smooth]
     controls.strength.value, controls.keep_colors.value = initial.style.strength, initial.style.keep_colors
+    controls.stroke.value = 0 if initial.style.stroke == "auto" else initial.style.stroke
     gr.on([component.change for component in inputs], change, inputs, message, preprocess=False, **HIDDEN)
 
 

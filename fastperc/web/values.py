@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastperc.errors import InputError
+from fastperc.presets import LARGEST_STROKE, SMALLEST_STROKE
 from fastperc.web.studio import Cancelled, Studio, StyleOptions
 
 SMALLEST_SIDE, LARGEST_SIDE = 64, 8192  # pixels: the longer side of what is painted
@@ -39,14 +40,15 @@ def number(value: Any, low: float, high: float, name: str) -> float:
     raise InputError(f"{name} is not a number from {low:g} to {high:g}")
 
 
-def style_options(style: Any, strength: Any, size: Any, keep_colors: Any) -> StyleOptions:
-    """The options that the controls of a tab name.
+def style_options(style: Any, strength: Any, size: Any, keep_colors: Any, stroke: Any = 0) -> StyleOptions:
+    """The options that the controls of a tab name. A stroke of 0 is ``"auto"``.
 
     Raises:
         InputError: one cannot be used.
     """
     side = int(number(size, SMALLEST_SIDE, LARGEST_SIDE, "the size"))
-    return StyleOptions(str(style), number(strength, 0, 1, "the strength"), side, bool(keep_colors))
+    large = "auto" if stroke == 0 else number(stroke, SMALLEST_STROKE, LARGEST_STROKE, "the stroke size")
+    return StyleOptions(str(style), number(strength, 0, 1, "the strength"), side, bool(keep_colors), large)
 
 
 def sentence_of(error: BaseException, studio: Studio) -> str:
