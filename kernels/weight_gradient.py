@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import multiprocessors, register_options, shared_memory
+from fastperc.kernels.configs import multiprocessors, register_options
 from fastperc.kernels.sum_parts import SumOf
 
 FEWEST_STEPS = 4  # of a program, so that adding up the parts does not outweigh the products
@@ -197,5 +197,5 @@ def weight_gradient(dense: Tensor, gathered: Tensor, geometry: Geometry, destina
         UPSAMPLE=geometry.upsample,
         REFLECT=geometry.reflect,
         **block,
-        **register_options(shared_memory(dense.device)),
+        **register_options(0),  # on the largest GPUs too: with fewer registers it spills on sm_100
     )
