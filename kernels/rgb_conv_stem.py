@@ -190,7 +190,9 @@ def _block(channels_out: int) -> int:
 
 def _has_tensor_memory(device: torch.device) -> bool:
     """Whether products are added up in tensor memory (sm_100), from where all of them come into registers at once."""
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] in (10, 11)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (10, 11)
 
 
 def _tile(out: Tensor, with_sums: bool, activation: Activation | None = None) -> tuple[int, int]:

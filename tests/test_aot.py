@@ -141,6 +141,20 @@ def test_what_ships_is_clean(tmp_path):
 
 
 @needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("nvcc") and aot.CSRC.is_dir()), reason="needs nvcc")
+def test_the_cuda_kernels_are_clean_on_sm_75(tmp_path):
+    """Where Triton has no matrix products. The command compiles the other sources in the same way."""
+    file = tmp_path / "rows.json"
+    done = run_aot("-m", "fastperc.kernels.aot", "--arch", "75", "--only", "norm_relu", "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())
+    assert rows and not any(row["instructions"] for row in rows)
+    assert all(row["arch"] == 75 and row["spill_bytes"] == 0 and row["registers"] <= 128 for row in rows)
+    assert all(row["shared_bytes"] <= aot.LIMITS[75] for row in rows)
+
+
+@needs_triton
 def test_what_is_not_clean_is_a_fault(tmp_path):
     (tmp_path / "bad.py").write_text(BAD_KERNELS)
     options = ["--only", "bad", "--arch", "90", "--json", tmp_path / "rows.json"]
@@ -228,7 +242,7 @@ def test_names_of_cuda_kernels(function, kernel, config):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "70"], "70 is none of 80, 86, 89, 90, 100, 120"),
+        (["--arch", "70"], "70 is none of 75, 80, 86, 89, 90, 100, 120"),
         pytest.param(
             ["--arch", "90", "--only", "nothing"], "no kernel has 'nothing' in its name", marks=pytest.mark.slow
         ),  # records every launch first
