@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastperc.files import write_atomically
 from fastperc.kernels import static_table
-from fastperc.kernels.configs import SHARED_MEMORY
+from fastperc.kernels.configs import KIB, SHARED_MEMORY
 from fastperc.progress import track
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 CSRC = Path(__file__).resolve().parents[1] / "csrc"  # in a checkout
 RESERVED = 1024  # bytes of shared memory that CUDA takes beyond the limit; reported from sm_90 on
 TENSOR_MEMORY_COLUMNS = 512
+LIMITS = {75: 64 * KIB, **SHARED_MEMORY}  # sm_75 has CUDA kernels only: Triton has no matrix products for it
 HALF_PRODUCT = re.compile(r"tt\.dot\b.*xb?f16\b")  # in Triton's own intermediate code
 MATRIX_INSTRUCTION = {90: r"HGMMA", 100: r"UTC\w*MMA|HMMA"}  # on all others HMMA
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arch",
         type=architectures,
-        default=",".join(map(str, SHARED_MEMORY)),
+        default=",".join(map(str, LIMITS)),
         metavar="A,B",
         help="default: %(default)s",
     )
@@ -114,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def architectures(text: str) -> list[int]:
     """Numbers between commas, each of an architecture that kernels are built for."""
     found = [int(number) for number in text.split(",")]
-    if unknown := set(found) - set(SHARED_MEMORY):
-        raise argparse.ArgumentTypeError(f"{unknown.pop()} is none of {', '.join(map(str, SHARED_MEMORY))}")
+    if unknown := set(found) - set(LIMITS):
+        raise argparse.ArgumentTypeError(f"{unknown.pop()} is none of {', '.join(map(str, LIMITS))}")
     return found
 
 
@@ -143,11 +144,11 @@ def _run(i: int) -> Compiled:
 
 
 def triton_jobs(archs: Iterable[int], only: Sequence[str]) -> list[Job]:
-    """A job for each compilation of a Triton kernel that the table of runs needs, on each of ``archs``."""
+    """A job for each compilation of a Triton kernel that the table of runs needs, on each of ``archs`` but sm_75."""
     from fastperc.kernels import launches, runs
 
     jobs: list[Job] = []
-    for arch in archs:
+    for arch in filter(SHARED_MEMORY.__contains__, archs):
         recorded = runs.recorded(arch, runs.runs())
         configs = launches.names(recorded.values())
         for key, launch in recorded.items():
@@ -269,7 +270,7 @@ def faults_of(row: Row, matrix: bool) -> list[str]:
     faults = []
     if row.spill_bytes:
         faults.append(f"{row.name}: spills, {row.spill_bytes} bytes of local memory a thread")
-    if row.shared_bytes > (limit := SHARED_MEMORY[row.arch]):
+    if row.shared_bytes > (limit := LIMITS[row.arch]):
         faults.append(f"{row.name}: {row.shared_bytes} bytes of shared memory, a block may have {limit}")
     instruction = MATRIX_INSTRUCTION.get(row.arch, "HMMA")
     if matrix and not any(re.fullmatch(instruction, name) for name in row.instructions):

@@ -28,6 +28,14 @@ def shared_memory(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors ``device`` has; an H200's number where kernels run interpreted or are only traced."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def register_options(limit: int) -> dict[str, int]:
     """Options of Triton's compiler for matrix products on a GPU whose blocks may have ``limit`` bytes of shared memory.
 

@@ -113,12 +113,13 @@ def _pretend(arch: int, stack: ExitStack) -> None:
     """Makes PyTorch and fastperc see a GPU of architecture ``arch`` until ``stack`` closes."""
     from fastperc import _native
 
+    properties = SimpleNamespace(shared_memory_per_block_optin=SHARED_MEMORY[arch], multi_processor_count=132)
     cuda: dict[str, Any] = dict(
         is_available=lambda: True,
         is_bf16_supported=lambda *_: True,
         is_current_stream_capturing=lambda: True,  # so that the engine runs op by op, as a CUDA graph records it
         get_device_capability=lambda device=None: divmod(arch, 10),
-        get_device_properties=lambda device=None: SimpleNamespace(shared_memory_per_block_optin=SHARED_MEMORY[arch]),
+        get_device_properties=lambda device=None: properties,
         get_device_name=lambda device=None: "recorder",
         mem_get_info=lambda device=None: (1 << 50, 1 << 50),
         device=lambda device: nullcontext(),

@@ -188,14 +188,21 @@ def _block(channels_out: int) -> int:
     return min(max(triton.next_power_of_2(channels_out), 16), 32)
 
 
+def _has_tensor_memory(device: torch.device) -> bool:
+    """Whether products are added up in tensor memory (sm_100), from where all of them come into registers at once."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (10, 11)
+
+
 def _tile(out: Tensor, with_sums: bool, activation: Activation | None = None) -> tuple[int, int]:
     """Groups of pixels per program, and its warps: the fastest of those measured on an H200. Sums take registers, and
-    so do activations other than ReLU, and the products of GPUs with less shared memory."""
+    so do activations other than ReLU, and the products of GPUs with less shared memory or with tensor memory."""
     if out.element_size() == 4:
         return 32, 8
     enough = out.numel() >= 128 * PIXELS.value * _block(out.shape[1]) * PROGRAMS
     other = activation is not None and activation.name != "relu"
-    many_registers = with_sums or other or shared_memory(out.device) < LARGEST
+    many_registers = with_sums or other or shared_memory(out.device) < LARGEST or _has_tensor_memory(out.device)
     return (128, 8 if many_registers else 4) if enough else (64, 4)
 
 

@@ -3,41 +3,58 @@
     out[d, tap, g] = Σ over images and pixels of dense[pixel, d] · gathered[pixel · stride + tap, g]
 
 One of the maps is the layer's input, the other the gradient of its output. A convolution gathers the input, a ½-stride
-convolution the gradient. A program takes a tap, a block of out and a part of an image's pixels. The parts are added up
-afterwards, in order: by ``fastperc.kernels.sum_parts``. ``rgb_weight_gradient`` beside it serves a network's two ends.
+convolution the gradient. The taps and channels of the gathered map are the columns of one product: a program takes a
+block of it, which may have several taps, and a part of the pixels, tile by tile through all images. The parts are added
+up afterwards, in order: by ``fastperc.kernels.sum_parts``. ``rgb_weight_gradient`` beside it serves a network's two
+ends.
 """
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperc.kernels.configs import register_options, shared_memory
-from fastperc.kernels.conv_bn_relu import reflect_once
+from fastperc.kernels.configs import multiprocessors, register_options
 from fastperc.kernels.sum_parts import SumOf
 
-PROGRAMS = 264  # to aim at: two per multiprocessor of the largest GPUs
 FEWEST_STEPS = 4  # of a program, so that adding up the parts does not outweigh the products
 
 
+@triton.jit
+def reflected(i, size):
+    """What ``reflect_once`` gives, in operations by which Triton sees that neighbouring columns have the same i."""
+    i = tl.where(i < 0, -i, i)
+    return tl.where(i < size, i, 2 * (size - 1) - i)
+
+
 @triton.jit(
-    do_not_specialize=["height", "width", "gathered_height", "gathered_width", "left", "top", "parts", "part_pixels"]
+    do_not_specialize=[
+        "images",
+        "height",
+        "width",
+        "gathered_height",
+        "gathered_width",
+        "left",
+        "top",
+        "part_tiles",
+    ]
 )
 def weight_gradient_kernel(
     dense_ptr,  # [N, H, W, D] fp16|bf16|fp32
     gathered_ptr,  # [N, gathered_height, gathered_width, G] as dense
-    partials_ptr,  # [N, parts, D, TAPS, G] fp32
+    partials_ptr,  # [parts, D, TAPS_H, TAPS_W, G] fp32
+    images,
     height,  # of dense
     width,
     gathered_height,  # after the upsampling
     gathered_width,
     left,  # padding
     top,
-    parts,
-    part_pixels,
+    part_tiles,  # tiles of a part
     DENSE_CHANNELS: tl.constexpr,
     CHANNELS: tl.constexpr,  # of gathered
     TAPS_H: tl.constexpr,
@@ -46,46 +63,75 @@ def weight_gradient_kernel(
     UPSAMPLE: tl.constexpr,  # 2: each pixel of gathered counts as four
     REFLECT: tl.constexpr,  # whether gathered has a reflected border
     BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of the product: taps and channels of gathered
+    TILE_H: tl.constexpr,  # of the pixels of dense
+    TILE_W: tl.constexpr,
 ):
+    COLUMNS: tl.constexpr = TAPS_H * TAPS_W * CHANNELS
     BLOCKS_D: tl.constexpr = (DENSE_CHANNELS + BLOCK_D - 1) // BLOCK_D
-    BLOCKS_G: tl.constexpr = (CHANNELS + BLOCK_G - 1) // BLOCK_G
-    TAPS: tl.constexpr = TAPS_H * TAPS_W
+    BLOCKS_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
-    offs_g = pid % BLOCKS_G * BLOCK_G + tl.arange(0, BLOCK_G)
-    offs_d = pid // BLOCKS_G % BLOCKS_D * BLOCK_D + tl.arange(0, BLOCK_D)
-    tap = pid // BLOCKS_G // BLOCKS_D % TAPS
-    part = pid // BLOCKS_G // BLOCKS_D // TAPS
-    image = (part // parts).to(tl.int64)
+    first_n = pid % BLOCKS_N * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    offs_d = pid // BLOCKS_N % BLOCKS_D * BLOCK_D + tl.arange(0, BLOCK_D)
+    part = pid // BLOCKS_N // BLOCKS_D
+    mask_d = (offs_d < DENSE_CHANNELS)[None, :]
+    mask_n = (offs_n < COLUMNS)[None, :]
+    if CHANNELS % BLOCK_N == 0:
+        tap = first_n // CHANNELS
+    else:
+        tap = (offs_n // CHANNELS)[None, :]
     row_offset = tap // TAPS_W - top
     column_offset = tap % TAPS_W - left
-    mask_d = offs_d < DENSE_CHANNELS
-    mask_g = offs_g < CHANNELS
-    dense_ptr += image * height * width * DENSE_CHANNELS
+    offs_p = tl.arange(0, TILE_H * TILE_W)
+    rows = (offs_p // TILE_W)[:, None]
+    columns = (offs_p % TILE_W)[:, None]
+    offs_dense = (rows * width + columns) * DENSE_CHANNELS + offs_d[None, :]
     gathered_width_in_memory = gathered_width // UPSAMPLE
-    gathered_ptr += image * (gathered_height // UPSAMPLE) * gathered_width_in_memory * CHANNELS
-    first = part % parts * part_pixels
-    last = tl.minimum(first + part_pixels, height * width)
+    tiles_w = tl.cdiv(width, TILE_W)
+    tiles = tl.cdiv(height, TILE_H) * tiles_w  # of an image
+    first_tile = part * part_tiles
+    image = (first_tile // tiles).to(tl.int64)
+    first_row = first_tile % tiles // tiles_w * TILE_H
+    first_column = first_tile % tiles_w * TILE_W
 
-    acc = tl.zeros([BLOCK_D, BLOCK_G], dtype=tl.float32)
-    for start in tl.range(first, last, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)
-        mask_p = offs_p < last
-        dense_ptrs = dense_ptr + offs_p.to(tl.int64)[:, None] * DENSE_CHANNELS + offs_d[None, :]
-        dense = tl.load(dense_ptrs, mask=mask_p[:, None] & mask_d[None, :], other=0.0)
-        row = offs_p // width * STRIDE + row_offset
-        column = offs_p % width * STRIDE + column_offset
+    acc = tl.zeros([BLOCK_D, BLOCK_N], dtype=tl.float32)
+    for _ in tl.range(tl.minimum(part_tiles, images * tiles - first_tile)):
+        # 64 bits for the first pixel and the first row only: in a tile 32 are enough.
+        first_pixel = (image * height + first_row) * width + first_column
+        mask = (first_row + rows < height) & (first_column + columns < width)
+        if DENSE_CHANNELS % BLOCK_D != 0:
+            mask = mask & mask_d
+        mask = tl.broadcast_to(mask, [TILE_H * TILE_W, BLOCK_D])
+        dense = tl.load(dense_ptr + first_pixel * DENSE_CHANNELS + offs_dense, mask=mask, other=0.0)
+
+        row = (first_row + rows) * STRIDE + row_offset
+        column = (first_column + columns) * STRIDE + column_offset
         if REFLECT:
-            row = reflect_once(row, gathered_height)
-            column = reflect_once(column, gathered_width)
-        mask_p = mask_p & (row >= 0) & (row < gathered_height) & (column >= 0) & (column < gathered_width)
-        pixels = (row // UPSAMPLE).to(tl.int64) * gathered_width_in_memory + column // UPSAMPLE
-        gathered_ptrs = gathered_ptr + pixels[:, None] * CHANNELS + offs_g[None, :]
-        gathered = tl.load(gathered_ptrs, mask=mask_p[:, None] & mask_g[None, :], other=0.0)
+            row = reflected(row, gathered_height)
+            column = reflected(column, gathered_width)
+        mask = (row.to(tl.uint32) < gathered_height.to(tl.uint32)) & (
+            column.to(tl.uint32) < gathered_width.to(tl.uint32)
+        )
+        if COLUMNS % BLOCK_N != 0:
+            mask = mask & mask_n
+        mask = tl.broadcast_to(mask, [TILE_H * TILE_W, BLOCK_N])
+        first_row_in_memory = first_row * STRIDE // UPSAMPLE
+        first_pixel = (image * (gathered_height // UPSAMPLE) + first_row_in_memory) * gathered_width_in_memory
+        pixels = (row // UPSAMPLE - first_row_in_memory) * gathered_width_in_memory + column // UPSAMPLE
+        offs_gathered = pixels * CHANNELS + (offs_n % CHANNELS)[None, :]
+        gathered = tl.load(gathered_ptr + first_pixel * CHANNELS + offs_gathered, mask=mask, other=0.0)
         acc = tl.dot(dense.T, gathered, acc, input_precision="ieee")
-    offs = ((part.to(tl.int64) * DENSE_CHANNELS + offs_d[:, None]) * TAPS + tap) * CHANNELS + offs_g[None, :]
-    tl.store(partials_ptr + offs, acc, mask=mask_d[:, None] & mask_g[None, :])
+
+        first_column += TILE_W  # the next tile, without a division
+        ends = first_column >= width
+        first_column = tl.where(ends, 0, first_column)
+        first_row += tl.where(ends, TILE_H, 0)
+        ends = first_row >= height
+        first_row = tl.where(ends, 0, first_row)
+        image += ends.to(tl.int64)
+    offs = (part.to(tl.int64) * DENSE_CHANNELS + offs_d[:, None]) * COLUMNS + offs_n[None, :]
+    tl.store(partials_ptr + offs, acc, mask=(offs_d < DENSE_CHANNELS)[:, None] & mask_n)
 
 
 class Geometry(NamedTuple):
@@ -99,53 +145,57 @@ class Geometry(NamedTuple):
     reflect: bool = False  # the gathered map has a reflected border
 
 
-def _block(itemsize: int, dense_channels: int, channels: int) -> dict[str, int]:
-    """Block sizes, warps and stages."""
-    block_d, block_g = (max(triton.next_power_of_2(c), 16) for c in (dense_channels, channels))
+def _block(itemsize: int, dense_channels: int, columns: int) -> tuple[dict[str, int], int]:
+    """Block sizes, warps and stages; and programs a multiprocessor."""
+    block_d, block_n = (max(triton.next_power_of_2(c), 16) for c in (dense_channels, columns))
     if itemsize == 4:
-        return dict(BLOCK_D=min(block_d, 64), BLOCK_G=min(block_g, 32), BLOCK_P=16, num_warps=8, num_stages=3)
-    block_d, block_g = min(max(block_d, 64), 128), min(block_g, 64)  # 64 rows, as the tensor cores take them
-    return dict(BLOCK_D=block_d, BLOCK_G=block_g, BLOCK_P=64, num_warps=4, num_stages=3)
+        block = dict(BLOCK_D=min(block_d, 64), BLOCK_N=min(block_n, 32), TILE_H=4, TILE_W=4, num_warps=8, num_stages=3)
+        return block, 2
+    block_d = min(max(block_d, 64), 128)  # 64 rows, as the tensor cores take them
+    block_n = min(block_n, 128 if columns > 512 else 64)  # so that few columns are left empty
+    num_warps = 8 if block_d * block_n == 128 * 128 else 4
+    block = dict(BLOCK_D=block_d, BLOCK_N=block_n, TILE_H=8, TILE_W=8, num_warps=num_warps, num_stages=3)
+    return block, 2 if block_n < 128 else 1  # more programs would leave more parts to add up
 
 
-def parts_of(pixels: int, images: int, blocks: int, step: int) -> tuple[int, int]:
-    """Into how many parts each image's sum over ``pixels`` is split, and the pixels of a part: enough for
-    :data:`PROGRAMS` programs, of which ``blocks`` share a part, and whole steps of ``step`` pixels."""
-    most = max(pixels // (FEWEST_STEPS * step), 1)
-    parts = min(triton.cdiv(PROGRAMS, blocks * images), most)
-    part_pixels = triton.cdiv(pixels, parts * step) * step
-    return triton.cdiv(pixels, part_pixels), part_pixels
+def parts_of(steps: int, blocks: int, programs: int) -> tuple[int, int]:
+    """Into how many parts a sum of ``steps`` is split, and the steps of a part. ``blocks`` programs share a part, and
+    all are no more than ``programs``, which the GPU runs at a time: no second wave is left half empty."""
+    parts = max(min(programs // blocks, steps // FEWEST_STEPS), 1)
+    part_steps = triton.cdiv(steps, parts)
+    return triton.cdiv(steps, part_steps), part_steps
 
 
 def weight_gradient(dense: Tensor, gathered: Tensor, geometry: Geometry, destination: SumOf) -> None:
     """Makes ``destination`` [D, rows, columns, G] from two maps [N, C, H, W] that are dense in NHWC."""
     images, dense_channels, height, width = dense.shape
     _, channels, gathered_height, gathered_width = gathered.shape
-    block = _block(dense.element_size(), dense_channels, channels)
-    taps_h, taps_w = geometry.taps
-    blocks = triton.cdiv(dense_channels, block["BLOCK_D"]) * triton.cdiv(channels, block["BLOCK_G"]) * taps_h * taps_w
-    parts, part_pixels = parts_of(height * width, images, blocks, block["BLOCK_P"])
-    shape = (dense_channels, taps_h, taps_w, channels)
-    partials = destination.empty(images * parts, shape, shape)
-    weight_gradient_kernel[(images * parts * blocks,)](
+    shape = (dense_channels, *geometry.taps, channels)
+    columns = prod(shape[1:])
+    block, per_multiprocessor = _block(dense.element_size(), dense_channels, columns)
+    blocks = triton.cdiv(dense_channels, block["BLOCK_D"]) * triton.cdiv(columns, block["BLOCK_N"])
+    tiles = images * triton.cdiv(height, block["TILE_H"]) * triton.cdiv(width, block["TILE_W"])
+    parts, part_tiles = parts_of(tiles, blocks, per_multiprocessor * multiprocessors(dense.device))
+    partials = destination.empty(parts, shape, shape)
+    weight_gradient_kernel[(parts * blocks,)](
         dense,
         gathered,
         partials,
+        images,
         height,
         width,
         gathered_height * geometry.upsample,
         gathered_width * geometry.upsample,
         geometry.left,
         geometry.top,
-        parts,
-        part_pixels,
+        part_tiles,
         DENSE_CHANNELS=dense_channels,
         CHANNELS=channels,
-        TAPS_H=taps_h,
-        TAPS_W=taps_w,
+        TAPS_H=geometry.taps[0],
+        TAPS_W=geometry.taps[1],
         STRIDE=geometry.stride,
         UPSAMPLE=geometry.upsample,
         REFLECT=geometry.reflect,
         **block,
-        **register_options(shared_memory(dense.device)),
+        **register_options(0),  # on the largest GPUs too: with fewer registers it spills on sm_100
     )

@@ -131,13 +131,27 @@ def test_what_ships_is_clean(tmp_path):
 
     version = ".".join(triton.__version__.split(".")[:2])
     table = Path(__file__).resolve().parent.parent / "benchmarks" / "static" / f"triton-{version}.csv"
-    if table.exists():  # else write it: python -m fastperc.kernels.aot --arch 80,86,90 --table FILE
+    if table.exists():  # else write it: python -m fastperc.kernels.aot --table FILE
         committed = static_table.from_csv(table.read_text())
-        in_table = {row.arch for row in committed}
-        compiled = aot.static_rows([Row(**row) for row in rows if row["arch"] in in_table])
-        assert not static_table.regressions(compiled, committed)
+        both = {row.arch for row in committed} & set(archs)
+        compiled = aot.static_rows([Row(**row) for row in rows if row["arch"] in both])
+        assert both and not static_table.regressions(compiled, [row for row in committed if row.arch in both])
     if shutil.which("nvcc") and aot.CSRC.is_dir():
         assert "tv_loss_kernel" in {row["kernel"] for row in rows}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("nvcc") and aot.CSRC.is_dir()), reason="needs nvcc")
+def test_the_cuda_kernels_are_clean_on_sm_75(tmp_path):
+    """Where Triton has no matrix products. The command compiles the other sources in the same way."""
+    file = tmp_path / "rows.json"
+    done = run_aot("-m", "fastperc.kernels.aot", "--arch", "75", "--only", "norm_relu", "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())
+    assert rows and not any(row["instructions"] for row in rows)
+    assert all(row["arch"] == 75 and row["spill_bytes"] == 0 and row["registers"] <= 128 for row in rows)
+    assert all(row["shared_bytes"] <= aot.LIMITS[75] for row in rows)
 
 
 @needs_triton
@@ -228,7 +242,7 @@ def test_names_of_cuda_kernels(function, kernel, config):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "70"], "70 is none of 80, 86, 89, 90, 100, 120"),
+        (["--arch", "70"], "70 is none of 75, 80, 86, 89, 90, 100, 120"),
         pytest.param(
             ["--arch", "90", "--only", "nothing"], "no kernel has 'nothing' in its name", marks=pytest.mark.slow
         ),  # records every launch first
@@ -260,6 +274,21 @@ def test_the_loop_of_a_listing():
     assert static_table.loop_length(LISTING) == 2.5
     assert static_table.loop_length(LISTING.replace("@P0 BRA 0x10", "@P0 BRA 0x60").replace("BRA 0x40;", "NOP ;")) == 5
     assert static_table.loop_length(LISTING.replace("HMMA", "FFMA")) == static_table.loop_length("") == 0
+
+
+@pytest.mark.parametrize(
+    ("triton", "archs"), [("3.6", {86, 90, 120}), ("3.9", {80, 86, 89, 90, 100, 120})], ids=["3.6", "3.9"]
+)
+def test_the_committed_tables(triton, archs):
+    folder = Path(__file__).resolve().parent.parent / "benchmarks" / "static"
+    text = (folder / f"triton-{triton}.csv").read_text()
+    rows = static_table.from_csv(text)
+    assert static_table.as_csv(rows) == text and len({row[:3] for row in rows}) == len(rows)
+    assert {row.arch for row in rows} == archs
+    kernels = {row.kernel for row in rows if row.arch == 90}
+    for arch in archs:
+        of_arch = [row for row in rows if row.arch == arch]
+        assert {row.kernel for row in of_arch} == kernels and all(row.loop > 0 and row.ctas > 0 for row in of_arch)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ KERNELS = (
     "rgb_conv_stem",
     "rgb_weight_gradient",
     "subpixel_conv_bn_relu",
-    "weight_gradient",
 )
 LAYERS = {
     "ends": (lambda: [ConvBNReLU(3, 40, 9, padding=4), RGBConv(40, 9, 4)], (1, 3, 10, 12)),
