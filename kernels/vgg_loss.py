@@ -188,6 +188,8 @@ def tap_bwd_kernel(
     grad_ptr,  # [N, H, W, C] as x; may be above_ptr
     grad_style_ptr,  # [1] fp32: the gradient of the style term; or None
     grad_content_ptr,  # [1] fp32: the gradient of the content term; or None
+    factor_style_ptr,  # [1] fp32: what multiplies that of the style term; or None
+    factor_content_ptr,  # [1] fp32: what multiplies that of the content term; or None
     height,
     width,
     style_coefficient,  # 4 / NCHW
@@ -214,11 +216,17 @@ def tap_bwd_kernel(
     if halves_ptr is not None:
         halves_ptr += image * 2 * CHANNELS * CHANNELS
         grad = times_delta(x_ptr + skipped, halves_ptr, offs_p, offs_c, pixels, CHANNELS, CHANNELS, True, BLOCK_K)
-        grad *= style_coefficient * tl.load(scale_ptr) * tl.load(grad_style_ptr)
+        factor = style_coefficient * tl.load(scale_ptr) * tl.load(grad_style_ptr)
+        if factor_style_ptr is not None:
+            factor *= tl.load(factor_style_ptr)
+        grad *= factor
     x = tl.load(x_ptr + skipped + offs, mask=mask, other=0.0)
     if target_ptr is not None:
         difference = x.to(tl.float32) - tl.load(target_ptr + skipped + offs, mask=mask, other=0.0).to(tl.float32)
-        grad += content_coefficient * tl.load(grad_content_ptr) * slope(difference, CRITERION)
+        factor = content_coefficient * tl.load(grad_content_ptr)
+        if factor_content_ptr is not None:
+            factor *= tl.load(factor_content_ptr)
+        grad += factor * slope(difference, CRITERION)
     if winners_ptr is not None:
         skipped_windows = image * (height // 2) * (width // 2) * CHANNELS
         grad += unpooled(
@@ -281,10 +289,15 @@ def relu_pool_bwd(grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None:
 
 def content_fwd(x: Tensor, target: Tensor, criterion: str = "l2") -> Tensor:
     """[Σ d(x − target), Σ d(target)] in float32, of two tensors of one shape and dtype, d by ``criterion``."""
+    return content_pieces(x, target, criterion).sum(dim=1)
+
+
+def content_pieces(x: Tensor, target: Tensor, criterion: str = "l2") -> Tensor:
+    """The pieces [2, pieces] of which :func:`content_fwd` is the sum."""
     programs = triton.cdiv(x.numel(), BLOCK)
     pieces = torch.empty(2, programs, device=x.device)
     content_fwd_kernel[(programs,)](x, target, pieces, x.numel(), CRITERION=criterion, BLOCK=BLOCK, **PASS_OPTIONS)
-    return pieces.sum(dim=1)
+    return pieces
 
 
 class StyleTerm(NamedTuple):
@@ -293,6 +306,7 @@ class StyleTerm(NamedTuple):
     halves: Tensor  # [N, 2, C, C] fp16|bf16: Δ = (high + low) · scale
     scale: Tensor  # [1] fp32
     grad: Tensor  # [1] fp32: the gradient of the term
+    factor: Tensor | None = None  # [1] fp32: what multiplies it
 
 
 class ContentTerm(NamedTuple):
@@ -301,6 +315,7 @@ class ContentTerm(NamedTuple):
     target: Tensor  # as the maps
     grad: Tensor  # [1] fp32: the gradient of the term
     criterion: str  # "l2", "l1" or "smooth_l1"
+    factor: Tensor | None = None  # [1] fp32: what multiplies the gradient
 
 
 class Above(NamedTuple):
@@ -316,8 +331,8 @@ def tap_bwd(x: Tensor, above: Above, style: StyleTerm | None, content: ContentTe
 
     ``tap_bwd_kernel`` lists the shapes and dtypes. Without ``style`` or ``content`` the layer has no such term.
     """
-    halves, scale, grad_style = (None, None, None) if style is None else style
-    target, grad_content, criterion = (None, None, "l2") if content is None else content
+    halves, scale, grad_style, factor_style = style or (None,) * 4
+    target, grad_content, criterion, factor_content = content or (None, None, "l2", None)
     images, channels, height, width = x.shape
     block = min(channels, BLOCK_CHANNELS)
     programs = images * (channels // block) * triton.cdiv(height * width, BLOCK_PIXELS)
@@ -331,6 +346,8 @@ def tap_bwd(x: Tensor, above: Above, style: StyleTerm | None, content: ContentTe
         grad,
         grad_style,
         grad_content,
+        factor_style,
+        factor_content,
         height,
         width,
         4 / x.numel(),

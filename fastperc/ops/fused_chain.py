@@ -12,7 +12,7 @@ from torch import Tensor
 from fastperc import backends, kernels, reference
 from fastperc.collective import gathered
 from fastperc.ops.common import channels_last, compute_dtype, siblings
-from fastperc.ops.kinds import STEM, GradientTarget, Layer, partials_of
+from fastperc.ops.kinds import HEAD, STEM, GradientTarget, Layer, gradient_of_raw, partials_of
 from fastperc.ops.norm_relu import group_of
 from fastperc.ops.weight_forms import Weight, in_forms
 from fastperc.types import Deferred
@@ -26,7 +26,9 @@ MOST_BYTES_IN_PARTS = 64 << 20  # that gradients of weights in parts take; no mo
 def fused_chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     """``layers`` on Triton's kernels; see :func:`fastperc.ops.conv_chain.conv_chain`."""
     parameters = [parameter for layer in layers for parameter in layer.parameters]
-    return _ConvChain.apply(x.to(compute_dtype(x)), tuple(layers), *parameters)
+    dtype = compute_dtype(x)
+    x = x if layers[0].kind is STEM else x.to(dtype)  # the stem's kernel converts what it loads
+    return _ConvChain.apply(x, dtype, tuple(layers), *parameters)
 
 
 def cropped(x: Tensor, like: Tensor) -> Tensor:
@@ -37,6 +39,8 @@ def cropped(x: Tensor, like: Tensor) -> Tensor:
 
 def differentiable_chain(x: Tensor, layers: Sequence[Layer], parameters: Sequence[Any]) -> Tensor:
     """The chain in plain PyTorch, for gradients of gradients; it updates no running statistics."""
+    if layers[0].from_picture is not None:
+        x = reference.to_network_range(x, layers[0].from_picture)
     layer_input = x
     for layer, (weight, bias, norm_weight, norm_bias) in zip(layers, _by_layer(parameters)):
         y = layer.kind.equivalent(layer, x, weight, bias)
@@ -51,7 +55,7 @@ def differentiable_chain(x: Tensor, layers: Sequence[Layer], parameters: Sequenc
             else:
                 x = reference.norm_relu(y, norm_weight, norm_bias, norm.eps, False, layer.batch)
             x = reference.activate(x if skip is None else x + skip, layer.activation)
-    return x
+    return x if layers[-1].to_picture is None else reference.to_image_range(x, layers[-1].to_picture)
 
 
 def _by_layer(parameters: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -61,25 +65,32 @@ def _by_layer(parameters: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 class _ConvChain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: tuple[Layer, ...], *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, dtype: torch.dtype, layers: tuple[Layer, ...], *parameters: Tensor | None
+    ) -> Tensor:
         counters = [layer.norm.num_batches_tracked for layer in layers if _updates_statistics(layer)]
         if counters:
             torch._foreach_add_(counters, 1)
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            weights = in_forms([layer.kind.forms(layer) for layer in layers], parameters[::4], x.dtype)
+            weights = in_forms([layer.kind.forms(layer) for layer in layers], parameters[::4], dtype)
             outputs: list[Output] = []
             inputs = _Inputs(x, layers, outputs)
             zeros = torch.zeros(len(layers), kernels.chain_passes.COUNTERS, dtype=torch.int32, device=x.device)
+            picture = None
             for i, (layer, (_, bias, scale, shift)) in enumerate(zip(layers, _by_layer(parameters))):
-                raw, partials = layer.kind.forward(layer, inputs[i], weights[i], bias.float())
+                if layer.to_picture is not None:
+                    raw, picture = HEAD.painted(layer, inputs[i], weights[i], bias.float())
+                    partials = None
+                else:
+                    raw, partials = layer.kind.forward(layer, inputs[i], weights[i], bias.float(), dtype)
                 coefficients = None
                 if layer.norm is not None:
                     inputs.norms[i] = _norm(layer, partials, scale.float(), shift.float(), zeros[i])
                     coefficients = inputs.norms[i].empty_coefficients()
                 outputs.append(Output(raw, coefficients))
                 inputs.forget_before(i)
-            result = inputs[len(layers)] if layers[-1].norm else outputs[-1].raw
-        ctx.layers, ctx.weights = layers, weights
+            result = inputs[len(layers)] if layers[-1].norm else outputs[-1].raw if picture is None else picture
+        ctx.layers, ctx.weights, ctx.dtype = layers, weights, dtype
         ctx.save_for_backward(x, *parameters, *(t for output in outputs for t in output))
         return result
 
@@ -88,18 +99,18 @@ class _ConvChain(torch.autograd.Function):
         layers, count = ctx.layers, 1 + 4 * len(ctx.layers)
         saved = ctx.saved_tensors  # read once: torch.utils.checkpoint recomputes it each time
         x, *parameters = saved[:count]
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         if torch.is_grad_enabled():  # to be differentiated again
             x, *parameters = siblings(saved[:count])
             leaves = [t for t, needs in zip((x, *parameters), needed) if needs]
-            y = differentiable_chain(x, layers, parameters)
+            y = differentiable_chain(x.to(ctx.dtype), layers, parameters)
             grads = iter(torch.autograd.grad(y, leaves, grad, create_graph=True, materialize_grads=True))
             grad_x, *others = (next(grads) if needs else None for needs in needed)
-            return grad_x, None, *others
+            return grad_x, None, None, *others
         outputs = [Output(*output) for output in zip(saved[count::2], saved[count + 1 :: 2])]
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
             grad_x, *others = _Backward(x, layers, parameters, ctx.weights, outputs, needed).run(grad)
-        return grad_x, None, *others
+        return grad_x, None, None, *others
 
 
 def _updates_statistics(layer: Layer) -> bool:
@@ -230,6 +241,8 @@ class _Backward:
     def _through_last_activation(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient after the last norm, and its sums by tiles; without a norm, that of the output."""
         activation, fold = self.activations[-1], kernels.fold_gradient
+        if (output := self.layers[-1].to_picture) is not None:
+            return gradient_of_raw(grad, activation.x, output), None
         grad = grad.to(activation.x.dtype)
         if self.layers[-1].norm is None:
             return grad, None

@@ -13,7 +13,7 @@ keep every activation, and eight bytes for each pooled one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,32 @@ def convolve_turned(grad: Tensor, conv: PackedConv) -> Tensor:
     return VGG_CONV(grad, conv.turned, None, False)
 
 
+class Pictures(NamedTuple):
+    """Pictures that Triton's kernel of the first convolution normalises as it loads them."""
+
+    output: Tensor  # RGB [N, 3, H, W], any strides
+    target: Tensor | None  # as many, which follow in the batch; None: no such
+    mean: Tensor  # 3 numbers float32
+    std: Tensor  # the same; what the network sees is (picture − mean) / std
+    dtype: torch.dtype  # of the maps
+
+    def convolved(self, conv: PackedConv, relu: bool) -> Tensor:
+        """The maps of ``conv`` [N or 2N, C, H, W], channels-last, and their ReLU if ``relu``."""
+        stem, (images, _, height, width) = kernels.rgb_conv_stem, self.output.shape
+        out = torch.empty(
+            images if self.target is None else 2 * images,
+            *(len(conv.weight), height, width),
+            dtype=self.dtype,
+            device=self.output.device,
+            memory_format=torch.channels_last,
+        )
+        loaded = kernels.loss_terms.normalise_pictures(self.output, self.target, self.mean, self.std, self.dtype)
+        weight = packed("stem", lambda: stem.pack(conv.weight), conv.weight)
+        bias = packed("float32", conv.bias.float, conv.bias)
+        stem.rgb_conv_stem_fwd(loaded, weight, bias, out, RELU if relu else None)
+        return out
+
+
 class SavedLayer(NamedTuple):
     """What the backward needs of one convolution's output, channels-last [n, C, H, W], besides what its taps keep."""
 
@@ -91,21 +117,24 @@ class Passes(Protocol):
     def relu_pool_bwd(self, grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None: ...
 
 
-def forward_chain(x: Tensor, images: int, convs: Sequence[PackedConv], taps: Taps, passes: Passes) -> list[SavedLayer]:
-    """Runs ``convs`` on ``x`` down to the deepest tap, and returns what the backward of the first ``images`` needs."""
+def forward_chain(
+    batch: Tensor | Pictures, images: int, convs: Sequence[PackedConv], taps: Taps, passes: Passes
+) -> list[SavedLayer]:
+    """Runs ``convs`` on ``batch`` down to the deepest tap, and returns what the backward of the first ``images``
+    needs."""
     layers = []
     last, deepest = (max(values) for values in zip(*((tap.conv, tap.place) for tap in taps.places)))
-    x = channels_last(x)
+    x: Any = batch if isinstance(batch, Pictures) else channels_last(batch)
     for i, conv in enumerate(convs[: 1 + last]):
         before_relu, after_relu, after_pool = (Tap(i, kind) for kind in ("conv", "relu", "pool"))
         if before_relu in taps.places:
-            x = taps.visit(before_relu, VGG_CONV(x, conv.weight, conv.bias, False))
+            x = taps.visit(before_relu, _convolved(x, conv, False))
             if before_relu.place == deepest:
                 layers.append(SavedLayer(x[:images].shape, relu=False))
                 break
             x = x.relu() if before_relu in taps.kept else x.relu_()
         else:
-            x = convolve_relu(x, conv)
+            x = _convolved(x, conv, True)
         is_tap = after_relu in taps.places
         is_late = is_tap and taps.late
         if is_tap and not is_late:
@@ -125,6 +154,11 @@ def forward_chain(x: Tensor, images: int, convs: Sequence[PackedConv], taps: Tap
             x = taps.visit(after_pool, x)
         layers.append(SavedLayer(shape, bits, winners, pooled and conv.averages))
     return layers
+
+
+def _convolved(x: Tensor | Pictures, conv: PackedConv, relu: bool) -> Tensor:
+    """Convolution and bias, and ReLU if ``relu``. A tensor ``x`` is channels-last."""
+    return x.convolved(conv, relu) if isinstance(x, Pictures) else VGG_CONV(x, conv.weight, conv.bias, relu)
 
 
 def chunks(x: Tensor, images_on_cpu: int) -> list[slice]:
