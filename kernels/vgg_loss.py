@@ -4,6 +4,7 @@ All tensors are NHWC and dense. After ReLU a number is positive, zero or NaN; a 
 
     relu_mask_fwd, relu_mask_bwd   1 bit an element                     instead of the activations
     relu_pool_fwd, relu_pool_bwd   1 byte a window: its winner, if any  instead of the activations and 8-byte indices
+    relu_pool_masks_fwd            the masks of earlier layers beside a pooling, in one launch
     content_fwd                    Σ d(F − T) and Σ d(T), a piece per program, d as the criterion has it
     tap_bwd                        the sum of the gradient from the layers above, unpooled, the style term F · Δ and the
                                    content term d'(F − T), after a ReLU masked by F > 0: in one pass
@@ -11,7 +12,9 @@ All tensors are NHWC and dense. After ReLU a number is positive, zero or NaN; a 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,17 +32,30 @@ NO_WINNER = tl.constexpr(4)
 
 
 @triton.jit
-def relu_mask_fwd_kernel(
-    x_ptr,  # [count] fp16|bf16|fp32
-    bits_ptr,  # [count / 8 rounded up] uint8
-    count,
-    BLOCK: tl.constexpr,
-):
-    offs_byte = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+def relu_mask_fwd_tile(x_ptr, bits_ptr, pid, count, BLOCK: tl.constexpr):
+    """What program ``pid`` of :func:`relu_masks_fwd_kernel` does for a layer."""
+    offs_byte = pid.to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     offs = offs_byte[:, None] * 8 + tl.arange(0, 8)[None, :]
     x = tl.load(x_ptr + offs, mask=offs < count, other=0.0)
     bits = tl.sum((x != 0).to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
     tl.store(bits_ptr + offs_byte, bits.to(tl.uint8), mask=offs_byte * 8 < count)
+
+
+@triton.jit
+def relu_masks_fwd_kernel(
+    x_ptrs,  # for each layer: [count] fp16|bf16|fp32
+    bits_ptrs,  # for each layer: [count / 8 rounded up] uint8
+    counts,
+    ends,  # the first program of the next layer
+    LAYERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    start = 0
+    for layer in tl.static_range(LAYERS):
+        if (pid >= start) & (pid < ends[layer]):
+            relu_mask_fwd_tile(x_ptrs[layer], bits_ptrs[layer], pid - start, counts[layer], BLOCK)
+        start = ends[layer]
 
 
 @triton.jit
@@ -57,19 +73,21 @@ def relu_mask_bwd_kernel(
     tl.store(grad_ptr + offs, tl.where(passes != 0, grad, 0.0), mask=offs < count)
 
 
-@triton.jit(do_not_specialize=["height", "width"])
-def relu_pool_fwd_kernel(
-    x_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    pooled_ptr,  # [N, H/2, W/2, C] as x
-    winners_ptr,  # [n, H/2, W/2, C] uint8, for the first n images
-    count,  # elements of pooled
+@triton.jit
+def relu_pool_fwd_tile(
+    x_ptr,
+    pooled_ptr,
+    winners_ptr,
+    pid,
+    count,
     count_winners,
     height,
     width,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """What program ``pid`` of :func:`relu_pool_fwd_kernel` does."""
+    offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
     window, channel = offs // CHANNELS, offs % CHANNELS
     column, row = window % (width // 2), window // (width // 2) % (height // 2)
@@ -85,6 +103,52 @@ def relu_pool_fwd_kernel(
     tl.store(pooled_ptr + offs, best, mask=mask)
     winner = tl.where(best != 0, winner, NO_WINNER)
     tl.store(winners_ptr + offs, winner.to(tl.uint8), mask=offs < count_winners)
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def relu_pool_fwd_kernel(
+    x_ptr,  # [N, H, W, C] fp16|bf16|fp32
+    pooled_ptr,  # [N, H/2, W/2, C] as x
+    winners_ptr,  # [n, H/2, W/2, C] uint8, for the first n images
+    count,  # elements of pooled
+    count_winners,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    relu_pool_fwd_tile(
+        x_ptr, pooled_ptr, winners_ptr, tl.program_id(0), count, count_winners, height, width, CHANNELS, BLOCK
+    )
+
+
+@triton.jit(do_not_specialize=["height", "width", "programs"])
+def relu_pool_masks_fwd_kernel(
+    x_ptr,  # [N, H, W, C] fp16|bf16|fp32
+    pooled_ptr,  # [N, H/2, W/2, C] as x
+    winners_ptr,  # [n, H/2, W/2, C] uint8, for the first n images
+    count,  # elements of pooled
+    count_winners,
+    height,
+    width,
+    programs,  # that pool
+    mask_x_ptrs,  # this and all up to ends: see relu_masks_fwd_kernel
+    bits_ptrs,
+    counts,
+    ends,
+    LAYERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid < programs:
+        relu_pool_fwd_tile(x_ptr, pooled_ptr, winners_ptr, pid, count, count_winners, height, width, CHANNELS, BLOCK)
+    start = programs
+    for layer in tl.static_range(LAYERS):
+        end = programs + ends[layer]
+        if (pid >= start) & (pid < end):
+            relu_mask_fwd_tile(mask_x_ptrs[layer], bits_ptrs[layer], pid - start, counts[layer], BLOCK)
+        start = end
 
 
 @triton.jit
@@ -249,7 +313,20 @@ def tap_bwd_kernel(
 
 def relu_mask_fwd(x: Tensor, bits: Tensor) -> None:
     """Fills ``bits`` [numel / 8 rounded up] uint8 with whether each element of ``x`` is not zero."""
-    relu_mask_fwd_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK, **PASS_OPTIONS)
+    relu_masks_fwd([(x, bits)])
+
+
+def relu_masks_fwd(masks: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """:func:`relu_mask_fwd` of each pair of ``masks``, in one launch."""
+    arguments, programs = _of_masks(masks)
+    relu_masks_fwd_kernel[(programs,)](*arguments, LAYERS=len(masks), BLOCK=BLOCK, **PASS_OPTIONS)
+
+
+def _of_masks(masks: Sequence[tuple[Tensor, Tensor]]) -> tuple[tuple[Any, ...], int]:
+    """The arguments of a kernel that fills ``masks``, and how many programs do."""
+    counts = tuple(x.numel() for x, _ in masks)
+    ends = tuple(itertools.accumulate(triton.cdiv(count, BLOCK) for count in counts))
+    return (tuple(x for x, _ in masks), tuple(bits for _, bits in masks), counts, ends), ends[-1]
 
 
 def relu_mask_bwd(grad: Tensor, bits: Tensor) -> None:
@@ -272,6 +349,30 @@ def relu_pool_fwd(x: Tensor, pooled: Tensor, winners: Tensor) -> None:
         winners.numel(),
         height,
         width,
+        CHANNELS=channels,
+        BLOCK=BLOCK,
+        **PASS_OPTIONS,
+    )
+
+
+def relu_pool_masks_fwd(x: Tensor, pooled: Tensor, winners: Tensor, masks: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """:func:`relu_pool_fwd`, and :func:`relu_mask_fwd` of each pair of ``masks``, in one launch."""
+    if not masks:
+        relu_pool_fwd(x, pooled, winners)
+        return
+    _, channels, height, width = x.shape
+    (arguments, others), programs = _of_masks(masks), triton.cdiv(pooled.numel(), BLOCK)
+    relu_pool_masks_fwd_kernel[(programs + others,)](
+        x,
+        pooled,
+        winners,
+        pooled.numel(),
+        winners.numel(),
+        height,
+        width,
+        programs,
+        *arguments,
+        LAYERS=len(masks),
         CHANNELS=channels,
         BLOCK=BLOCK,
         **PASS_OPTIONS,

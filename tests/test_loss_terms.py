@@ -150,3 +150,25 @@ def test_the_rest_is_not_the_kernels(convs):
         assert "several" in ops.why_not_loss_terms(output, target, several)
         of_target = loss._replace(terms=[GramTerm(Tap(1))])
         assert "Gram" in ops.why_not_loss_terms(output, target, of_target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=dtype_id)
+def test_masks_beside_a_pooling_are_those_one_by_one(dtype):
+    from fastperc.kernels import vgg_loss
+
+    maps = [torch.randn(shape, device=DEVICE).relu().to(dtype) for shape in ((2, 16, 18, 17), (1, 16, 3, 5))]
+    maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    bits = [x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8) for x in maps]
+    for x, expected in zip(maps, bits):
+        vgg_loss.relu_mask_fwd(x, expected)
+    pooled = maps[0].new_empty(2, 16, 9, 8).to(memory_format=torch.channels_last)
+    winners = torch.empty_like(pooled, dtype=torch.uint8)
+    vgg_loss.relu_pool_fwd(maps[0], pooled, winners)
+    filled = [torch.empty_like(one) for one in bits]
+    others = torch.empty_like(pooled), torch.empty_like(winners)
+    vgg_loss.relu_pool_masks_fwd(maps[0], *others, list(zip(maps, filled)))
+    assert torch.equal(pooled, others[0]) and torch.equal(winners, others[1])
+    assert all(torch.equal(*pair) for pair in zip(bits, filled))
+    again = [torch.empty_like(one) for one in bits]
+    vgg_loss.relu_masks_fwd(list(zip(maps, again)))
+    assert all(torch.equal(*pair) for pair in zip(bits, again))

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastperc import backends, kernels, reference
 from fastperc.collective import gathered
 from fastperc.ops.common import channels_last, compute_dtype, siblings
-from fastperc.ops.kinds import HEAD, STEM, GradientTarget, Layer, gradient_of_raw, partials_of
+from fastperc.ops.kinds import HEAD, SCALINGS, STEM, GradientTarget, Layer, gradient_of_raw, partials_of
 from fastperc.ops.norm_relu import group_of
 from fastperc.ops.weight_forms import Weight, in_forms
 from fastperc.types import Deferred
@@ -228,7 +228,8 @@ class _Backward:
             target = GradientTarget(self._input_shape(i), self.activations[i - 1] if i else None, skips.pop(i, None))
             grad_y, partials = layer.kind.data_gradient(layer, raw_grad, self.weights[i], target)
             if i == 0:
-                self.grads[0] = grad_y
+                scale = SCALINGS[layer.from_picture][0]
+                self.grads[0] = grad_y if scale == 1 else scale * grad_y.to(self.leaves[0].dtype)
         self._finish_sums()
         return [
             grad.to(leaf.dtype) if needs and grad is not None else None

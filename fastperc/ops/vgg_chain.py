@@ -123,6 +123,7 @@ def forward_chain(
     """Runs ``convs`` on ``batch`` down to the deepest tap, and returns what the backward of the first ``images``
     needs."""
     layers = []
+    waits, waiting = hasattr(passes, "relu_masks_fwd"), Waiting()
     last, deepest = (max(values) for values in zip(*((tap.conv, tap.place) for tap in taps.places)))
     x: Any = batch if isinstance(batch, Pictures) else channels_last(batch)
     for i, conv in enumerate(convs[: 1 + last]):
@@ -143,16 +144,21 @@ def forward_chain(
         winners_mask = pooled and not conv.averages and (is_late or not is_tap)
         nothing_to_mask = is_late and after_relu.place == deepest
         is_masked = after_relu in taps.kept or winners_mask or nothing_to_mask
-        bits = None if is_masked or images == 0 else _positive(x[:images], passes)
+        bits = None if is_masked or images == 0 else _empty_bits(x[:images])
+        if bits is not None:
+            waiting.append((x[:images], bits))
+            if is_tap or not waits:  # ``visit`` may overwrite the maps of a tap
+                _fill_bits(waiting, passes)
         shape, winners, before_pool = x[:images].shape, None, x
         if pooled:
-            x, winners = _pool(x, images, conv.averages, passes)
+            x, winners = _pool(x, images, conv.averages, passes, waiting)
         if is_late:
             taps.visit(after_relu, before_pool)
         del before_pool
         if after_pool in taps.places:
             x = taps.visit(after_pool, x)
         layers.append(SavedLayer(shape, bits, winners, pooled and conv.averages))
+    _fill_bits(waiting, passes)
     return layers
 
 
@@ -167,21 +173,39 @@ def chunks(x: Tensor, images_on_cpu: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
-def _positive(x: Tensor, passes: Passes) -> Tensor:
-    """A bit for each element of ``x``, the output of a ReLU: whether it is positive."""
-    bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
-    passes.relu_mask_fwd(x, bits)
-    return bits
+Waiting = list[tuple[Tensor, Tensor]]
+"""Outputs of ReLUs and the memory for their bits, which kernels of Triton fill in the launch of the next pooling."""
 
 
-def _pool(x: Tensor, images: int, averages: bool, passes: Passes) -> tuple[Tensor, Tensor | None]:
-    """``x`` pooled, and where the maxima of the first ``images`` are."""
+def _empty_bits(x: Tensor) -> Tensor:
+    """Memory for a bit for each element of ``x``, the output of a ReLU: whether it is positive."""
+    return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+def _fill_bits(waiting: Waiting, passes: Passes) -> None:
+    """Fills the bits that wait."""
+    if len(waiting) > 1:
+        passes.relu_masks_fwd(waiting)  # type: ignore[attr-defined]
+    elif waiting:
+        passes.relu_mask_fwd(*waiting[0])
+    waiting.clear()
+
+
+def _pool(
+    x: Tensor, images: int, averages: bool, passes: Passes, waiting: Waiting
+) -> tuple[Tensor, Tensor | None]:
+    """``x`` pooled, and where the maxima of the first ``images`` are; fills the bits that wait."""
     if averages:
+        _fill_bits(waiting, passes)
         return channels_last(F.avg_pool2d(x, 2)), None
     n, c, h, w = x.shape
     pooled = empty_like(x, (n, c, h // 2, w // 2))
     winners = torch.empty_like(pooled[:images], dtype=torch.uint8)
-    passes.relu_pool_fwd(x, pooled, winners)
+    if waiting:
+        passes.relu_pool_masks_fwd(x, pooled, winners, waiting)  # type: ignore[attr-defined]
+        waiting.clear()
+    else:
+        passes.relu_pool_fwd(x, pooled, winners)
     return pooled, winners
 
 
