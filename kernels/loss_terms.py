@@ -102,7 +102,9 @@ def loss_terms_kernel(
     if content_ptr is not None:
         content_factor = content_weight
         if RELATIVE:
-            content_factor = content_weight / (sum_of(content_ptr + content_pieces, content_pieces, BLOCK) / content_count)
+            content_factor = content_weight / (
+                sum_of(content_ptr + content_pieces, content_pieces, BLOCK) / content_count
+            )
         content += sum_of(content_ptr, content_pieces, BLOCK) / content_count * content_factor
     style = zero
     if grams_ptr is not None:
@@ -118,9 +120,7 @@ def loss_terms_kernel(
     tl.store(terms_ptr + 3, tv)
 
 
-def normalise_pictures(
-    output: Tensor, target: Tensor | None, mean: Tensor, std: Tensor, dtype: torch.dtype
-) -> Tensor:
+def normalise_pictures(output: Tensor, target: Tensor | None, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
     """(``output`` − ``mean``) / ``std``, and behind it in the batch that of ``target``, as a 3×3 convolution of
     ``kernels/rgb_conv_stem.py`` loads them: [pictures, H + 2, pitch] in ``dtype``.
 

@@ -134,7 +134,8 @@ def rgb_conv_head_fwd(
     """Fills ``out`` [N, 3, H', W'], of any strides, with the picture that conv(``x``) + ``bias`` is.
 
     ``x`` [N, C, H, W] has its channels innermost; ``packed`` is what :func:`pack` makes, in its dtype; ``padding``
-    of zeros or reflected; ``output`` ``"tanh"``, ``"linear"`` or ``None``, for the convolution's own values. ``raw``, with the shape and strides of ``out``, is filled with those too.
+    of zeros or reflected; ``output`` ``"tanh"``, ``"linear"`` or ``None``, for the convolution's own values. ``raw``,
+    with the shape and strides of ``out``, is filled with those too.
     """
     images, channels, height, width = x.shape
     _, _, out_height, out_width = out.shape

@@ -74,7 +74,11 @@ class Painter(nn.Module):
 
     def __init__(self, output, norm="batch"):
         super().__init__()
-        self.stem, self.head, self.output = ConvBNReLU(3, 16, 9, padding=4, norm=norm), RGBConv(16, 9, padding=4), output
+        self.stem, self.head, self.output = (
+            ConvBNReLU(3, 16, 9, padding=4, norm=norm),
+            RGBConv(16, 9, padding=4),
+            output,
+        )
 
     def forward(self, x):
         return in_a_row(x, (self.stem, self.head), self.output)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastperc import backends, kernels, reference
 from fastperc.collective import gathered
-from fastperc.ops.common import channels_last, compute_dtype, siblings
-from fastperc.ops.kinds import HEAD, SCALINGS, STEM, GradientTarget, Layer, gradient_of_raw, partials_of
+from fastperc.ops.common import channels_last, compute_dtype, partials_of, siblings
+from fastperc.ops.kinds import HEAD, STEM, GradientTarget, Layer
 from fastperc.ops.norm_relu import group_of
+from fastperc.ops.rgb_pictures import SCALINGS, gradient_of_raw
 from fastperc.ops.weight_forms import Weight, in_forms
 from fastperc.types import Deferred
 
@@ -75,7 +76,9 @@ class _ConvChain(torch.autograd.Function):
             weights = in_forms([layer.kind.forms(layer) for layer in layers], parameters[::4], dtype)
             outputs: list[Output] = []
             inputs = _Inputs(x, layers, outputs)
-            zeros = torch.zeros(len(layers), kernels.chain_passes.COUNTERS, dtype=torch.int32, device=x.device)
+            numbers = [len(layers) * kernels.chain_passes.COUNTERS, _zeros_of_backward(layers, len(x))]  # in one launch
+            zeros, ctx.zeros = torch.zeros(sum(numbers), device=x.device).split(numbers)
+            zeros = zeros.view(torch.int32).view(len(layers), -1)
             picture = None
             for i, (layer, (_, bias, scale, shift)) in enumerate(zip(layers, _by_layer(parameters))):
                 if layer.to_picture is not None:
@@ -109,8 +112,22 @@ class _ConvChain(torch.autograd.Function):
             return grad_x, None, None, *others
         outputs = [Output(*output) for output in zip(saved[count::2], saved[count + 1 :: 2])]
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            grad_x, *others = _Backward(x, layers, parameters, ctx.weights, outputs, needed).run(grad)
+            zeros, ctx.zeros = ctx.zeros, None  # a further backward needs others
+            if zeros is None:
+                zeros = torch.zeros(_zeros_of_backward(layers, len(x)), device=x.device)
+            grad_x, *others = _Backward(x, layers, parameters, ctx.weights, outputs, needed, zeros).run(grad)
         return grad_x, None, None, *others
+
+
+def _images_of_norms(layers: Sequence[Layer], images: int) -> int:
+    """How many images the norms tell apart: a batch norm takes all as one."""
+    return 1 if all(layer.batch or layer.norm is None for layer in layers) else images
+
+
+def _zeros_of_backward(layers: Sequence[Layer], images: int) -> int:
+    """The zeros, float32, that a backward needs: see ``_Backward``."""
+    channels = sum(layer.conv.out_channels for layer in layers)
+    return len(layers) * kernels.chain_passes.COUNTERS + (1 + _images_of_norms(layers, images)) * 2 * channels
 
 
 def _updates_statistics(layer: Layer) -> bool:
@@ -145,13 +162,30 @@ class _Inputs:
         before, (raw, coefficients) = self.layers[i - 1], self.outputs[i - 1]
         skip = None
         if before.skip:
-            self.kept[i - 2] = self[i - 2]
+            if i - 2 not in self.kept:
+                self._keep(i - 2)
             skip = cropped(self.kept[i - 2], raw)
         activation = Deferred(raw, coefficients, before.activation is not None)
         layer_input = torch.empty_like(raw)
         if i < len(self.layers) - 1 and self.layers[i + 1].skip:
             self.kept[i] = layer_input
         return layer_input, kernels.chain_passes.Pass(activation, skip, layer_input, self.norms.pop(i - 1, None))
+
+    def _keep(self, i: int) -> None:
+        """Computes the input of layer i, and with it, in one pass, those that it is a sum of."""
+        inputs = [i]
+        while self.layers[inputs[0] - 1].skip and inputs[0] - 2 not in self.kept:
+            inputs.insert(0, inputs[0] - 2)
+        start = self.kept[inputs[0] - 2] if self.layers[inputs[0] - 1].skip else None
+        activations = [Deferred(*self.outputs[k - 1], relu=self.layers[k - 1].activation is not None) for k in inputs]
+        maps = [activation.x for activation in activations] + ([] if start is None else [start])
+        alike = all(x.shape == maps[0].shape and x.dtype == maps[0].dtype for x in maps)
+        if len(inputs) == 1 or not alike or any(k - 1 in self.norms for k in inputs):
+            self.kept[i] = self[i]
+            return
+        outs = [torch.empty_like(activation.x) for activation in activations]
+        kernels.residual_inputs.residual_inputs(start, activations, outs)
+        self.kept.update(zip(inputs, outs))
 
     def forget_before(self, i: int) -> None:
         """Drops those that no layer after layer ``i`` adds; the chain's own input is not computed here."""
@@ -186,6 +220,7 @@ class _Backward:
         weights: Sequence[Weight],
         outputs: Sequence[Output],
         needed: Sequence[bool],
+        zeros: Tensor,
     ) -> None:
         self.layers, self.needed, self.weights = layers, needed, weights
         self.leaves, self.norms = (x, *parameters), parameters[2::4]
@@ -197,14 +232,12 @@ class _Backward:
         self.grads: list[Tensor | None] = [None] * len(needed)  # of the input, then four for each layer
         kept = sum(output.raw.nbytes for output in outputs)
         self.split_sums = kernels.sum_parts.SplitSums(min(MOST_BYTES_IN_PARTS, kept // 2), x.device)
-        # The gradients of all norms' biases and weights, for each image, and zeros for the convolutions' biases: filled
-        # together. A batch norm takes all images as one.
+        # The counters, the gradients of all norms' biases and weights, for each image, and zeros for the convolutions'
+        # biases.
         channels = [layer.conv.out_channels for layer in layers]
-        images = 1 if all(layer.batch or layer.norm is None for layer in layers) else len(x)
-        numbers, counters = (1 + images) * 2 * sum(channels), len(layers) * kernels.chain_passes.COUNTERS
-        zeros, buffer = torch.zeros(counters + numbers, device=x.device).split([counters, numbers])
-        self.counters = zeros.view(torch.int32).view(len(layers), -1)
-        buffer = buffer.view(1 + images, 2, sum(channels))
+        counters = len(layers) * kernels.chain_passes.COUNTERS
+        self.counters = zeros[:counters].view(torch.int32).view(len(layers), -1)
+        buffer = zeros[counters:].view(-1, 2, sum(channels))
         self.zeros = buffer[0, 0].split(channels)
         self.sums_of_all = buffer[1:]
         self.sums = self.sums_of_all.split(channels, dim=2)

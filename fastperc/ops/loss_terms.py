@@ -88,10 +88,10 @@ def loss_terms(output: Tensor, target: Tensor, loss: LossTerms) -> tuple[Tensor,
 
 def plain_loss_terms(output: Tensor, target: Tensor, loss: LossTerms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`loss_terms` in plain PyTorch, for autograd to differentiate."""
-    pictures = ((x - loss.mean) / loss.std for x in (output, target))
+    seen, seen_target = ((x - loss.mean) / loss.std for x in (output, target))
     wide = torch.promote_types(output.dtype, torch.float32)
     convs = [conv._replace(weight=conv.weight.to(wide), bias=conv.bias.to(wide)) for conv in loss.convs]
-    values, sizes = plain_vgg_loss(*pictures, convs, loss.terms, loss.relative)
+    values, sizes = plain_vgg_loss(seen, seen_target, convs, loss.terms, loss.relative)
     tv = loss.tv_weight * reference.tv_loss(output)
     content, style = tv * 0, tv * 0
     if loss.contents:

@@ -191,9 +191,7 @@ def _fill_bits(waiting: Waiting, passes: Passes) -> None:
     waiting.clear()
 
 
-def _pool(
-    x: Tensor, images: int, averages: bool, passes: Passes, waiting: Waiting
-) -> tuple[Tensor, Tensor | None]:
+def _pool(x: Tensor, images: int, averages: bool, passes: Passes, waiting: Waiting) -> tuple[Tensor, Tensor | None]:
     """``x`` pooled, and where the maxima of the first ``images`` are; fills the bits that wait."""
     if averages:
         _fill_bits(waiting, passes)

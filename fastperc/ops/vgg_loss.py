@@ -357,6 +357,13 @@ VGG_LOSS = register(
         "Loss network",
         (_fused("triton"), _fused("native"), Implementation("reference", plain_vgg_loss)),
         TuningCases(lambda batch, size: [((batch, 3, size, size),)], _tuned_loss),
-        (*SOURCES, *GRAM_LOSS.sources, "fastperc/ops/vgg_terms.py", "fastperc/ops/vgg_loss.py"),
+        (
+            *SOURCES,
+            *GRAM_LOSS.sources,
+            "fastperc/ops/vgg_terms.py",
+            "fastperc/ops/vgg_loss.py",
+            "fastperc/ops/loss_terms.py",
+            "kernels/loss_terms.py",
+        ),
     )
 )
