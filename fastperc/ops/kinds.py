@@ -122,8 +122,7 @@ class Kind:
 
     def empty_output(self, layer: Layer, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Memory for the raw output."""
-        sizes = (self.output_size(layer, size) for size in x.shape[2:])
-        shape = len(x), layer.conv.out_channels, *sizes
+        shape = len(x), layer.conv.out_channels, *(self.output_size(layer, size) for size in x.shape[2:])
         return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
     def forward(
