@@ -307,6 +307,14 @@ def caffe_mean(x: Tensor) -> Tensor:
     return torch.cat([x.new_full((1, 1, 1), level) for level in CAFFE_MEAN])
 
 
+def to_network_range(x: Tensor, output: str) -> Tensor:
+    """0–1 to what the first convolution sees: -1…1 before a network that ends in tanh, 0…255 before a linear one, and
+    0…255 less the mean colour of Caffe's images under ``"caffe"``."""
+    if output == "caffe":
+        return 255 * x - caffe_mean(x)
+    return 2 * x - 1 if output == "tanh" else 255 * x
+
+
 def to_image_range(x: Tensor, output: str) -> Tensor:
     """The last convolution's output to 0–1: the authors' 150·tanh about mid-grey or, for ``"caffe"``, about the mean
     colour of Caffe's images; or 0…255; ``"plain"`` stays."""

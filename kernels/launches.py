@@ -79,8 +79,9 @@ class _PretendGPU(TorchFunctionMode):
         if func is torch.Tensor.backward:
             with self:  # the mode is off inside this function, but the gradients' functions need it
                 engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-                ones = (torch.ones_like(args[0]),)
-                return engine.run_backward(args[:1], ones, False, False, (), True, True)
+                given = kwargs.get("gradient")
+                gradient = torch.ones_like(args[0]) if given is None else given
+                return engine.run_backward(args[:1], (gradient,), False, False, (), True, True)
         if getattr(func, "_qualified_op_name", "").startswith("fastperc::"):
             with self:  # likewise off inside PyTorch's operators
                 return OPDEFS[func._qualified_op_name]._init_fn(*args, **kwargs)

@@ -33,6 +33,7 @@ def rgb_conv_head_kernel(
     weight_ptr,  # [COLUMNS, KERNEL + 2 * ROWS - 2, C] as x
     bias_ptr,  # [3] fp32; or None
     out_ptr,  # [N, 3, H', W'] uint8|fp16|bf16|fp32 of any strides
+    raw_ptr,  # as out and with its strides: the convolution's own values; or None
     height,
     width,
     out_height,
@@ -91,13 +92,14 @@ def rgb_conv_head_kernel(
     row = first_row + tl.arange(0, ROWS)[:, None]
     column = (first_column + offs_p)[None, :]
     mask = (row < out_height) & (offs_p < WIDTH)[None, :] & (column < out_width)
-    out_ptr += image * stride_image
-    out_ptrs = out_ptr + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    offs_out = image * stride_image + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
     for o in tl.static_range(3):
         own = (offs_n % 3 == o) & (offs_n < 3 * KERNEL)
         v = tl.sum(tl.where(own[None, :, None], acc, 0.0), axis=1).T
         if bias_ptr is not None:
             v += tl.load(bias_ptr + o)
+        if raw_ptr is not None:
+            tl.store(raw_ptr + offs_out, v.to(raw_ptr.dtype.element_ty), mask=mask)
         if OUTPUT == "tanh":
             v = 0.5 + 150 / 255 * (2 * tl.sigmoid(2 * v) - 1)
         elif OUTPUT == "linear":
@@ -105,8 +107,8 @@ def rgb_conv_head_kernel(
         if out_ptr.dtype.element_ty == tl.uint8:
             v = tl.where(v > 0, tl.minimum(v, 1.0), 0.0)  # NaN becomes 0
             v = v * 255 + ROUNDING - ROUNDING
-        tl.store(out_ptrs, v.to(out_ptr.dtype.element_ty), mask=mask)
-        out_ptrs += stride_channel
+        tl.store(out_ptr + offs_out, v.to(out_ptr.dtype.element_ty), mask=mask)
+        offs_out += stride_channel
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -127,11 +129,13 @@ def rgb_conv_head_fwd(
     out: Tensor,
     padding: Padding,
     output: str | None,
+    raw: Tensor | None = None,
 ) -> None:
     """Fills ``out`` [N, 3, H', W'], of any strides, with the picture that conv(``x``) + ``bias`` is.
 
     ``x`` [N, C, H, W] has its channels innermost; ``packed`` is what :func:`pack` makes, in its dtype; ``padding``
-    of zeros or reflected; ``output`` ``"tanh"``, ``"linear"`` or ``None``, for the convolution's own values.
+    of zeros or reflected; ``output`` ``"tanh"``, ``"linear"`` or ``None``, for the convolution's own values. ``raw``,
+    with the shape and strides of ``out``, is filled with those too.
     """
     images, channels, height, width = x.shape
     _, _, out_height, out_width = out.shape
@@ -144,6 +148,7 @@ def rgb_conv_head_fwd(
         packed,
         bias,
         out,
+        raw,
         height,
         width,
         out_height,

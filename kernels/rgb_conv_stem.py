@@ -54,6 +54,7 @@ def reflect(i, size):
 )
 def rgb_prepare_kernel(
     image_ptr,  # [N, 3, H, W] uint8|fp16|bf16|fp32 of any strides
+    raw_ptr,  # with the strides of the image, a gradient by tanh(raw): it is multiplied by 1 − tanh²; or None
     x_ptr,  # [N, rows, numbers] fp16|bf16|fp32
     image_height,
     image_width,
@@ -89,11 +90,16 @@ def rgb_prepare_kernel(
     inside = (column >= 0) & (column < tl.where((row >= 0) & (row < window_height), window_width, 0))
     row = reflect(window_top + row, image_height).to(tl.int64)
     column = reflect(window_left + column, image_width).to(tl.int64)
-    image_ptr += (line // rows).to(tl.int64) * stride_image + row * stride_row
     mask = offs < numbers
     channel = (number % 3).to(tl.int64)
-    level = tl.load(image_ptr + column * stride_column + channel * stride_channel, mask=mask & inside, other=0)
-    x = tl.where(inside, level.to(tl.float32) * scale + shift, 0.0)
+    offs_image = (line // rows).to(tl.int64) * stride_image + row * stride_row
+    offs_image += column * stride_column + channel * stride_channel
+    level = tl.load(image_ptr + offs_image, mask=mask & inside, other=0).to(tl.float32)
+    if raw_ptr is not None:
+        raw = tl.load(raw_ptr + offs_image, mask=mask & inside, other=0.0).to(tl.float32)
+        decay = tl.exp(-2 * tl.abs(raw))
+        level *= 4 * decay / ((1 + decay) * (1 + decay))  # 1 − tanh², without the cancellation
+    x = tl.where(inside, level * scale + shift, 0.0)
     tl.store(x_ptr + line.to(tl.int64) * numbers + offs, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
@@ -216,6 +222,11 @@ def _tiles(out: Tensor, groups: int) -> int:
     return triton.cdiv(height * triton.cdiv(width, PIXELS.value), groups)
 
 
+def pitch_of(width: int) -> int:
+    """The numbers in a row of the stem kernel's input, of ``width`` pixels: up to whole groups and aligned rows."""
+    return 48 * triton.cdiv(width + PIXELS.value, 16)
+
+
 def rgb_prepare(
     image: Tensor,
     window: Sequence[int],
@@ -223,20 +234,21 @@ def rgb_prepare(
     input_range: tuple[float, float],
     dtype: torch.dtype,
     runs: Runs | None = None,
+    raw: Tensor | None = None,
 ) -> Tensor:
     """The stem kernel's input [N, rows, numbers]: the ``window`` of ``image`` [N, 3, H, W], padded, 3 numbers a pixel.
 
     Pixels are multiplied by the first number of ``input_range``, plus the second. Zeros follow on the right, up to
-    whole groups of pixels and aligned rows. With ``runs`` a row is cut into those.
+    whole groups of pixels and aligned rows. With ``runs`` a row is cut into those. With ``raw``, of the image's shape
+    and strides, the image is a gradient by tanh(``raw``), and that by ``raw`` is prepared.
     """
     left, right, top, bottom = padding.sides
     rows = window[2] + top + bottom
-    numbers = (
-        48 * triton.cdiv(window[3] + left + right + PIXELS.value, 16) if runs is None else runs.pieces * runs.length
-    )
+    numbers = pitch_of(window[3] + left + right) if runs is None else runs.pieces * runs.length
     x = torch.empty(len(image), rows, numbers, dtype=dtype, device=image.device)
     rgb_prepare_kernel[(len(image) * rows * triton.cdiv(numbers, PREPARE_BLOCK),)](
         image,
+        raw,
         x,
         *image.shape[2:],
         *image.stride(),

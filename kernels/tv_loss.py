@@ -6,7 +6,7 @@ one partial sum; they are added up afterwards, in order, without atomics.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -99,7 +99,10 @@ def slope(difference, exists, L1: tl.constexpr):
 @triton.jit(do_not_specialize=["channels", "height", "width"])
 def tv_loss_bwd_kernel(
     x_ptr,  # [N, C, H, W] fp16|bf16|fp32 of any strides
-    grad_loss_ptr,  # [] fp32
+    grad_loss_ptr,  # [] fp32; or None, and the gradient has no such part
+    factor_ptr,  # [] fp32: what multiplies it; or None
+    above_ptr,  # as grad: what is added, over std; or None
+    std_ptr,  # [channels] fp32; or None
     grad_ptr,  # [N, C, H, W] as x, dense in NHWC or NCHW
     count,
     channels,
@@ -129,21 +132,28 @@ def tv_loss_bwd_kernel(
         CHANNELS_LAST,
     )
     grad = tl.zeros([BLOCK], dtype=tl.float32)
-    for side in tl.static_range(4):
-        if side == 0:
-            exists = mask & (column > 0)
-            neighbour = ptrs - stride_column
-        elif side == 1:
-            exists = mask & (column + 1 < width)
-            neighbour = ptrs + stride_column
-        elif side == 2:
-            exists = mask & (row > 0)
-            neighbour = ptrs - stride_row
-        else:
-            exists = mask & (row + 1 < height)
-            neighbour = ptrs + stride_row
-        grad += slope(x - tl.load(neighbour, mask=exists, other=0.0).to(tl.float32), exists, L1)
-    grad *= tl.load(grad_loss_ptr)
+    if grad_loss_ptr is not None:
+        for side in tl.static_range(4):
+            if side == 0:
+                exists = mask & (column > 0)
+                neighbour = ptrs - stride_column
+            elif side == 1:
+                exists = mask & (column + 1 < width)
+                neighbour = ptrs + stride_column
+            elif side == 2:
+                exists = mask & (row > 0)
+                neighbour = ptrs - stride_row
+            else:
+                exists = mask & (row + 1 < height)
+                neighbour = ptrs + stride_row
+            grad += slope(x - tl.load(neighbour, mask=exists, other=0.0).to(tl.float32), exists, L1)
+        grad *= tl.load(grad_loss_ptr)
+        if factor_ptr is not None:
+            grad *= tl.load(factor_ptr)
+    if above_ptr is not None:
+        channel = offs % channels if CHANNELS_LAST else offs // width // height % channels
+        above = tl.load(above_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        grad += above / tl.load(std_ptr + channel, mask=mask, other=1.0)
     tl.store(grad_ptr + offs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
@@ -159,8 +169,32 @@ def tv_loss_fwd(x: Tensor, norm: str, channels_last: bool) -> Tensor:
     return pieces
 
 
-def tv_loss_bwd(x: Tensor, grad_loss: Tensor, grad: Tensor, norm: str, channels_last: bool) -> None:
-    """Fills ``grad``, as ``x`` and dense in NHWC if ``channels_last``, else in NCHW; ``grad_loss`` is float32."""
+class Addend(NamedTuple):
+    """A gradient that is added to that of total variation."""
+
+    grad: Tensor  # as the result
+    std: Tensor  # [C] float32: what divides its channels
+
+
+def tv_loss_bwd(
+    x: Tensor,
+    grad_loss: Tensor | None,
+    grad: Tensor,
+    norm: str,
+    channels_last: bool,
+    factor: Tensor | None = None,
+    addend: Addend | None = None,
+) -> None:
+    """Fills ``grad``, as ``x`` and dense in NHWC if ``channels_last``, else in NCHW: total variation's gradient times
+    ``grad_loss`` and ``factor``, float32, plus ``addend``."""
     tv_loss_bwd_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-        x, grad_loss, grad, x.numel(), *x.shape[1:], *x.stride(), **_constants(norm, channels_last)
+        x,
+        grad_loss,
+        factor,
+        *(addend or (None, None)),
+        grad,
+        x.numel(),
+        *x.shape[1:],
+        *x.stride(),
+        **_constants(norm, channels_last),
     )

@@ -1,9 +1,7 @@
-"""ReLU and pooling of a fixed loss network, kept as a bit and a byte, and the gradient at a layer with a loss term.
+"""The terms of a fixed loss network's layers and the gradient at a layer with a term; its masks are beside it.
 
 All tensors are NHWC and dense. After ReLU a number is positive, zero or NaN; a gradient passes where it is not zero.
 
-    relu_mask_fwd, relu_mask_bwd   1 bit an element                     instead of the activations
-    relu_pool_fwd, relu_pool_bwd   1 byte a window: its winner, if any  instead of the activations and 8-byte indices
     content_fwd                    Σ d(F − T) and Σ d(T), a piece per program, d as the criterion has it
     tap_bwd                        the sum of the gradient from the layers above, unpooled, the style term F · Δ and the
                                    content term d'(F − T), after a ReLU masked by F > 0: in one pass
@@ -20,119 +18,35 @@ from torch import Tensor
 
 from fastperc.kernels.configs import register_options, shared_memory
 from fastperc.kernels.gram_loss_backward import times_delta
+from fastperc.kernels.relu_masks import (
+    BLOCK,
+    PASS_OPTIONS,
+    relu_mask_bwd,
+    relu_mask_fwd,
+    relu_masks_fwd,
+    relu_pool_bwd,
+    relu_pool_fwd,
+    relu_pool_masks_fwd,
+    unpooled,
+)
 
-BLOCK = 4096  # elements per program of the passes over memory
+__all__ = [
+    "Above",
+    "ContentTerm",
+    "StyleTerm",
+    "content_fwd",
+    "content_pieces",
+    "relu_mask_bwd",
+    "relu_mask_fwd",
+    "relu_masks_fwd",
+    "relu_pool_bwd",
+    "relu_pool_fwd",
+    "relu_pool_masks_fwd",
+    "tap_bwd",
+]
+
 BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_K = 128, 64, 64  # of tap_bwd
-PASS_OPTIONS = dict(num_warps=8, num_stages=1)
 TAP_OPTIONS = dict(num_warps=8, num_stages=2)
-NO_WINNER = tl.constexpr(4)
-
-
-@triton.jit
-def relu_mask_fwd_kernel(
-    x_ptr,  # [count] fp16|bf16|fp32
-    bits_ptr,  # [count / 8 rounded up] uint8
-    count,
-    BLOCK: tl.constexpr,
-):
-    offs_byte = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-    offs = offs_byte[:, None] * 8 + tl.arange(0, 8)[None, :]
-    x = tl.load(x_ptr + offs, mask=offs < count, other=0.0)
-    bits = tl.sum((x != 0).to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
-    tl.store(bits_ptr + offs_byte, bits.to(tl.uint8), mask=offs_byte * 8 < count)
-
-
-@triton.jit
-def relu_mask_bwd_kernel(
-    grad_ptr,  # [count] fp16|bf16|fp32, changed in place
-    bits_ptr,  # [count / 8 rounded up] uint8
-    count,
-    BLOCK: tl.constexpr,
-):
-    offs_byte = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-    offs = offs_byte[:, None] * 8 + tl.arange(0, 8)[None, :]
-    bits = tl.load(bits_ptr + offs_byte, mask=offs_byte * 8 < count, other=0).to(tl.int32)
-    passes = (bits[:, None] >> tl.arange(0, 8)[None, :]) & 1
-    grad = tl.load(grad_ptr + offs, mask=offs < count, other=0.0)
-    tl.store(grad_ptr + offs, tl.where(passes != 0, grad, 0.0), mask=offs < count)
-
-
-@triton.jit(do_not_specialize=["height", "width"])
-def relu_pool_fwd_kernel(
-    x_ptr,  # [N, H, W, C] fp16|bf16|fp32
-    pooled_ptr,  # [N, H/2, W/2, C] as x
-    winners_ptr,  # [n, H/2, W/2, C] uint8, for the first n images
-    count,  # elements of pooled
-    count_winners,
-    height,
-    width,
-    CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < count
-    window, channel = offs // CHANNELS, offs % CHANNELS
-    column, row = window % (width // 2), window // (width // 2) % (height // 2)
-    image = window // (width // 2) // (height // 2)
-    upper = x_ptr + ((image * height + 2 * row) * width + 2 * column) * CHANNELS + channel
-    best = tl.load(upper, mask=mask, other=0.0)
-    winner = tl.zeros([BLOCK], dtype=tl.int32)
-    for other in tl.static_range(1, 4):
-        value = tl.load(upper + (other // 2 * width + other % 2) * CHANNELS, mask=mask, other=0.0)
-        wins = (value > best) | (value != value)  # the first of equals, and NaN over all, as in PyTorch
-        best = tl.where(wins, value, best)
-        winner = tl.where(wins, other, winner)
-    tl.store(pooled_ptr + offs, best, mask=mask)
-    winner = tl.where(best != 0, winner, NO_WINNER)
-    tl.store(winners_ptr + offs, winner.to(tl.uint8), mask=offs < count_winners)
-
-
-@triton.jit
-def unpooled(
-    grad_pooled_ptr,  # [H/2, W/2, C] fp16|bf16|fp32, of one image
-    winners_ptr,  # [H/2, W/2, C] uint8
-    row,
-    column,
-    channel,
-    mask,
-    height,
-    width,
-    CHANNELS: tl.constexpr,
-):
-    """The gradient of the pixels (row, column) of an image through the pooling."""
-    mask &= (row < height // 2 * 2) & (column < width // 2 * 2)  # no window covers an odd last row or column
-    offs = (row // 2 * (width // 2) + column // 2) * CHANNELS + channel
-    wins = tl.load(winners_ptr + offs, mask=mask, other=NO_WINNER).to(tl.int32) == row % 2 * 2 + column % 2
-    return tl.where(wins, tl.load(grad_pooled_ptr + offs, mask=mask, other=0.0), 0.0)
-
-
-@triton.jit(do_not_specialize=["height", "width"])
-def relu_pool_bwd_kernel(
-    grad_pooled_ptr,  # [N, H/2, W/2, C] fp16|bf16|fp32
-    winners_ptr,  # [N, H/2, W/2, C] uint8
-    grad_ptr,  # [N, H, W, C] as grad_pooled
-    count,
-    height,
-    width,
-    CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    pixel, channel = offs // CHANNELS, offs % CHANNELS
-    column, row, image = pixel % width, pixel // width % height, pixel // width // height
-    skipped = image * (height // 2) * (width // 2) * CHANNELS
-    grad = unpooled(
-        grad_pooled_ptr + skipped,
-        winners_ptr + skipped,
-        row,
-        column,
-        channel,
-        offs < count,
-        height,
-        width,
-        CHANNELS,
-    )
-    tl.store(grad_ptr + offs, grad, mask=offs < count)
 
 
 @triton.jit
@@ -188,6 +102,8 @@ def tap_bwd_kernel(
     grad_ptr,  # [N, H, W, C] as x; may be above_ptr
     grad_style_ptr,  # [1] fp32: the gradient of the style term; or None
     grad_content_ptr,  # [1] fp32: the gradient of the content term; or None
+    factor_style_ptr,  # [1] fp32: what multiplies that of the style term; or None
+    factor_content_ptr,  # [1] fp32: what multiplies that of the content term; or None
     height,
     width,
     style_coefficient,  # 4 / NCHW
@@ -214,11 +130,17 @@ def tap_bwd_kernel(
     if halves_ptr is not None:
         halves_ptr += image * 2 * CHANNELS * CHANNELS
         grad = times_delta(x_ptr + skipped, halves_ptr, offs_p, offs_c, pixels, CHANNELS, CHANNELS, True, BLOCK_K)
-        grad *= style_coefficient * tl.load(scale_ptr) * tl.load(grad_style_ptr)
+        factor = style_coefficient * tl.load(scale_ptr) * tl.load(grad_style_ptr)
+        if factor_style_ptr is not None:
+            factor *= tl.load(factor_style_ptr)
+        grad *= factor
     x = tl.load(x_ptr + skipped + offs, mask=mask, other=0.0)
     if target_ptr is not None:
         difference = x.to(tl.float32) - tl.load(target_ptr + skipped + offs, mask=mask, other=0.0).to(tl.float32)
-        grad += content_coefficient * tl.load(grad_content_ptr) * slope(difference, CRITERION)
+        factor = content_coefficient * tl.load(grad_content_ptr)
+        if factor_content_ptr is not None:
+            factor *= tl.load(factor_content_ptr)
+        grad += factor * slope(difference, CRITERION)
     if winners_ptr is not None:
         skipped_windows = image * (height // 2) * (width // 2) * CHANNELS
         grad += unpooled(
@@ -239,52 +161,17 @@ def tap_bwd_kernel(
     tl.store(grad_ptr + skipped + offs, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-def relu_mask_fwd(x: Tensor, bits: Tensor) -> None:
-    """Fills ``bits`` [numel / 8 rounded up] uint8 with whether each element of ``x`` is not zero."""
-    relu_mask_fwd_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, bits, x.numel(), BLOCK=BLOCK, **PASS_OPTIONS)
-
-
-def relu_mask_bwd(grad: Tensor, bits: Tensor) -> None:
-    """Sets ``grad`` to zero where ``bits``, from :func:`relu_mask_fwd`, has a zero."""
-    relu_mask_bwd_kernel[(triton.cdiv(grad.numel(), BLOCK),)](grad, bits, grad.numel(), BLOCK=BLOCK, **PASS_OPTIONS)
-
-
-def relu_pool_fwd(x: Tensor, pooled: Tensor, winners: Tensor) -> None:
-    """Fills ``pooled`` [N, C, H/2, W/2] with the 2×2 max pooling of ``x`` [N, C, H, W], and ``winners``.
-
-    ``winners`` [n, C, H/2, W/2] uint8, for the first n images, has the position of each maximum, 0 to 3; 4 where the
-    maximum is 0.
-    """
-    _, channels, height, width = x.shape
-    relu_pool_fwd_kernel[(triton.cdiv(pooled.numel(), BLOCK),)](
-        x,
-        pooled,
-        winners,
-        pooled.numel(),
-        winners.numel(),
-        height,
-        width,
-        CHANNELS=channels,
-        BLOCK=BLOCK,
-        **PASS_OPTIONS,
-    )
-
-
-def relu_pool_bwd(grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None:
-    """Fills ``grad`` [N, C, H, W] with the gradient before pooling and ReLU; the other two are as in
-    :func:`relu_pool_fwd`, ``grad_pooled`` being the gradient of ``pooled``."""
-    _, channels, height, width = grad.shape
-    relu_pool_bwd_kernel[(triton.cdiv(grad.numel(), BLOCK),)](
-        grad_pooled, winners, grad, grad.numel(), height, width, CHANNELS=channels, BLOCK=BLOCK, **PASS_OPTIONS
-    )
-
-
 def content_fwd(x: Tensor, target: Tensor, criterion: str = "l2") -> Tensor:
     """[Σ d(x − target), Σ d(target)] in float32, of two tensors of one shape and dtype, d by ``criterion``."""
+    return content_pieces(x, target, criterion).sum(dim=1)
+
+
+def content_pieces(x: Tensor, target: Tensor, criterion: str = "l2") -> Tensor:
+    """The pieces [2, pieces] of which :func:`content_fwd` is the sum."""
     programs = triton.cdiv(x.numel(), BLOCK)
     pieces = torch.empty(2, programs, device=x.device)
     content_fwd_kernel[(programs,)](x, target, pieces, x.numel(), CRITERION=criterion, BLOCK=BLOCK, **PASS_OPTIONS)
-    return pieces.sum(dim=1)
+    return pieces
 
 
 class StyleTerm(NamedTuple):
@@ -293,6 +180,7 @@ class StyleTerm(NamedTuple):
     halves: Tensor  # [N, 2, C, C] fp16|bf16: Δ = (high + low) · scale
     scale: Tensor  # [1] fp32
     grad: Tensor  # [1] fp32: the gradient of the term
+    factor: Tensor | None = None  # [1] fp32: what multiplies it
 
 
 class ContentTerm(NamedTuple):
@@ -301,6 +189,7 @@ class ContentTerm(NamedTuple):
     target: Tensor  # as the maps
     grad: Tensor  # [1] fp32: the gradient of the term
     criterion: str  # "l2", "l1" or "smooth_l1"
+    factor: Tensor | None = None  # [1] fp32: what multiplies the gradient
 
 
 class Above(NamedTuple):
@@ -316,8 +205,8 @@ def tap_bwd(x: Tensor, above: Above, style: StyleTerm | None, content: ContentTe
 
     ``tap_bwd_kernel`` lists the shapes and dtypes. Without ``style`` or ``content`` the layer has no such term.
     """
-    halves, scale, grad_style = (None, None, None) if style is None else style
-    target, grad_content, criterion = (None, None, "l2") if content is None else content
+    halves, scale, grad_style, factor_style = style or (None,) * 4
+    target, grad_content, criterion, factor_content = content or (None, None, "l2", None)
     images, channels, height, width = x.shape
     block = min(channels, BLOCK_CHANNELS)
     programs = images * (channels // block) * triton.cdiv(height * width, BLOCK_PIXELS)
@@ -331,6 +220,8 @@ def tap_bwd(x: Tensor, above: Above, style: StyleTerm | None, content: ContentTe
         grad,
         grad_style,
         grad_content,
+        factor_style,
+        factor_content,
         height,
         width,
         4 / x.numel(),

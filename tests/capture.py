@@ -217,9 +217,9 @@ def spoiled() -> Any:
 
     pack = pack_weights.pack_weights
 
-    def with_constant(weights: Any, packs: Any, dtype: torch.dtype) -> Any:
+    def with_constant(weights: Any, *others: Any) -> Any:
         weights[0].new_tensor([1.0])
-        return pack(weights, packs, dtype)
+        return pack(weights, *others)
 
     return mock.patch.object(pack_weights, "pack_weights", with_constant)
 

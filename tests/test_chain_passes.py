@@ -77,3 +77,20 @@ def test_a_gradient_before_its_norm(beside, frozen):
                 other.run()
         results.append((grad, sums, coefficients, out))
     assert all(torch.equal(one, same) for one, same in zip(*results))
+
+
+@pytest.mark.parametrize("from_start", [False, True], ids=["relu", "start"])
+@pytest.mark.parametrize("tables", [1, 2], ids=["batch", "instance"])
+def test_inputs_of_residual_blocks(tables, from_start):
+    from fastperc.kernels import instance_norm, residual_inputs
+
+    raws, start = [nhwc(2, 20, 9, 13) for _ in range(3)], nhwc(2, 20, 9, 13) if from_start else None
+    activations = [
+        Deferred(raw, torch.randn(tables, 5, 20, device=DEVICE), i == 0 and not from_start)
+        for i, raw in enumerate(raws)
+    ]
+    outs, expected = ([torch.empty_like(raw) for raw in raws] for _ in range(2))
+    residual_inputs.residual_inputs(start, activations, outs)
+    for before, activation, out in zip([start, *expected], activations, expected):
+        instance_norm.instance_norm_fwd(activation, before, out)
+    assert all(torch.equal(*pair) for pair in zip(outs, expected))

@@ -69,6 +69,27 @@ CASES = {  # the module, and the shape of its input
 }
 
 
+class Painter(nn.Module):
+    """A stem and a head between pictures in 0–1."""
+
+    def __init__(self, output, norm="batch"):
+        super().__init__()
+        self.stem, self.head, self.output = (
+            ConvBNReLU(3, 16, 9, padding=4, norm=norm),
+            RGBConv(16, 9, padding=4),
+            output,
+        )
+
+    def forward(self, x):
+        return in_a_row(x, (self.stem, self.head), self.output)
+
+
+CASES |= {
+    "pictures-tanh": (lambda: Painter("tanh"), (2, 3, 13, 11)),
+    "pictures-linear": (lambda: Painter("linear", "instance"), (2, 3, 12, 10)),
+}
+
+
 def varied(net, dtype=torch.float32):
     """Norms away from the values that hide a mistake; in half precision also from those where rounding switches a
     ReLU: there one channel in two passes, and one is stopped."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fastperc import ops, reference
+from fastperc import backends, ops, reference
 from fastperc.models.common import unwrapped
 from fastperc.models.image_range import RANGES, check_range
 from fastperc.models.vgg import VGGFeatures, check_images, layer_names
@@ -202,6 +202,8 @@ class PerceptualLoss(WideStatistics):
         check_images(content)
         check_range("the loss's output", output, computed=True, limits=self.input_range)
         check_range("the loss's content", content, computed=content_gradient, limits=self.input_range)
+        if not content_gradient and (terms := self._kernels_terms(output, content)) is not None:
+            return terms
         output = self._in_0_to_1(output)
         content_term, style_term = self._feature_terms(output, self._in_0_to_1(content), content_gradient)
         content_term = self.content_weight * content_term
@@ -209,13 +211,47 @@ class PerceptualLoss(WideStatistics):
         tv_term = self._tv_term(output)
         return PerceptualTerms(content_term + style_term + tv_term, content_term, style_term, tv_term)
 
+    def _kernels_terms(self, output: Tensor, content: Tensor) -> PerceptualTerms | None:
+        """The terms by ``ops.loss_terms``, where that can serve them."""
+        if output.device.type == "cpu" and backends.forced() != "triton":  # where Triton's interpreter serves tests
+            return None
+        contents, styles = self._computed_layers()
+        if self.input_range != (0, 1) or FROBENIUS in self.criteria or (self.style_is_target and styles):
+            return None
+        taps = self.features.taps((*contents, *styles))
+        terms: list[Term] = [ContentTerm(taps[layer], self.criteria.content) for layer in contents]
+        terms += [GramTerm(taps[layer], self.criteria.gram, self.get_buffer(f"gram_{layer}")) for layer in styles]
+        loss = ops.LossTerms(
+            self.features.frozen(),
+            self.features.mean,
+            self.features.std,
+            terms,
+            self.content_weight * next(iter(contents.values()), 0.0),
+            self.style_weight,
+            self.style_scales if styles else None,
+            self.tv_weight * self._tv_factor(output),
+            self.convention == "relative",
+        )
+        if ops.why_not_loss_terms(output, content, loss):
+            return None
+        return PerceptualTerms(*ops.loss_terms(output, content, loss))
+
+    def _computed_layers(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """The weights of the content and of the Gram terms by layer; those of a weight of 0 are not computed."""
+        return self.content_layers if self.content_weight else {}, self.style_layers if self.style_weight else {}
+
+    def _tv_factor(self, output: Tensor) -> float:
+        """What multiplies the sum of squares of neighbours' differences, beside the weight."""
+        if self.convention in ("relative", "plain"):
+            return 1 / max(output.numel(), 1)
+        return 255**2 / (max(output.shape[0], 1) if self.convention == "paper" else 2)
+
     def _in_0_to_1(self, x: Tensor) -> Tensor:
         return x if self.input_range == (0, 1) else (reference.widen(x) + 1) / 2
 
     def _feature_terms(self, output: Tensor, content: Tensor, content_gradient: bool) -> tuple[Tensor, Tensor]:
         """The content and the style term, without their weights; those with a weight of 0 are not computed."""
-        contents = self.content_layers if self.content_weight else {}
-        styles = self.style_layers if self.style_weight else {}
+        contents, styles = self._computed_layers()
         taps = self.features.taps((*contents, *styles))
         terms: list[Term] = [ContentTerm(taps[layer], summed(self.criteria.content)) for layer in contents]
         for layer in styles:

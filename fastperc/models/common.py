@@ -16,6 +16,8 @@ from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNR
 from fastperc.modules.chain import chain, exporting
 from fastperc.presets import MINIMUM_SIDE
 
+to_network_range = reference.to_network_range
+CHAINED_OUTPUTS = ("tanh", "linear")  # that a chain's kernels have
 CHAINED = (ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU)  # exactly: a subclass may do something else
 
 
@@ -51,14 +53,6 @@ def unwrapped(net: Any) -> Any:
             break
         net = wrapped
     return net
-
-
-def to_network_range(x: Tensor, output: str) -> Tensor:
-    """0–1 to what the first convolution sees: -1…1 before a network that ends in tanh, 0…255 before a linear one, and
-    0…255 less the mean colour of Caffe's images under ``"caffe"``."""
-    if output == "caffe":
-        return 255 * x - reference.caffe_mean(x)
-    return 2 * x - 1 if output == "tanh" else 255 * x
 
 
 def reflect_pad_to_multiple(x: Tensor, multiple: int, border: int = 0) -> Tensor:
@@ -102,15 +96,27 @@ def _reflected(size: int, multiple: int, border: int, device: torch.device) -> T
     return positions
 
 
-def in_a_row(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-    """``modules`` one after the other: as one chain of layers if all are this library's and none has a hook."""
+def in_a_row(x: Tensor, modules: Sequence[nn.Module], output: str | None = None) -> Tensor:
+    """``modules`` one after the other: as one chain of layers if all are this library's and none has a hook.
+
+    With ``output``, of :func:`to_network_range`, ``x`` and the result are pictures in 0–1.
+    """
     known = all(type(module) in CHAINED for module in modules)
     if known and not any(ops.has_hooks(part) for module in modules for part in module.modules()):
         layers = [layer for module in modules for layer in module.layers()]  # type: ignore[operator]
-        return chain(x, layers)
+        if output in CHAINED_OUTPUTS:
+            layers[0], layers[-1] = layers[0]._replace(from_picture=output), layers[-1]._replace(to_picture=output)
+            return chain(x, layers)
+        x = x if output is None else to_network_range(x, output)
+        return _in_picture_range(chain(x, layers), output)
+    x = x if output is None else to_network_range(x, output)
     for module in modules:
         x = module(x)
-    return x
+    return _in_picture_range(x, output)
+
+
+def _in_picture_range(x: Tensor, output: str | None) -> Tensor:
+    return x if output is None else reference.to_image_range(x, output)
 
 
 def initialise_as_authors(net: nn.Module) -> None:

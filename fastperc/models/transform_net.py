@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fastperc import reference
 from fastperc.models.common import (
     Network,
     check_image,
@@ -14,7 +13,6 @@ from fastperc.models.common import (
     in_a_row,
     initialise_as_authors,
     reflect_pad_to_multiple,
-    to_network_range,
 )
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 from fastperc.presets import PRESETS
@@ -101,7 +99,6 @@ class TransformNet(Network):
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
         height, width = x.shape[-2:]
-        x = to_network_range(x, self.output)
         x = reflect_pad_to_multiple(x, 4, self.border)
-        x = in_a_row(x, (self.stem, *self.down, *self.blocks, *self.up, self.head))
-        return reference.to_image_range(cropped(x, height, width), self.output)
+        x = in_a_row(x, (self.stem, *self.down, *self.blocks, *self.up, self.head), self.output)
+        return cropped(x, height, width)

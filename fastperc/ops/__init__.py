@@ -16,6 +16,7 @@ from fastperc.ops.gram_matrix import gram_matrix
 from fastperc.ops.image_io import image_io
 from fastperc.ops.instance_norm import instance_norm, instance_statistics
 from fastperc.ops.kinds import Layer
+from fastperc.ops.loss_terms import LossTerms, loss_terms, why_not_loss_terms
 from fastperc.ops.lpips_distance import lpips_distance
 from fastperc.ops.norm_relu import has_hooks, norm_relu
 from fastperc.ops.rgb_conv import rgb_conv
@@ -30,6 +31,7 @@ from fastperc.ops.vgg_lpips import vgg_lpips
 __all__ = [
     "OPERATIONS",
     "Layer",
+    "LossTerms",
     "conv3x3",
     "conv_bn_relu",
     "conv_chain",
@@ -40,6 +42,7 @@ __all__ = [
     "image_io",
     "instance_norm",
     "instance_statistics",
+    "loss_terms",
     "lpips_distance",
     "norm_relu",
     "rgb_conv",
@@ -50,4 +53,5 @@ __all__ = [
     "vgg_features",
     "vgg_loss",
     "vgg_lpips",
+    "why_not_loss_terms",
 ]

@@ -156,6 +156,11 @@ def empty_like(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def partials_of(out: Tensor, tiles: int, rows: int) -> Tensor:
+    """Memory for what each of ``tiles`` of each image of ``out`` sums up."""
+    return torch.empty(len(out), tiles, rows, out.shape[1], device=out.device)
+
+
 def filled(x: Tensor, multiple: int) -> Tensor:
     """``x`` [O, ...], filled up with zeros to a multiple of ``multiple`` channels."""
     return F.pad(x, (*(0, 0) * (x.dim() - 1), 0, -len(x) % multiple)).contiguous()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastperc import backends
+from fastperc import backends, reference
 from fastperc.backends import Implementation, Operation, TuningCases, register
 from fastperc.ops.common import channels_last, compute_dtype, storage_dtype, why_not_here
 from fastperc.ops.conv3x3 import CONV3X3
@@ -110,6 +110,8 @@ def _with_skip(layers: Sequence[Layer]) -> list[Layer]:
 
 def one_by_one(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     """``layers`` as convolution modules and ``ops.norm_relu``, each of which chooses for itself."""
+    if layers and layers[0].from_picture is not None:
+        x = reference.to_network_range(x, layers[0].from_picture)
     layer_input = x
     for layer in layers:
         wide = F.interpolate(x, scale_factor=2, mode="nearest") if layer.upsample == "nearest" else x
@@ -117,7 +119,7 @@ def one_by_one(x: Tensor, layers: Sequence[Layer]) -> Tensor:
         skip = cropped(layer_input, y) if layer.skip else None
         layer_input = x
         x = norm_relu(y, layer.norm, layer.activation, skip)
-    return x
+    return reference.to_image_range(x, layer.to_picture) if layers and layer.to_picture is not None else x
 
 
 def convolved(conv: Any, x: Tensor) -> Tensor:
@@ -248,12 +250,14 @@ CONV_CHAIN = register(
             "fastperc/ops/conv_chain.py",
             "fastperc/ops/fused_chain.py",
             "fastperc/ops/kinds.py",
+            "fastperc/ops/rgb_pictures.py",
             "fastperc/ops/weight_forms.py",
             "kernels/deferred.py",
             "kernels/fold_gradient.py",
             "kernels/chain_passes.py",
             "kernels/norm_coefficients.py",
             "kernels/pack_weights.py",
+            "kernels/residual_inputs.py",
             "kernels/sum_parts.py",
             "kernels/weight_gradient.py",
             "kernels/rgb_weight_gradient.py",

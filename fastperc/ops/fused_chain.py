@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastperc import backends, kernels, reference
 from fastperc.collective import gathered
-from fastperc.ops.common import channels_last, compute_dtype, siblings
-from fastperc.ops.kinds import STEM, GradientTarget, Layer, partials_of
+from fastperc.ops.common import channels_last, compute_dtype, partials_of, siblings
+from fastperc.ops.kinds import HEAD, STEM, GradientTarget, Layer
 from fastperc.ops.norm_relu import group_of
+from fastperc.ops.rgb_pictures import SCALINGS, gradient_of_raw
 from fastperc.ops.weight_forms import Weight, in_forms
 from fastperc.types import Deferred
 
@@ -26,7 +27,9 @@ MOST_BYTES_IN_PARTS = 64 << 20  # that gradients of weights in parts take; no mo
 def fused_chain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     """``layers`` on Triton's kernels; see :func:`fastperc.ops.conv_chain.conv_chain`."""
     parameters = [parameter for layer in layers for parameter in layer.parameters]
-    return _ConvChain.apply(x.to(compute_dtype(x)), tuple(layers), *parameters)
+    dtype = compute_dtype(x)
+    x = x if layers[0].kind is STEM else x.to(dtype)  # the stem's kernel converts what it loads
+    return _ConvChain.apply(x, dtype, tuple(layers), *parameters)
 
 
 def cropped(x: Tensor, like: Tensor) -> Tensor:
@@ -37,6 +40,8 @@ def cropped(x: Tensor, like: Tensor) -> Tensor:
 
 def differentiable_chain(x: Tensor, layers: Sequence[Layer], parameters: Sequence[Any]) -> Tensor:
     """The chain in plain PyTorch, for gradients of gradients; it updates no running statistics."""
+    if layers[0].from_picture is not None:
+        x = reference.to_network_range(x, layers[0].from_picture)
     layer_input = x
     for layer, (weight, bias, norm_weight, norm_bias) in zip(layers, _by_layer(parameters)):
         y = layer.kind.equivalent(layer, x, weight, bias)
@@ -51,7 +56,7 @@ def differentiable_chain(x: Tensor, layers: Sequence[Layer], parameters: Sequenc
             else:
                 x = reference.norm_relu(y, norm_weight, norm_bias, norm.eps, False, layer.batch)
             x = reference.activate(x if skip is None else x + skip, layer.activation)
-    return x
+    return x if layers[-1].to_picture is None else reference.to_image_range(x, layers[-1].to_picture)
 
 
 def _by_layer(parameters: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -61,25 +66,34 @@ def _by_layer(parameters: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 class _ConvChain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: tuple[Layer, ...], *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, dtype: torch.dtype, layers: tuple[Layer, ...], *parameters: Tensor | None
+    ) -> Tensor:
         counters = [layer.norm.num_batches_tracked for layer in layers if _updates_statistics(layer)]
         if counters:
             torch._foreach_add_(counters, 1)
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            weights = in_forms([layer.kind.forms(layer) for layer in layers], parameters[::4], x.dtype)
+            weights = in_forms([layer.kind.forms(layer) for layer in layers], parameters[::4], dtype)
             outputs: list[Output] = []
             inputs = _Inputs(x, layers, outputs)
-            zeros = torch.zeros(len(layers), kernels.chain_passes.COUNTERS, dtype=torch.int32, device=x.device)
+            numbers = [len(layers) * kernels.chain_passes.COUNTERS, _zeros_of_backward(layers, len(x))]  # in one launch
+            zeros, ctx.zeros = torch.zeros(sum(numbers), device=x.device).split(numbers)
+            zeros = zeros.view(torch.int32).view(len(layers), -1)
+            picture = None
             for i, (layer, (_, bias, scale, shift)) in enumerate(zip(layers, _by_layer(parameters))):
-                raw, partials = layer.kind.forward(layer, inputs[i], weights[i], bias.float())
+                if layer.to_picture is not None:
+                    raw, picture = HEAD.painted(layer, inputs[i], weights[i], bias.float())
+                    partials = None
+                else:
+                    raw, partials = layer.kind.forward(layer, inputs[i], weights[i], bias.float(), dtype)
                 coefficients = None
                 if layer.norm is not None:
                     inputs.norms[i] = _norm(layer, partials, scale.float(), shift.float(), zeros[i])
                     coefficients = inputs.norms[i].empty_coefficients()
                 outputs.append(Output(raw, coefficients))
                 inputs.forget_before(i)
-            result = inputs[len(layers)] if layers[-1].norm else outputs[-1].raw
-        ctx.layers, ctx.weights = layers, weights
+            result = inputs[len(layers)] if layers[-1].norm else outputs[-1].raw if picture is None else picture
+        ctx.layers, ctx.weights, ctx.dtype = layers, weights, dtype
         ctx.save_for_backward(x, *parameters, *(t for output in outputs for t in output))
         return result
 
@@ -88,18 +102,32 @@ class _ConvChain(torch.autograd.Function):
         layers, count = ctx.layers, 1 + 4 * len(ctx.layers)
         saved = ctx.saved_tensors  # read once: torch.utils.checkpoint recomputes it each time
         x, *parameters = saved[:count]
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         if torch.is_grad_enabled():  # to be differentiated again
             x, *parameters = siblings(saved[:count])
             leaves = [t for t, needs in zip((x, *parameters), needed) if needs]
-            y = differentiable_chain(x, layers, parameters)
+            y = differentiable_chain(x.to(ctx.dtype), layers, parameters)
             grads = iter(torch.autograd.grad(y, leaves, grad, create_graph=True, materialize_grads=True))
             grad_x, *others = (next(grads) if needs else None for needs in needed)
-            return grad_x, None, *others
+            return grad_x, None, None, *others
         outputs = [Output(*output) for output in zip(saved[count::2], saved[count + 1 :: 2])]
         with backends.on_device(x), torch.autocast(x.device.type, enabled=False):
-            grad_x, *others = _Backward(x, layers, parameters, ctx.weights, outputs, needed).run(grad)
-        return grad_x, None, *others
+            zeros, ctx.zeros = ctx.zeros, None  # a further backward needs others
+            if zeros is None:
+                zeros = torch.zeros(_zeros_of_backward(layers, len(x)), device=x.device)
+            grad_x, *others = _Backward(x, layers, parameters, ctx.weights, outputs, needed, zeros).run(grad)
+        return grad_x, None, None, *others
+
+
+def _images_of_norms(layers: Sequence[Layer], images: int) -> int:
+    """How many images the norms tell apart: a batch norm takes all as one."""
+    return 1 if all(layer.batch or layer.norm is None for layer in layers) else images
+
+
+def _zeros_of_backward(layers: Sequence[Layer], images: int) -> int:
+    """The zeros, float32, that a backward needs: see ``_Backward``."""
+    channels = sum(layer.conv.out_channels for layer in layers)
+    return len(layers) * kernels.chain_passes.COUNTERS + (1 + _images_of_norms(layers, images)) * 2 * channels
 
 
 def _updates_statistics(layer: Layer) -> bool:
@@ -134,13 +162,30 @@ class _Inputs:
         before, (raw, coefficients) = self.layers[i - 1], self.outputs[i - 1]
         skip = None
         if before.skip:
-            self.kept[i - 2] = self[i - 2]
+            if i - 2 not in self.kept:
+                self._keep(i - 2)
             skip = cropped(self.kept[i - 2], raw)
         activation = Deferred(raw, coefficients, before.activation is not None)
         layer_input = torch.empty_like(raw)
         if i < len(self.layers) - 1 and self.layers[i + 1].skip:
             self.kept[i] = layer_input
         return layer_input, kernels.chain_passes.Pass(activation, skip, layer_input, self.norms.pop(i - 1, None))
+
+    def _keep(self, i: int) -> None:
+        """Computes the input of layer i, and with it, in one pass, those that it is a sum of."""
+        inputs = [i]
+        while self.layers[inputs[0] - 1].skip and inputs[0] - 2 not in self.kept:
+            inputs.insert(0, inputs[0] - 2)
+        start = self.kept[inputs[0] - 2] if self.layers[inputs[0] - 1].skip else None
+        activations = [Deferred(*self.outputs[k - 1], relu=self.layers[k - 1].activation is not None) for k in inputs]
+        maps = [activation.x for activation in activations] + ([] if start is None else [start])
+        alike = all(x.shape == maps[0].shape and x.dtype == maps[0].dtype for x in maps)
+        if len(inputs) == 1 or not alike or any(k - 1 in self.norms for k in inputs):
+            self.kept[i] = self[i]
+            return
+        outs = [torch.empty_like(activation.x) for activation in activations]
+        kernels.residual_inputs.residual_inputs(start, activations, outs)
+        self.kept.update(zip(inputs, outs))
 
     def forget_before(self, i: int) -> None:
         """Drops those that no layer after layer ``i`` adds; the chain's own input is not computed here."""
@@ -175,6 +220,7 @@ class _Backward:
         weights: Sequence[Weight],
         outputs: Sequence[Output],
         needed: Sequence[bool],
+        zeros: Tensor,
     ) -> None:
         self.layers, self.needed, self.weights = layers, needed, weights
         self.leaves, self.norms = (x, *parameters), parameters[2::4]
@@ -186,14 +232,12 @@ class _Backward:
         self.grads: list[Tensor | None] = [None] * len(needed)  # of the input, then four for each layer
         kept = sum(output.raw.nbytes for output in outputs)
         self.split_sums = kernels.sum_parts.SplitSums(min(MOST_BYTES_IN_PARTS, kept // 2), x.device)
-        # The gradients of all norms' biases and weights, for each image, and zeros for the convolutions' biases: filled
-        # together. A batch norm takes all images as one.
+        # The counters, the gradients of all norms' biases and weights, for each image, and zeros for the convolutions'
+        # biases.
         channels = [layer.conv.out_channels for layer in layers]
-        images = 1 if all(layer.batch or layer.norm is None for layer in layers) else len(x)
-        numbers, counters = (1 + images) * 2 * sum(channels), len(layers) * kernels.chain_passes.COUNTERS
-        zeros, buffer = torch.zeros(counters + numbers, device=x.device).split([counters, numbers])
-        self.counters = zeros.view(torch.int32).view(len(layers), -1)
-        buffer = buffer.view(1 + images, 2, sum(channels))
+        counters = len(layers) * kernels.chain_passes.COUNTERS
+        self.counters = zeros[:counters].view(torch.int32).view(len(layers), -1)
+        buffer = zeros[counters:].view(-1, 2, sum(channels))
         self.zeros = buffer[0, 0].split(channels)
         self.sums_of_all = buffer[1:]
         self.sums = self.sums_of_all.split(channels, dim=2)
@@ -217,7 +261,8 @@ class _Backward:
             target = GradientTarget(self._input_shape(i), self.activations[i - 1] if i else None, skips.pop(i, None))
             grad_y, partials = layer.kind.data_gradient(layer, raw_grad, self.weights[i], target)
             if i == 0:
-                self.grads[0] = grad_y
+                scale = SCALINGS[layer.from_picture][0]
+                self.grads[0] = grad_y if scale == 1 else scale * grad_y.to(self.leaves[0].dtype)
         self._finish_sums()
         return [
             grad.to(leaf.dtype) if needs and grad is not None else None
@@ -230,6 +275,8 @@ class _Backward:
     def _through_last_activation(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient after the last norm, and its sums by tiles; without a norm, that of the output."""
         activation, fold = self.activations[-1], kernels.fold_gradient
+        if (output := self.layers[-1].to_picture) is not None:
+            return gradient_of_raw(grad, activation.x, output), None
         grad = grad.to(activation.x.dtype)
         if self.layers[-1].norm is None:
             return grad, None

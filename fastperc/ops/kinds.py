@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from fastperc import kernels, reference
 from fastperc.ops import weight_forms
-from fastperc.ops.common import empty_like
+from fastperc.ops.common import empty_like, partials_of
 from fastperc.ops.norm_relu import BATCH_NORMS, NORMS, has_hooks
+from fastperc.ops.rgb_pictures import SCALINGS, Rgb, rgb_weight_gradient
 from fastperc.ops.weight_forms import Forms, Weight
-from fastperc.types import NO_EPILOGUE, RELU, Activation, Deferred, Destination, Padding, Window, same_sides
+from fastperc.types import NO_EPILOGUE, RELU, Activation, Deferred, Destination, Padding, same_sides
 
 if TYPE_CHECKING:
     from fastperc.kernels.sum_parts import SumOf
@@ -39,6 +40,8 @@ class Layer(NamedTuple):
     activation: Activation | None = RELU
     upsample: str | None = None  # "transposed" or "nearest": doubles the size
     skip: bool = False  # whether the input of the layer before is added, cropped to fit, between norm and activation
+    from_picture: str | None = None  # the input is a picture in 0–1, of reference.to_network_range; or None: as it is
+    to_picture: str | None = None  # the output is a picture in 0–1, of reference.to_image_range; or None: as it is
 
     @property
     def kernel(self) -> int:
@@ -98,25 +101,6 @@ class GradientTarget(NamedTuple):
     skip: Tensor | None  # the gradient that a skip adds
 
 
-def partials_of(out: Tensor, tiles: int, rows: int) -> Tensor:
-    """Memory for what each of ``tiles`` of each image of ``out`` sums up."""
-    return torch.empty(len(out), tiles, rows, out.shape[1], device=out.device)
-
-
-def prepared_rgb(x: Tensor, padding: Padding, runs: Any = None) -> Tensor:
-    """An image or a gradient [N, 3, H, W] as the wide kernels load it."""
-    return kernels.rgb_conv_stem.rgb_prepare(x, Window(0, 0, *x.shape[2:]), padding, (1.0, 0.0), x.dtype, runs)
-
-
-def rgb_weight_gradient(
-    dense: Tensor, rgb: Tensor, padding: Padding, kernel: int, border: int, to_rgb: bool, destination: SumOf
-) -> None:
-    """The weight's gradient from a map [N, D, H, W] with a reflected border, and the image or gradient ``rgb``."""
-    module = kernels.rgb_weight_gradient
-    picture = prepared_rgb(rgb, padding, module.picture_runs(dense.shape[3] + 2 * border, kernel))
-    module.rgb_weight_gradient(dense, picture, kernel, border, to_rgb, destination)
-
-
 class Kind:
     """What kernels do for a layer."""
 
@@ -136,10 +120,16 @@ class Kind:
         """The convolution in plain PyTorch, which autograd can differentiate again."""
         return reference.convolve(x, weight, bias, layer.stride, layer.border)
 
-    def forward(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    def empty_output(self, layer: Layer, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for the raw output."""
+        shape = len(x), layer.conv.out_channels, *(self.output_size(layer, size) for size in x.shape[2:])
+        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+    def forward(
+        self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
         """The raw output, and for the norm its statistics by tiles, unless the norm is frozen or missing."""
-        sizes = (self.output_size(layer, size) for size in x.shape[2:])
-        out = empty_like(x, (len(x), layer.conv.out_channels, *sizes))
+        out = self.empty_output(layer, x, dtype)
         measured = layer.norm is not None and not layer.frozen
         partials = partials_of(out, self.tiles(layer, x, out), 3) if measured else None
         self.fill(layer, x, weight, bias, out, partials)
@@ -206,7 +196,8 @@ class Stem(Kind):
 
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         stem = kernels.rgb_conv_stem
-        stem.rgb_conv_stem_fwd(prepared_rgb(x, layer.border), weight.forward, bias, out, None, partials)
+        picture = Rgb(x, layer.border, SCALINGS[layer.from_picture]).prepared(out.dtype)
+        stem.rgb_conv_stem_fwd(picture, weight.forward, bias, out, None, partials)
 
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
@@ -216,7 +207,8 @@ class Stem(Kind):
         return None
 
     def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
-        rgb_weight_gradient(grad, x, layer.border, layer.kernel, 0, False, destination)
+        picture = Rgb(x, layer.border, SCALINGS[layer.from_picture])
+        rgb_weight_gradient(grad, picture, layer.kernel, 0, False, destination)
 
 
 class Head(Kind):
@@ -231,18 +223,26 @@ class Head(Kind):
     def fill(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor, out: Tensor, partials: Tensor | None) -> None:
         kernels.rgb_conv_head.rgb_conv_head_fwd(x, weight.forward, bias, out, layer.border, None)
 
+    def painted(self, layer: Layer, x: Tensor, weight: Weight, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The raw output, and the picture that ``layer.to_picture`` makes of it."""
+        raw = self.empty_output(layer, x, x.dtype)
+        picture, head = torch.empty_like(raw), kernels.rgb_conv_head
+        head.rgb_conv_head_fwd(x, weight.forward, bias, picture, layer.border, layer.to_picture, raw)
+        return raw, picture
+
     def fill_gradient(
         self, layer: Layer, grad: Tensor, weight: Weight, target: GradientTarget, out: Tensor, border: int
     ) -> Tensor | None:
         stem, zeros = kernels.rgb_conv_stem, layer.kernel - 1 - (0 if border else layer.padding)
         partials = sums_of(out, target, lambda: stem.rgb_conv_stem_tiles(out))
-        stem.rgb_conv_head_bwd(prepared_rgb(grad, same_sides(zeros)), weight.backward, target.saved, out, partials)
+        picture = Rgb(grad, same_sides(zeros)).prepared(grad.dtype)
+        stem.rgb_conv_head_bwd(picture, weight.backward, target.saved, out, partials)
         return partials
 
     def weight_gradient(self, layer: Layer, x: Tensor, grad: Tensor, destination: SumOf) -> None:
         border = layer.padding if layer.reflect else 0
         zeros = same_sides(layer.kernel - 1 - layer.padding + border)
-        rgb_weight_gradient(x, grad, zeros, layer.kernel, border, True, destination)
+        rgb_weight_gradient(x, Rgb(grad, zeros), layer.kernel, border, True, destination)
 
 
 class Conv(Kind):

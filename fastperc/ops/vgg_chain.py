@@ -13,7 +13,7 @@ keep every activation, and eight bytes for each pooled one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,32 @@ def convolve_turned(grad: Tensor, conv: PackedConv) -> Tensor:
     return VGG_CONV(grad, conv.turned, None, False)
 
 
+class Pictures(NamedTuple):
+    """Pictures that Triton's kernel of the first convolution normalises as it loads them."""
+
+    output: Tensor  # RGB [N, 3, H, W], any strides
+    target: Tensor | None  # as many, which follow in the batch; None: no such
+    mean: Tensor  # 3 numbers float32
+    std: Tensor  # the same; what the network sees is (picture − mean) / std
+    dtype: torch.dtype  # of the maps
+
+    def convolved(self, conv: PackedConv, relu: bool) -> Tensor:
+        """The maps of ``conv`` [N or 2N, C, H, W], channels-last, and their ReLU if ``relu``."""
+        stem, (images, _, height, width) = kernels.rgb_conv_stem, self.output.shape
+        out = torch.empty(
+            images if self.target is None else 2 * images,
+            *(len(conv.weight), height, width),
+            dtype=self.dtype,
+            device=self.output.device,
+            memory_format=torch.channels_last,
+        )
+        loaded = kernels.loss_terms.normalise_pictures(self.output, self.target, self.mean, self.std, self.dtype)
+        weight = packed("stem", lambda: stem.pack(conv.weight), conv.weight)
+        bias = packed("float32", conv.bias.float, conv.bias)
+        stem.rgb_conv_stem_fwd(loaded, weight, bias, out, RELU if relu else None)
+        return out
+
+
 class SavedLayer(NamedTuple):
     """What the backward needs of one convolution's output, channels-last [n, C, H, W], besides what its taps keep."""
 
@@ -91,21 +117,25 @@ class Passes(Protocol):
     def relu_pool_bwd(self, grad_pooled: Tensor, winners: Tensor, grad: Tensor) -> None: ...
 
 
-def forward_chain(x: Tensor, images: int, convs: Sequence[PackedConv], taps: Taps, passes: Passes) -> list[SavedLayer]:
-    """Runs ``convs`` on ``x`` down to the deepest tap, and returns what the backward of the first ``images`` needs."""
+def forward_chain(
+    batch: Tensor | Pictures, images: int, convs: Sequence[PackedConv], taps: Taps, passes: Passes
+) -> list[SavedLayer]:
+    """Runs ``convs`` on ``batch`` down to the deepest tap, and returns what the backward of the first ``images``
+    needs."""
     layers = []
+    waits, waiting = hasattr(passes, "relu_masks_fwd"), Waiting()
     last, deepest = (max(values) for values in zip(*((tap.conv, tap.place) for tap in taps.places)))
-    x = channels_last(x)
+    x: Any = batch if isinstance(batch, Pictures) else channels_last(batch)
     for i, conv in enumerate(convs[: 1 + last]):
         before_relu, after_relu, after_pool = (Tap(i, kind) for kind in ("conv", "relu", "pool"))
         if before_relu in taps.places:
-            x = taps.visit(before_relu, VGG_CONV(x, conv.weight, conv.bias, False))
+            x = taps.visit(before_relu, _convolved(x, conv, False))
             if before_relu.place == deepest:
                 layers.append(SavedLayer(x[:images].shape, relu=False))
                 break
             x = x.relu() if before_relu in taps.kept else x.relu_()
         else:
-            x = convolve_relu(x, conv)
+            x = _convolved(x, conv, True)
         is_tap = after_relu in taps.places
         is_late = is_tap and taps.late
         if is_tap and not is_late:
@@ -114,17 +144,27 @@ def forward_chain(x: Tensor, images: int, convs: Sequence[PackedConv], taps: Tap
         winners_mask = pooled and not conv.averages and (is_late or not is_tap)
         nothing_to_mask = is_late and after_relu.place == deepest
         is_masked = after_relu in taps.kept or winners_mask or nothing_to_mask
-        bits = None if is_masked or images == 0 else _positive(x[:images], passes)
+        bits = None if is_masked or images == 0 else _empty_bits(x[:images])
+        if bits is not None:
+            waiting.append((x[:images], bits))
+            if is_tap or not waits:  # ``visit`` may overwrite the maps of a tap
+                _fill_bits(waiting, passes)
         shape, winners, before_pool = x[:images].shape, None, x
         if pooled:
-            x, winners = _pool(x, images, conv.averages, passes)
+            x, winners = _pool(x, images, conv.averages, passes, waiting)
         if is_late:
             taps.visit(after_relu, before_pool)
         del before_pool
         if after_pool in taps.places:
             x = taps.visit(after_pool, x)
         layers.append(SavedLayer(shape, bits, winners, pooled and conv.averages))
+    _fill_bits(waiting, passes)
     return layers
+
+
+def _convolved(x: Tensor | Pictures, conv: PackedConv, relu: bool) -> Tensor:
+    """Convolution and bias, and ReLU if ``relu``. A tensor ``x`` is channels-last."""
+    return x.convolved(conv, relu) if isinstance(x, Pictures) else VGG_CONV(x, conv.weight, conv.bias, relu)
 
 
 def chunks(x: Tensor, images_on_cpu: int) -> list[slice]:
@@ -133,21 +173,37 @@ def chunks(x: Tensor, images_on_cpu: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, len(x), step)]
 
 
-def _positive(x: Tensor, passes: Passes) -> Tensor:
-    """A bit for each element of ``x``, the output of a ReLU: whether it is positive."""
-    bits = x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
-    passes.relu_mask_fwd(x, bits)
-    return bits
+Waiting = list[tuple[Tensor, Tensor]]
+"""Outputs of ReLUs and the memory for their bits, which kernels of Triton fill in the launch of the next pooling."""
 
 
-def _pool(x: Tensor, images: int, averages: bool, passes: Passes) -> tuple[Tensor, Tensor | None]:
-    """``x`` pooled, and where the maxima of the first ``images`` are."""
+def _empty_bits(x: Tensor) -> Tensor:
+    """Memory for a bit for each element of ``x``, the output of a ReLU: whether it is positive."""
+    return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+def _fill_bits(waiting: Waiting, passes: Passes) -> None:
+    """Fills the bits that wait."""
+    if len(waiting) > 1:
+        passes.relu_masks_fwd(waiting)  # type: ignore[attr-defined]
+    elif waiting:
+        passes.relu_mask_fwd(*waiting[0])
+    waiting.clear()
+
+
+def _pool(x: Tensor, images: int, averages: bool, passes: Passes, waiting: Waiting) -> tuple[Tensor, Tensor | None]:
+    """``x`` pooled, and where the maxima of the first ``images`` are; fills the bits that wait."""
     if averages:
+        _fill_bits(waiting, passes)
         return channels_last(F.avg_pool2d(x, 2)), None
     n, c, h, w = x.shape
     pooled = empty_like(x, (n, c, h // 2, w // 2))
     winners = torch.empty_like(pooled[:images], dtype=torch.uint8)
-    passes.relu_pool_fwd(x, pooled, winners)
+    if waiting:
+        passes.relu_pool_masks_fwd(x, pooled, winners, waiting)  # type: ignore[attr-defined]
+        waiting.clear()
+    else:
+        passes.relu_pool_fwd(x, pooled, winners)
     return pooled, winners
 
 

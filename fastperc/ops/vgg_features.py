@@ -155,6 +155,7 @@ SOURCES = (
     *COMMON_CPP_SOURCES,
     *VGG_CONV.sources,
     "csrc/vgg_loss*",
+    "kernels/relu_masks.py",
     "kernels/vgg_loss.py",
     "fastperc/ops/vgg_passes.py",
     "fastperc/ops/vgg_features.py",

@@ -17,7 +17,7 @@ from fastperc import backends, reference
 from fastperc.backends import CannotServe, Implementation, Operation, TuningCases, register
 from fastperc.ops.common import compute_dtype, without_slow_autocast
 from fastperc.ops.gram_loss import GRAM_LOSS
-from fastperc.ops.vgg_chain import PackedConv, SavedLayer, Taps, backward_chain, chunks, forward_chain
+from fastperc.ops.vgg_chain import PackedConv, Pictures, SavedLayer, Taps, backward_chain, chunks, forward_chain
 from fastperc.ops.vgg_features import (
     PASSES,
     SOURCES,
@@ -26,7 +26,7 @@ from fastperc.ops.vgg_features import (
     vgg_features,
     why_not_fused,
 )
-from fastperc.ops.vgg_passes import Content, NativePasses, SavedTap, Style, slopes_
+from fastperc.ops.vgg_passes import Content, NativePasses, PiecePasses, SavedTap, Style, slopes_
 from fastperc.ops.vgg_terms import (
     CRITERIA,
     ContentTerm,
@@ -41,6 +41,7 @@ from fastperc.ops.vgg_terms import (
 from fastperc.types import FrozenConv, Tap
 
 IMAGES_ON_CPU = 1  # that go through the network together
+PIECE_PASSES = PiecePasses()
 
 
 def vgg_loss(
@@ -101,11 +102,12 @@ class Problem(NamedTuple):
     sized: bool
     backend: str
     saves: bool  # whether a backward follows
+    in_pieces: bool = False  # whether the values are computed from pieces, by ``ops.loss_terms``
 
     @property
     def passes(self) -> NativePasses:
         """The passes of the backend."""
-        return PASSES[self.backend]
+        return PIECE_PASSES if self.in_pieces else PASSES[self.backend]
 
     @property
     def target_taps(self) -> list[Tap]:
@@ -126,13 +128,14 @@ class Tape(NamedTuple):
     taps: Mapping[Tap, SavedTap]
 
 
-class _Chunk:
+class Chunk:
     """Some images of the batch, whose terms are computed as the network's chain passes their taps."""
 
     def __init__(self, problem: Problem, images: int, wide: torch.dtype) -> None:
         self.problem, self.images, self.wide = problem, images, wide
         self.values: dict[int, Tensor] = {}  # by position among the terms
         self.sizes: dict[int, Tensor] = {}
+        self.losses: Tensor | None = None  # of the Gram terms that sum squares
         self.targets: dict[int, Tensor] = {}  # the target's maps, or their Gram matrices
         self.saved = {term.tap: SavedTap(term.tap, [], [], []) for term in problem.terms}
         self.last_of_target = max((tap.place for tap in problem.target_taps), default=None)
@@ -148,6 +151,15 @@ class _Chunk:
         batch = torch.cat([output, target]) if together else output
         taps = Taps(self.visit_both if together else self.visit, self.saved.keys(), problem.kept_taps)
         layers = forward_chain(batch, images, problem.convs, taps, passes)
+        self.gram_terms()
+        return Tape(layers, self.saved)
+
+    def forward_pictures(self, pictures: Pictures) -> Tape:
+        """The same of pictures that the first convolution normalises, as one batch; for problems in pieces."""
+        pictures = pictures if self.last_of_target is not None else pictures._replace(target=None)
+        images = len(pictures.output) if self.problem.saves else 0
+        taps = Taps(self.visit_both, self.saved.keys(), self.problem.kept_taps)
+        layers = forward_chain(pictures, images, self.problem.convs, taps, self.problem.passes.passes)
         self.gram_terms()
         return Tape(layers, self.saved)
 
@@ -204,7 +216,9 @@ class _Chunk:
             targets = [self.gram_of_target(i, term, maps[0].device) for i, term in group]
             is_square = group is squares
             backend = gram_backend(maps, targets, self.problem.backend) if is_square else "native"
+            backend = "triton" if self.problem.in_pieces else backend
             losses, scales, *deltas = torch.ops.fastperc.gram_loss_fwd(maps, targets, backend)
+            self.losses = losses if is_square else self.losses
             for k, (i, term) in enumerate(group):
                 self.values[i] = losses[k]
                 if not is_square:
@@ -240,7 +254,7 @@ def run(output: Tensor, target: Tensor, problem: Problem) -> tuple[LossValues, l
     with backends.on_device(output):
         for i, images in enumerate(chunks(output, IMAGES_ON_CPU)):
             own = output[images]
-            chunk, share = _Chunk(problem, len(own), wide), len(own) / len(output)
+            chunk, share = Chunk(problem, len(own), wide), len(own) / len(output)
             tape = chunk.forward(own, target[images])
             values = chunk.loss_values()
             if i == 0:
@@ -302,7 +316,7 @@ class _VGGLoss(torch.autograd.Function):
 
 
 def tap_gradients(
-    passes: NativePasses, tape: Tape, grads: Tensor
+    passes: NativePasses, tape: Tape, grads: Any
 ) -> dict[Tap, Callable[[SavedLayer, Tensor | None], Tensor]]:
     """The gradients of the terms at the taps, for :func:`backward_chain`."""
     return {tap: partial(passes.tap_gradient, saved, grads) for tap, saved in tape.taps.items()}
@@ -343,6 +357,13 @@ VGG_LOSS = register(
         "Loss network",
         (_fused("triton"), _fused("native"), Implementation("reference", plain_vgg_loss)),
         TuningCases(lambda batch, size: [((batch, 3, size, size),)], _tuned_loss),
-        (*SOURCES, *GRAM_LOSS.sources, "fastperc/ops/vgg_terms.py", "fastperc/ops/vgg_loss.py"),
+        (
+            *SOURCES,
+            *GRAM_LOSS.sources,
+            "fastperc/ops/vgg_terms.py",
+            "fastperc/ops/vgg_loss.py",
+            "fastperc/ops/loss_terms.py",
+            "kernels/loss_terms.py",
+        ),
     )
 )

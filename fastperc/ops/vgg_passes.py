@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,7 +124,9 @@ class TritonPasses(NativePasses):
         assert x is not None
         return slopes_(x - content.saved, content.criterion)
 
-    def tap_gradient(self, saved: SavedTap, grads: Tensor, layer: SavedLayer, above: Tensor | None) -> Tensor:
+    def tap_gradient(self, saved: SavedTap, grads: Any, layer: SavedLayer, above: Tensor | None) -> Tensor:
+        """As in :class:`NativePasses`. ``grads`` may be a list too: of each term its gradient and what multiplies it,
+        or ``None`` where the term has no gradient."""
         several = len(saved.contents) > 1 or len(saved.styles) > 1
         if several or any(style.backend != "triton" for style in saved.styles):
             return super().tap_gradient(saved, grads, layer, above)
@@ -135,10 +137,26 @@ class TritonPasses(NativePasses):
         style = content = None
         if saved.styles:
             delta, scale, position, _ = saved.styles[0]
-            style = kernels.vgg_loss.StyleTerm(delta, scale, grads[position])
+            if (grad_term := grads[position]) is not None:
+                style = kernels.vgg_loss.StyleTerm(delta, scale, *_with_factor(grad_term))
         if saved.contents:
             position, criterion, target = saved.contents.pop()
-            content = kernels.vgg_loss.ContentTerm(target, grads[position], criterion)
+            if (grad_term := grads[position]) is not None:
+                grad_content, factor = _with_factor(grad_term)
+                content = kernels.vgg_loss.ContentTerm(target, grad_content, criterion, factor)
         grad = torch.empty_like(x) if above is None or winners is not None else above
         kernels.vgg_loss.tap_bwd(x, kernels.vgg_loss.Above(above, winners, after_relu), style, content, grad)
         return grad
+
+
+class PiecePasses(TritonPasses):
+    """The same for ``ops.loss_terms``: the value of a content term is in pieces."""
+
+    def compare(self, x: Tensor, target: Tensor, criterion: str, sized: bool) -> Compared:
+        """The value is [2, pieces]: see :func:`fastperc.kernels.vgg_loss.content_pieces`."""
+        return Compared(kernels.vgg_loss.content_pieces(x, target, criterion), None, target)
+
+
+def _with_factor(grad: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The gradient of a term, and what multiplies it, if that is given beside it."""
+    return grad if isinstance(grad, tuple) else (grad, None)

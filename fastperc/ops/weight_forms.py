@@ -71,17 +71,16 @@ def as_transposed_form(weight: Tensor) -> Tensor:
 
 
 def in_forms(forms: Sequence[Forms], weights: Sequence[Any], dtype: torch.dtype) -> list[Weight]:
-    """The ``weights`` of a chain's convolutions in ``forms`` and ``dtype``, in three launches."""
+    """The ``weights`` of a chain's convolutions in ``forms`` and ``dtype``, in one launch."""
     masters = [weight.detach() for weight in weights]
     packs = [[pack for pack in of_layer if pack is not None] for of_layer in forms]
     special = [i for i, of_layer in enumerate(packs) if of_layer]
-    packed = kernels.pack_weights.pack_weights([masters[i] for i in special], [packs[i] for i in special], dtype)
-    packed_forms = {i: iter(of_layer) for i, of_layer in zip(special, packed)}
     plain = [i for i, of_layer in enumerate(forms) if None in of_layer]
-    copies = [torch.empty_like(masters[i], dtype=dtype, memory_format=torch.channels_last) for i in plain]
-    if plain:
-        torch._foreach_copy_(copies, [masters[i] for i in plain])  # one kernel for all
-    copy_of = dict(zip(plain, copies))
+    packed = kernels.pack_weights.pack_weights(
+        [masters[i] for i in special], [packs[i] for i in special], dtype, [masters[i] for i in plain]
+    )
+    packed_forms = {i: iter(of_layer) for i, of_layer in zip(special, packed.forms)}
+    copy_of = dict(zip(plain, packed.copies))
     return [
         Weight(*(copy_of[i] if pack is None else next(packed_forms[i]) for pack in of_layer))
         for i, of_layer in enumerate(forms)

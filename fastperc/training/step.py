@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -48,9 +49,15 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(photos.device.type, torch.bfloat16, enabled=amp):
         terms = loss(net(inputs), photos)
-    terms.total.backward()
+    terms.total.backward(_one(terms.total.device, terms.total.dtype))
     optimizer.step()
     return type(terms)(*(term.detach() for term in terms))
+
+
+@cache
+def _one(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The number 1, for all steps: ``backward`` would make it anew in each."""
+    return torch.ones((), device=device, dtype=dtype)
 
 
 class Recording(NamedTuple):
