@@ -16,7 +16,6 @@ from torch.optim.swa_utils import update_bn
 from fastperc import PerceptualLoss, VGG16Features, VGGFeatures, reference
 from fastperc.engine.plan import Plan, parts, steps_of
 from fastperc.engine.plan import forward as run_plan
-from fastperc.models.common import to_network_range
 from fastperc.models.vgg_weights import convolutions, indices, names
 from fastperc.types import Window
 
@@ -65,7 +64,7 @@ class FromLevels(nn.Module):
         self.layer = layer
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.layer(to_network_range(image.to(next(self.parameters()).dtype) / 255, "tanh"))
+        return self.layer(reference.to_network_range(image.to(next(self.parameters()).dtype) / 255, "tanh"))
 
 
 class ToLevels(nn.Module):

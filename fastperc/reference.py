@@ -308,8 +308,7 @@ def caffe_mean(x: Tensor) -> Tensor:
 
 
 def to_network_range(x: Tensor, output: str) -> Tensor:
-    """0–1 to what the first convolution sees: -1…1 before a network that ends in tanh, 0…255 before a linear one, and
-    0…255 less the mean colour of Caffe's images under ``"caffe"``."""
+    """0–1 to what the first convolution sees: -1…1 (``"tanh"``), 0…255 (``"linear"``) or that less ``CAFFE_MEAN``."""
     if output == "caffe":
         return 255 * x - caffe_mean(x)
     return 2 * x - 1 if output == "tanh" else 255 * x

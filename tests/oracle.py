@@ -24,6 +24,7 @@ class Weights:
         }
         self.queue: Iterator[Tensor] = iter(self.tensors.values())
         self.norm = norm
+        self.margin = 1.0  # how near to 0 the input of a ReLU came, as a share of the largest of its layer
 
     def take(self, count: int) -> list[Tensor]:
         return [next(self.queue) for _ in range(count)]
@@ -56,8 +57,13 @@ def normalise(x: Tensor, w: Weights, training: bool) -> Tensor:
     return (x - mean) / (var + 1e-5).sqrt() * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
 
 
+def relu(x: Tensor, w: Weights) -> Tensor:
+    w.margin = min(w.margin, (x.detach().abs().min() / x.detach().abs().max()).item())
+    return x.clamp_min(0)
+
+
 def block(x: Tensor, w: Weights, residual: bool | str, padding: int, reflect: bool, training: bool) -> Tensor:
-    y = normalise(conv(x, w, 1, padding, reflect), w, training).clamp_min(0)
+    y = relu(normalise(conv(x, w, 1, padding, reflect), w, training), w)
     y = normalise(conv(y, w, 1, padding, reflect), w, training)
     if residual is False:
         return y.clamp_min(0)
@@ -99,11 +105,11 @@ def transform_net(
 
 
 def super_resolution_net(x: Tensor, w: Weights, scale: int, training: bool, upsample: str) -> Tensor:
-    x = normalise(conv(2 * x - 1, w, 1, 4), w, training).clamp_min(0)
+    x = relu(normalise(conv(2 * x - 1, w, 1, 4), w, training), w)
     for _ in range(4):
         x = block(x, w, True, 1, False, training)
     for _ in range(scale.bit_length() - 1):
-        x = normalise(doubled(x, w, upsample), w, training).clamp_min(0)
+        x = relu(normalise(doubled(x, w, upsample), w, training), w)
     return 0.5 + 150 * conv(x, w, 1, 4).tanh() / 255
 
 

@@ -19,11 +19,16 @@ from fastperc.models import super_resolution
 @pytest.mark.parametrize("upsample", ["transposed", "nearest"])
 @pytest.mark.parametrize("scale", [4, 8])
 def test_matches_the_oracle(scale, upsample, training):
-    net = SuperResolutionNet(scale, width=8, upsample=upsample).train(training)
-    weights = oracle.Weights(copy.deepcopy(net.state_dict()), "batch")
-    x = torch.rand(2, 3, 17, 18)
+    for _ in range(50):  # away from where rounding switches a ReLU, which changes gradients
+        net = SuperResolutionNet(scale, width=4, upsample=upsample).train(training)
+        weights = oracle.Weights(copy.deepcopy(net.state_dict()), "batch")
+        x = torch.rand(2, 3, 17, 18)
+        expected = oracle.super_resolution_net(x.double(), weights, scale, training, upsample)
+        if weights.margin > 5e-7:
+            break
+    else:
+        pytest.fail("no network whose ReLUs are all away from 0")
     y = net(x)
-    expected = oracle.super_resolution_net(x.double(), weights, scale, training, upsample)
     y.sum().backward()
     expected.sum().backward()
     assert y.shape == (2, 3, 17 * scale, 18 * scale)

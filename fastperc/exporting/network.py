@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastperc import reference
 from fastperc.engine.plan import OWN, Plan, Step, plan_of
-from fastperc.models.common import cropped, reflect_pad_to_multiple, to_network_range
+from fastperc.models.common import cropped, reflect_pad_to_multiple
 from fastperc.presets import MINIMUM_SIDE
 
 INPUTS = ("float", "uint8")
@@ -88,7 +88,7 @@ class Convolutions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = (self.scale * side for side in x.shape[-2:])
-        x = to_network_range(x, self.output)
+        x = reference.to_network_range(x, self.output)
         if self.multiple > 1:
             x = reflect_pad_to_multiple(x, self.multiple, self.border)
         before = x

@@ -16,7 +16,6 @@ from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNR
 from fastperc.modules.chain import chain, exporting
 from fastperc.presets import MINIMUM_SIDE
 
-to_network_range = reference.to_network_range
 CHAINED_OUTPUTS = ("tanh", "linear")  # that a chain's kernels have
 CHAINED = (ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU)  # exactly: a subclass may do something else
 
@@ -96,27 +95,22 @@ def _reflected(size: int, multiple: int, border: int, device: torch.device) -> T
     return positions
 
 
-def in_a_row(x: Tensor, modules: Sequence[nn.Module], output: str | None = None) -> Tensor:
+def in_a_row(x: Tensor, modules: Sequence[nn.Module], output: str) -> Tensor:
     """``modules`` one after the other: as one chain of layers if all are this library's and none has a hook.
 
-    With ``output``, of :func:`to_network_range`, ``x`` and the result are pictures in 0–1.
+    ``x`` and the result are pictures in 0–1; ``output`` is that of :func:`fastperc.reference.to_network_range`.
     """
     known = all(type(module) in CHAINED for module in modules)
-    if known and not any(ops.has_hooks(part) for module in modules for part in module.modules()):
-        layers = [layer for module in modules for layer in module.layers()]  # type: ignore[operator]
-        if output in CHAINED_OUTPUTS:
-            layers[0], layers[-1] = layers[0]._replace(from_picture=output), layers[-1]._replace(to_picture=output)
-            return chain(x, layers)
-        x = x if output is None else to_network_range(x, output)
-        return _in_picture_range(chain(x, layers), output)
-    x = x if output is None else to_network_range(x, output)
-    for module in modules:
-        x = module(x)
-    return _in_picture_range(x, output)
-
-
-def _in_picture_range(x: Tensor, output: str | None) -> Tensor:
-    return x if output is None else reference.to_image_range(x, output)
+    if not known or any(ops.has_hooks(part) for module in modules for part in module.modules()):
+        x = reference.to_network_range(x, output)
+        for module in modules:
+            x = module(x)
+        return reference.to_image_range(x, output)
+    layers = [layer for module in modules for layer in module.layers()]  # type: ignore[operator]
+    if output in CHAINED_OUTPUTS:
+        layers[0], layers[-1] = layers[0]._replace(from_picture=output), layers[-1]._replace(to_picture=output)
+        return chain(x, layers)
+    return reference.to_image_range(chain(reference.to_network_range(x, output), layers), output)
 
 
 def initialise_as_authors(net: nn.Module) -> None:

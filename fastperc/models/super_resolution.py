@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastperc import reference
-from fastperc.models.common import Network, check_image, in_a_row, initialise_as_authors, to_network_range
+from fastperc.models.common import Network, check_image, in_a_row, initialise_as_authors
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 
 
@@ -46,9 +46,7 @@ class SuperResolutionNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
-        x = to_network_range(x, "tanh")
-        x = in_a_row(x, (self.stem, *self.blocks, *self.up, self.head))
-        return reference.to_image_range(x, "tanh")
+        return in_a_row(x, (self.stem, *self.blocks, *self.up, self.head), "tanh")
 
 
 class SRCNN(Network):
