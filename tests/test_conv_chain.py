@@ -10,7 +10,7 @@ from cases import GPU, dtype_id, error, no_worse
 from torch import nn
 
 from fastperc import SuperResolutionNet, TransformNet, backends, ops, use_backend
-from fastperc.models.common import in_a_row
+from fastperc.models.common import in_a_row, pictures_in_a_row
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 from fastperc.ops.conv_chain import why_not_triton
 from fastperc.presets import PRESETS
@@ -81,7 +81,7 @@ class Painter(nn.Module):
         )
 
     def forward(self, x):
-        return in_a_row(x, (self.stem, self.head), self.output)
+        return pictures_in_a_row(x, (self.stem, self.head), self.output)
 
 
 CASES |= {

@@ -95,22 +95,33 @@ def _reflected(size: int, multiple: int, border: int, device: torch.device) -> T
     return positions
 
 
-def in_a_row(x: Tensor, modules: Sequence[nn.Module], output: str) -> Tensor:
-    """``modules`` one after the other: as one chain of layers if all are this library's and none has a hook.
+def in_a_row(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+    """``modules`` one after the other: as one chain of layers if all are this library's and none has a hook."""
+    if layers := _layers(modules):
+        return chain(x, layers)
+    for module in modules:
+        x = module(x)
+    return x
 
-    ``x`` and the result are pictures in 0–1; ``output`` is that of :func:`fastperc.reference.to_network_range`.
+
+def pictures_in_a_row(x: Tensor, modules: Sequence[nn.Module], output: str) -> Tensor:
+    """The pictures that ``modules`` make of the pictures ``x``, both in 0–1, as :func:`in_a_row` runs them.
+
+    ``output`` is that of :func:`fastperc.reference.to_network_range`.
     """
-    known = all(type(module) in CHAINED for module in modules)
-    if not known or any(ops.has_hooks(part) for module in modules for part in module.modules()):
-        x = reference.to_network_range(x, output)
-        for module in modules:
-            x = module(x)
-        return reference.to_image_range(x, output)
-    layers = [layer for module in modules for layer in module.layers()]  # type: ignore[operator]
-    if output in CHAINED_OUTPUTS:
+    layers = _layers(modules)
+    if layers and output in CHAINED_OUTPUTS:
         layers[0], layers[-1] = layers[0]._replace(from_picture=output), layers[-1]._replace(to_picture=output)
         return chain(x, layers)
-    return reference.to_image_range(chain(reference.to_network_range(x, output), layers), output)
+    return reference.to_image_range(in_a_row(reference.to_network_range(x, output), modules), output)
+
+
+def _layers(modules: Sequence[nn.Module]) -> list[ops.Layer]:
+    """The layers of ``modules``; none if one of them is not this library's or has a hook."""
+    known = all(type(module) in CHAINED for module in modules)
+    if not known or any(ops.has_hooks(part) for module in modules for part in module.modules()):
+        return []
+    return [layer for module in modules for layer in module.layers()]  # type: ignore[operator]
 
 
 def initialise_as_authors(net: nn.Module) -> None:

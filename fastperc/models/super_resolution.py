@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastperc import reference
-from fastperc.models.common import Network, check_image, in_a_row, initialise_as_authors
+from fastperc.models.common import Network, check_image, initialise_as_authors, pictures_in_a_row
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
 
 
@@ -46,7 +46,7 @@ class SuperResolutionNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x)
-        return in_a_row(x, (self.stem, *self.blocks, *self.up, self.head), "tanh")
+        return pictures_in_a_row(x, (self.stem, *self.blocks, *self.up, self.head), "tanh")
 
 
 class SRCNN(Network):

@@ -10,8 +10,8 @@ from fastperc.models.common import (
     Network,
     check_image,
     cropped,
-    in_a_row,
     initialise_as_authors,
+    pictures_in_a_row,
     reflect_pad_to_multiple,
 )
 from fastperc.modules import ConvBNReLU, ResidualBlock, RGBConv, SubpixelConvBNReLU
@@ -100,5 +100,5 @@ class TransformNet(Network):
         check_image(x)
         height, width = x.shape[-2:]
         x = reflect_pad_to_multiple(x, 4, self.border)
-        x = in_a_row(x, (self.stem, *self.down, *self.blocks, *self.up, self.head), self.output)
+        x = pictures_in_a_row(x, (self.stem, *self.down, *self.blocks, *self.up, self.head), self.output)
         return cropped(x, height, width)
