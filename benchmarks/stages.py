@@ -45,7 +45,7 @@ class Stage:
 
 KERNELS = ("pointwise_conv", "depthwise_conv", "stem_conv")  # of frozen convolutions, with tests of their own
 FROZEN = (*operations.tests(frozen=True), *KERNELS, "replay", "engine", "cudnn", "graphs")
-TRAINING = (*operations.tests(frozen=False), "step")
+TRAINING = (*operations.tests(frozen=False), "loss_terms", "step")
 LAYERS = ("rgb_conv", "subpixel_conv_bn_relu", "conv_bn_relu", "residual_block")
 LOSSES = ("tv_loss", "gram_loss", "vgg_loss", "lpips", "training")
 

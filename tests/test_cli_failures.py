@@ -49,7 +49,7 @@ def test_a_failed_write_is_one_line_and_leaves_nothing_half_written(refused, her
     ids=["cpu-memory", "cuda-memory", "runtime", "arithmetic"],
 )
 def test_a_failure_of_the_network_is_one_line(refused, here, model, monkeypatch, error, says):
-    def tiles(self, *arguments):
+    def tiles(self, *arguments, **keywords):
         raise error
 
     monkeypatch.setattr("fastperc.engine.engine.Engine.tiles", tiles)
@@ -82,7 +82,7 @@ def test_out_of_memory_names_options_of_the_command(refused, monkeypatch, comman
 
 
 def test_an_interruption_is_one_line(refused, here, model, monkeypatch):
-    def tiles(self, *arguments):
+    def tiles(self, *arguments, **keywords):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastperc.engine.engine.Engine.tiles", tiles)
