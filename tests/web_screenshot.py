@@ -10,8 +10,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from web_server import browser_path, served
 
-from fastperc.cli.web import networks_of
-from fastperc.weights import STYLES
+from fastperc.cli.web import SHIPPED, networks_of
 
 ROOT = Path(__file__).resolve().parent.parent
 QUALITY = 80
@@ -19,7 +18,7 @@ QUALITY = 80
 
 def main() -> None:
     """Paints the example photo in the page, and writes a picture of it."""
-    with served(networks_of(STYLES, torch.device("cpu"))) as url, sync_playwright() as playwright:
+    with served(networks_of(SHIPPED, torch.device("cpu"))) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1100, "height": 800})
         page.goto(url)

@@ -31,6 +31,8 @@ HOST, PORT = "127.0.0.1", 7860
 MEGABYTES, MEGAPIXELS, SECONDS, WAITING = 200, 50, 60, 8  # default limits
 WEBCAM_HELP = "a camera: 0, /dev/video0 or what FFmpeg calls it, such as 'FaceTime HD Camera'"
 
+SHIPPED = {DEFAULT_STYLE: STYLES[DEFAULT_STYLE]} | STYLES  # in the order of the page
+
 
 def port(text: str) -> int:
     """A number of a port.
@@ -100,9 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     from fastperc.web.guard import Address
 
     own = named([local_file(model) for model in arguments.model])
-    styles = {DEFAULT_STYLE: STYLES[DEFAULT_STYLE]} | STYLES | own
     selected = next(reversed(own), DEFAULT_STYLE)
-    return serve(arguments, styles, Address(arguments.host, arguments.port), selected)
+    return serve(arguments, SHIPPED | own, Address(arguments.host, arguments.port), selected)
 
 
 def named(models: list[Path]) -> dict[str, Path]:

@@ -61,7 +61,7 @@ def style_controls(thumbnails: list[Any], side: int, selected: str) -> StyleCont
         [(image, words(name)) for image, name in thumbnails],
         label="Style",
         show_label=False,
-        columns=min(max(len(names), 3), 4),
+        columns=3,
         selected_index=names.index(selected),
         allow_preview=False,
         interactive=False,
